@@ -1,0 +1,122 @@
+//! The command line. One file a command.
+
+mod config;
+mod listen;
+mod registry;
+mod run;
+
+use std::ffi::OsString;
+use std::process::ExitCode;
+
+use argh::FromArgs;
+use log::LevelFilter;
+
+use crate::error::Result;
+
+/// SciTags network flow and packet marking daemon.
+#[derive(FromArgs)]
+#[argh(help_triggers("-h", "--help", "help"))]
+struct Arguments {
+    /// error, warn, info, debug or trace; stronger than the configuration
+    #[argh(option, from_str_fn(log_level))]
+    log_level: Option<LevelFilter>,
+
+    /// put the time in front of each line of the log
+    #[argh(switch)]
+    log_time: bool,
+
+    /// print the version
+    #[argh(switch)]
+    version: bool,
+
+    #[argh(subcommand)]
+    command: Option<Command>,
+}
+
+#[derive(FromArgs)]
+#[argh(subcommand)]
+enum Command {
+    Run(run::Run),
+    Config(config::Config),
+    Listen(listen::Listen),
+    Registry(registry::Registry),
+    Version(Version),
+}
+
+/// Print the version.
+#[derive(FromArgs)]
+#[argh(subcommand, name = "version", help_triggers("-h", "--help", "help"))]
+struct Version {}
+
+/// How the log is to be written, from anywhere on the command line.
+struct Logging {
+    level: Option<LevelFilter>,
+    time: bool,
+}
+
+impl Logging {
+    fn start(&self, default: LevelFilter) {
+        crate::logging::start(self.level.unwrap_or(default), self.time);
+    }
+}
+
+fn log_level(word: &str) -> std::result::Result<LevelFilter, String> {
+    crate::config::log_level(word)
+}
+
+/// Runs the command of the process's arguments.
+pub fn main() -> ExitCode {
+    let arguments: std::result::Result<Vec<String>, _> = std::env::args_os()
+        .skip(1)
+        .map(OsString::into_string)
+        .collect();
+    let Ok(arguments) = arguments else {
+        eprintln!("flowd-rs: an argument is not UTF-8");
+        return ExitCode::from(2);
+    };
+    let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
+    let parsed = match Arguments::from_args(&["flowd-rs"], &arguments) {
+        Ok(parsed) => parsed,
+        Err(exit) if exit.status.is_ok() => {
+            println!("{}", exit.output.trim_end());
+            return ExitCode::SUCCESS;
+        }
+        Err(exit) => {
+            eprintln!("flowd-rs: {}", exit.output.trim());
+            return ExitCode::from(2);
+        }
+    };
+    match dispatch(parsed) {
+        Ok(code) => code,
+        Err(error) => {
+            eprintln!("flowd-rs: {error}");
+            error.exit_code()
+        }
+    }
+}
+
+fn dispatch(arguments: Arguments) -> Result<ExitCode> {
+    let logging = Logging {
+        level: arguments.log_level,
+        time: arguments.log_time,
+    };
+    match arguments.command {
+        _ if arguments.version => version(),
+        Some(Command::Version(_)) => version(),
+        Some(Command::Run(command)) => command.run(logging)?,
+        Some(Command::Config(command)) => command.run()?,
+        Some(Command::Listen(command)) => command.run()?,
+        Some(Command::Registry(command)) => command.run(),
+        None => {
+            eprintln!(
+                "flowd-rs: a command is expected: run, config, listen, registry, version or help"
+            );
+            return Ok(ExitCode::from(2));
+        }
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+fn version() {
+    println!("flowd-rs {}", env!("CARGO_PKG_VERSION"));
+}

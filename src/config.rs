@@ -1,0 +1,158 @@
+//! The configuration: read, checked, and what comes out of it.
+//!
+//! Two steps: the file into [`raw`], where only keys and types count, then [`check`] into [`Config`],
+//! where every value is in its range and has its default.
+
+mod check;
+mod raw;
+mod yaml;
+
+use std::fmt;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use log::LevelFilter;
+
+pub use check::log_level;
+
+/// Where the configuration is looked for unless `-c` says otherwise.
+pub const DEFAULT_PATH: &str = "/etc/flowd/flowd.cfg";
+
+/// Settings that the daemon can run with.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Config {
+    /// `pidPath`: where the process id is written, for scripts; `None` for nowhere.
+    pub pid_path: Option<PathBuf>,
+    /// Whether `pidPath` stands in the file: then it must be writable.
+    pub pid_path_given: bool,
+    /// `workDir`: cached files that may be lost.
+    pub work_dir: PathBuf,
+    /// `stateDir`: the journal of open flows and the lock.
+    pub state_dir: PathBuf,
+    /// `logLevel`.
+    pub log_level: LevelFilter,
+    /// `flows`.
+    pub flows: Flows,
+    /// `plugins.namedPipe`.
+    pub named_pipe: Option<NamedPipe>,
+    /// `backends.firefly`.
+    pub firefly: Option<Firefly>,
+    /// Settings that are accepted and have no effect, each with the reason.
+    pub notes: Vec<String>,
+}
+
+/// Limits of the table of open flows.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Flows {
+    /// `maxFlows`: beyond it a start is refused.
+    pub max_flows: usize,
+    /// `maxAge`: a flow open for longer is ended.
+    pub max_age: Duration,
+}
+
+/// The named pipe plugin.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct NamedPipe {
+    /// `pipePath`.
+    pub path: PathBuf,
+    /// `mode` of a pipe that the daemon makes.
+    pub mode: u32,
+    /// `group` of a pipe that the daemon makes, by name or id.
+    pub group: Option<String>,
+}
+
+/// The firefly backend.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Firefly {
+    /// `destinationPort`.
+    pub destination_port: u16,
+    /// `prependSyslog`.
+    pub prepend_syslog: bool,
+    /// `collectorAddress` and `collectorPort`, with `sendToCollector`.
+    pub collector: Option<Collector>,
+}
+
+/// Where copies of all fireflies go.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Collector {
+    /// An address or a name.
+    pub host: String,
+    /// UDP port.
+    pub port: u16,
+}
+
+/// What is wrong with a configuration, where, and what was expected.
+#[derive(Debug, PartialEq, Eq, thiserror::Error)]
+pub struct ConfigError {
+    /// The file.
+    pub path: PathBuf,
+    /// Line and column, from 1.
+    pub place: Option<(usize, usize)>,
+    /// The key, by dots; empty for the file as a whole.
+    pub key: String,
+    /// What was wrong and what was expected.
+    pub message: String,
+}
+
+impl fmt::Display for ConfigError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}:", self.path.display())?;
+        if let Some((line, column)) = self.place {
+            write!(f, "{line}:{column}:")?;
+        }
+        if !self.key.is_empty() {
+            write!(f, " {}:", self.key)?;
+        }
+        write!(f, " {}", self.message)
+    }
+}
+
+impl Config {
+    /// Reads and checks a file.
+    pub fn load(path: &Path) -> Result<Config, ConfigError> {
+        let whole = |message: String| ConfigError {
+            path: path.to_owned(),
+            place: None,
+            key: String::new(),
+            message,
+        };
+        let bytes = std::fs::read(path).map_err(|e| whole(format!("cannot be read: {e}")))?;
+        let text = String::from_utf8(bytes).map_err(|e| {
+            let line = 1 + e.as_bytes()[..e.utf8_error().valid_up_to()]
+                .iter()
+                .filter(|&&b| b == b'\n')
+                .count();
+            whole(format!("line {line} is not UTF-8"))
+        })?;
+        Config::parse(&text, path)
+    }
+
+    /// Checks a text; `path` is for its errors.
+    pub fn parse(text: &str, path: &Path) -> Result<Config, ConfigError> {
+        let error = |place, key, message| ConfigError {
+            path: path.to_owned(),
+            place,
+            key,
+            message,
+        };
+        if let Some(line) = python_assignment(text) {
+            let message = "this is a KEY=value file of Python flowd, which is not supported yet: expected YAML";
+            return Err(error(Some((line, 1)), String::new(), message.to_owned()));
+        }
+        let raw = yaml::read(text).map_err(|e| error(e.place, e.key, e.message))?;
+        check::check(raw).map_err(|e| {
+            let parts: Vec<&str> = e.key.split('.').collect();
+            error(yaml::locate(text, &parts), e.key, e.message)
+        })
+    }
+}
+
+/// The line of a `KEY=` at the beginning of the first line that says something.
+fn python_assignment(text: &str) -> Option<usize> {
+    let says = |line: &str| !line.trim().is_empty() && !line.trim_start().starts_with('#');
+    let (index, line) = text.lines().enumerate().find(|(_, line)| says(line))?;
+    let (key, _) = line.split_once('=')?;
+    let key = key.trim_end();
+    let is_key = |c: char| c.is_ascii_uppercase() || c.is_ascii_digit() || c == '_';
+    (!key.is_empty() && key.chars().all(is_key)).then_some(index + 1)
+}

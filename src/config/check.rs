@@ -1,0 +1,372 @@
+//! The second step: ranges, defaults, and what goes together.
+
+use std::path::PathBuf;
+use std::str::FromStr;
+use std::time::Duration;
+
+use jiff::{Span, SpanRelativeTo};
+use log::LevelFilter;
+
+use super::{Collector, Config, Firefly, Flows, NamedPipe, raw};
+use crate::firefly;
+
+/// flowd-go's.
+const PID_PATH: &str = "/var/run/flowd-go.pid";
+/// flowd-go's.
+const WORK_DIR: &str = "/var/cache/flowd-go";
+const STATE_DIR: &str = "/var/lib/flowd";
+/// flowd's: what storage services write to.
+const PIPE_PATH: &str = "/var/run/flowd";
+const PIPE_MODE: u32 = 0o666;
+const MAX_FLOWS: i64 = 1_000_000;
+const MAX_AGE: Duration = Duration::from_secs(7 * 24 * 3600);
+
+/// A key with a value that will not do.
+pub struct CheckError {
+    pub key: String,
+    pub message: String,
+}
+
+type Result<T> = std::result::Result<T, CheckError>;
+
+fn error<T>(key: &str, message: impl Into<String>) -> Result<T> {
+    Err(CheckError {
+        key: key.to_owned(),
+        message: message.into(),
+    })
+}
+
+/// Gives every value its default and refuses those out of range.
+pub fn check(raw: raw::Raw) -> Result<Config> {
+    let mut notes = Vec::new();
+    let (plugins, backends) = (raw.plugins, raw.backends);
+    for (key, section) in [
+        ("plugins.api", &plugins.api),
+        ("plugins.firefly", &plugins.firefly),
+        ("plugins.perfsonar", &plugins.perfsonar),
+        ("plugins.iperf3", &plugins.iperf3),
+        ("plugins.netlink", &plugins.netlink),
+        ("plugins.netstat", &plugins.netstat),
+        ("backends.marker", &backends.marker),
+        ("backends.prometheus", &backends.prometheus),
+        ("enrichers", &raw.enrichers),
+    ] {
+        if section.is_some() {
+            return error(key, "not supported yet");
+        }
+    }
+    let named_pipe = plugins
+        .named_pipe
+        .map(|p| named_pipe(p, &mut notes))
+        .transpose()?;
+    if named_pipe.is_none() {
+        return error(
+            "plugins",
+            "no plugin is enabled, expected at least one (namedPipe)",
+        );
+    }
+    let firefly = backends.firefly.map(firefly).transpose()?;
+    if firefly.is_none() {
+        return error(
+            "backends",
+            "no backend is enabled, expected at least one (firefly)",
+        );
+    }
+    Ok(Config {
+        pid_path_given: raw.pid_path.is_some(),
+        pid_path: match raw.pid_path.as_deref() {
+            Some("") => None,
+            path => Some(PathBuf::from(path.unwrap_or(PID_PATH))),
+        },
+        work_dir: path("workDir", raw.work_dir, WORK_DIR)?,
+        state_dir: path("stateDir", raw.state_dir, STATE_DIR)?,
+        log_level: match raw.log_level {
+            Some(level) => log_level(&level).or_else(|message| error("logLevel", message))?,
+            None => LevelFilter::Info,
+        },
+        flows: Flows {
+            max_flows: range(
+                "flows.maxFlows",
+                raw.flows.max_flows,
+                MAX_FLOWS,
+                1,
+                100_000_000,
+            )?,
+            max_age: match raw.flows.max_age {
+                Some(text) => duration("flows.maxAge", &text)?,
+                None => MAX_AGE,
+            },
+        },
+        named_pipe,
+        firefly,
+        notes,
+    })
+}
+
+fn named_pipe(raw: raw::NamedPipe, notes: &mut Vec<String>) -> Result<NamedPipe> {
+    for (key, value) in [("maxReaders", raw.max_readers), ("buffSize", raw.buff_size)] {
+        let key = format!("plugins.namedPipe.{key}");
+        if value.is_some() {
+            let _: u32 = range(&key, value, 1, 1, i64::from(u32::MAX))?;
+            notes.push(format!(
+                "{key} has no effect: the pipe is read in large blocks, lines of any number at once"
+            ));
+        }
+    }
+    let mode = match raw.mode {
+        Some(text) => octal("plugins.namedPipe.mode", &text)?,
+        None => PIPE_MODE,
+    };
+    if raw.group.as_deref() == Some("") {
+        return error(
+            "plugins.namedPipe.group",
+            "empty, expected the name or the id of a group",
+        );
+    }
+    Ok(NamedPipe {
+        path: path("plugins.namedPipe.pipePath", raw.pipe_path, PIPE_PATH)?,
+        mode,
+        group: raw.group,
+    })
+}
+
+fn firefly(raw: raw::Firefly) -> Result<Firefly> {
+    let asked = [
+        ("enrich", raw.enrich == Some(true)),
+        ("enrichmentMode", raw.enrichment_mode.is_some()),
+        ("stun", raw.stun.is_some()),
+    ];
+    if let Some((key, _)) = asked.into_iter().find(|(_, asked)| *asked) {
+        return error(&format!("backends.firefly.{key}"), "not supported yet");
+    }
+    let port = |key: &str, value| {
+        let key = format!("backends.firefly.{key}");
+        range(&key, value, i64::from(firefly::PORT), 1, 65535)
+    };
+    let collector_port = port("collectorPort", raw.collector_port)?;
+    let host = raw
+        .collector_address
+        .unwrap_or_else(|| "127.0.0.1".to_owned());
+    let bare = host
+        .strip_prefix('[')
+        .and_then(|h| h.strip_suffix(']'))
+        .unwrap_or(&host);
+    if bare.is_empty() || bare.contains(|c: char| c.is_whitespace() || c.is_control()) {
+        let message = format!(
+            "\"{}\" is neither an address nor a host name",
+            host.escape_debug()
+        );
+        return error("backends.firefly.collectorAddress", message);
+    }
+    Ok(Firefly {
+        destination_port: port("destinationPort", raw.destination_port)?,
+        prepend_syslog: raw.prepend_syslog.unwrap_or(true),
+        collector: raw.send_to_collector.unwrap_or(false).then(|| Collector {
+            host: bare.to_owned(),
+            port: collector_port,
+        }),
+    })
+}
+
+fn range<T: TryFrom<i64>>(
+    key: &str,
+    value: Option<i64>,
+    default: i64,
+    least: i64,
+    most: i64,
+) -> Result<T> {
+    let value = value.unwrap_or(default);
+    match T::try_from(value) {
+        Ok(number) if (least..=most).contains(&value) => Ok(number),
+        _ => error(
+            key,
+            format!("{value} is out of range, expected {least} to {most}"),
+        ),
+    }
+}
+
+fn path(key: &str, value: Option<String>, default: &str) -> Result<PathBuf> {
+    match value.as_deref() {
+        Some("") => error(key, "empty, expected a path"),
+        value => Ok(PathBuf::from(value.unwrap_or(default))),
+    }
+}
+
+/// Permissions as `chmod` takes them; YAML's own `0o666` too.
+fn octal(key: &str, text: &str) -> Result<u32> {
+    let digits = text.strip_prefix("0o").unwrap_or(text);
+    match u32::from_str_radix(digits, 8) {
+        Ok(mode) if mode <= 0o777 && !digits.starts_with('+') => Ok(mode),
+        _ => error(
+            key,
+            format!(
+                "\"{}\" is no file mode, expected octal digits, 0000 to 0777",
+                text.escape_debug()
+            ),
+        ),
+    }
+}
+
+/// `7d`, `36h`, `90 min`, or seconds without a unit.
+fn duration(key: &str, text: &str) -> Result<Duration> {
+    let seconds = match text.parse::<u64>() {
+        Ok(seconds) => Some(seconds),
+        Err(_) => Span::from_str(text)
+            .and_then(|span| span.to_duration(SpanRelativeTo::days_are_24_hours()))
+            .ok()
+            .and_then(|duration| u64::try_from(duration.as_secs()).ok()),
+    };
+    match seconds {
+        Some(seconds @ 1..=3_155_760_000) => Ok(Duration::from_secs(seconds)),
+        _ => error(
+            key,
+            format!(
+                "\"{}\" is no time span of 1s to 100 years, expected for example 7d, 36h, 90min or seconds",
+                text.escape_debug()
+            ),
+        ),
+    }
+}
+
+/// `error`, `warn`, `info`, `debug` or `trace`, in any case.
+pub fn log_level(word: &str) -> std::result::Result<LevelFilter, String> {
+    match LevelFilter::from_str(word) {
+        Ok(level) if level != LevelFilter::Off => Ok(level),
+        _ => Err(format!(
+            "\"{}\" is no log level, expected error, warn, info, debug or trace",
+            word.escape_debug()
+        )),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+    use std::time::Duration;
+
+    use super::*;
+
+    fn parse(text: &str) -> std::result::Result<Config, String> {
+        Config::parse(text, Path::new("f")).map_err(|e| e.to_string())
+    }
+
+    const LEAST: &str = "plugins:\n  namedPipe:\nbackends:\n  firefly: {}\n";
+
+    #[test]
+    fn defaults_are_those_of_the_peers() {
+        let config = parse(LEAST).unwrap();
+        assert_eq!(config.pid_path, Some("/var/run/flowd-go.pid".into()));
+        assert_eq!(config.work_dir, Path::new("/var/cache/flowd-go"));
+        assert_eq!(config.state_dir, Path::new("/var/lib/flowd"));
+        assert_eq!(config.flows.max_flows, 1_000_000);
+        assert_eq!(config.flows.max_age, Duration::from_secs(604_800));
+        let pipe = config.named_pipe.unwrap();
+        assert_eq!(
+            (pipe.path.as_path(), pipe.mode),
+            (Path::new("/var/run/flowd"), 0o666)
+        );
+        let firefly = config.firefly.unwrap();
+        assert_eq!(
+            (firefly.destination_port, firefly.prepend_syslog),
+            (10514, true)
+        );
+        assert_eq!(firefly.collector, None);
+    }
+
+    #[test]
+    fn values_are_read() {
+        let config = parse(
+            "logLevel: Debug\npidPath: ''\nflows: {maxFlows: 5, maxAge: 1d 12h}\n\
+             plugins: {namedPipe: {mode: 0o620, group: 0, pipePath: p, maxReaders: 5}}\n\
+             backends: {firefly: {sendToCollector: true, collectorAddress: '[::1]', collectorPort: 7, enrich: false}}\n",
+        )
+        .unwrap();
+        assert_eq!(
+            (config.log_level, config.pid_path),
+            (LevelFilter::Debug, None)
+        );
+        assert_eq!(
+            config.flows,
+            Flows {
+                max_flows: 5,
+                max_age: Duration::from_secs(36 * 3600)
+            }
+        );
+        let pipe = config.named_pipe.unwrap();
+        assert_eq!((pipe.mode, pipe.group.as_deref()), (0o620, Some("0")));
+        let collector = config.firefly.unwrap().collector.unwrap();
+        assert_eq!((collector.host.as_str(), collector.port), ("::1", 7));
+        assert_eq!(config.notes.len(), 1);
+    }
+
+    #[test]
+    fn each_error_names_line_key_and_what_was_expected() {
+        for (text, expected) in [
+            (
+                "",
+                "f: plugins: no plugin is enabled, expected at least one (namedPipe)",
+            ),
+            (
+                "plugins: {namedPipe: }\n",
+                "f: backends: no backend is enabled, expected at least one (firefly)",
+            ),
+            (
+                "plugins:\n  marker: {}\n",
+                "f:2:3: plugins.marker: unknown key, expected one of namedPipe, api, firefly, perfsonar, iperf3, netlink, netstat",
+            ),
+            (
+                "plugins:\n  api:\n    bindPort: 3\n",
+                "f:3:5: plugins.api: not supported yet",
+            ),
+            (
+                "backends: {marker: {}}\n",
+                "f:1:20: backends.marker: not supported yet",
+            ),
+            (
+                "plugins: {namedPipe: {mode: 999}}\n",
+                "f:1:29: plugins.namedPipe.mode: \"999\" is no file mode, expected octal digits, 0000 to 0777",
+            ),
+            (
+                "plugins: {namedPipe: {mode: 1777}}\n",
+                "f:1:29: plugins.namedPipe.mode: \"1777\" is no file mode, expected octal digits, 0000 to 0777",
+            ),
+            (
+                "plugins: {namedPipe: {buffSize: 0}}\n",
+                "f:1:33: plugins.namedPipe.buffSize: 0 is out of range, expected 1 to 4294967295",
+            ),
+            (
+                "plugins: {namedPipe: }\nbackends:\n  firefly:\n    collectorPort: 65536\n",
+                "f:4:20: backends.firefly.collectorPort: 65536 is out of range, expected 1 to 65535",
+            ),
+            (
+                "plugins: {namedPipe: }\nbackends: {firefly: {stun: {}}}\n",
+                "f:2:28: backends.firefly.stun: not supported yet",
+            ),
+            (
+                "plugins: {namedPipe: }\nbackends: {firefly: {enrich: true}}\n",
+                "f:2:30: backends.firefly.enrich: not supported yet",
+            ),
+            (
+                "# flowd\nPLUGIN='np_api'\n",
+                "f:2:1: this is a KEY=value file of Python flowd, which is not supported yet: expected YAML",
+            ),
+            (
+                "pidPath: 'x\n",
+                "f:2:1: pidPath: found unexpected end of stream, while scanning a quoted scalar",
+            ),
+        ] {
+            assert_eq!(parse(text).unwrap_err(), expected, "{text}");
+        }
+        for (line, key) in [
+            ("flows: {maxFlows: 0}", "flows.maxFlows"),
+            ("flows: {maxAge: soon}", "flows.maxAge"),
+            ("flows: {maxAge: 0}", "flows.maxAge"),
+            ("logLevel: loud", "logLevel"),
+            ("logLevel: off", "logLevel"),
+            ("stateDir: ''", "stateDir"),
+        ] {
+            let error = parse(&format!("{LEAST}{line}\n")).unwrap_err();
+            assert!(error.starts_with("f:5:") && error.contains(key), "{error}");
+        }
+    }
+}

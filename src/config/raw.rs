@@ -1,0 +1,122 @@
+//! The YAML as it stands in the file: every key optional, no unknown key, no meaning yet.
+
+use serde::{Deserialize, Deserializer};
+use serde_yaml::Value;
+
+/// The whole file.
+#[derive(Debug, Default, Deserialize)]
+#[serde(
+    default,
+    deny_unknown_fields,
+    rename_all = "camelCase",
+    expecting = "a mapping of settings (plugins, backends, …)"
+)]
+pub struct Raw {
+    pub pid_path: Option<String>,
+    pub work_dir: Option<String>,
+    pub state_dir: Option<String>,
+    pub log_level: Option<String>,
+    pub flows: Flows,
+    pub plugins: Plugins,
+    pub backends: Backends,
+    pub enrichers: Option<Value>,
+}
+
+/// `flows`
+#[derive(Debug, Default, Deserialize)]
+#[serde(
+    default,
+    deny_unknown_fields,
+    rename_all = "camelCase",
+    expecting = "a mapping"
+)]
+pub struct Flows {
+    pub max_flows: Option<i64>,
+    pub max_age: Option<String>,
+}
+
+/// `plugins`
+#[derive(Debug, Default, Deserialize)]
+#[serde(
+    default,
+    deny_unknown_fields,
+    rename_all = "camelCase",
+    expecting = "a mapping of plugins"
+)]
+pub struct Plugins {
+    #[serde(deserialize_with = "section")]
+    pub named_pipe: Option<NamedPipe>,
+    #[serde(deserialize_with = "section")]
+    pub api: Option<Value>,
+    #[serde(deserialize_with = "section")]
+    pub firefly: Option<Value>,
+    #[serde(deserialize_with = "section")]
+    pub perfsonar: Option<Value>,
+    #[serde(deserialize_with = "section")]
+    pub iperf3: Option<Value>,
+    #[serde(deserialize_with = "section")]
+    pub netlink: Option<Value>,
+    #[serde(deserialize_with = "section")]
+    pub netstat: Option<Value>,
+}
+
+/// `plugins.namedPipe`
+#[derive(Debug, Default, Deserialize)]
+#[serde(
+    default,
+    deny_unknown_fields,
+    rename_all = "camelCase",
+    expecting = "a mapping"
+)]
+pub struct NamedPipe {
+    pub max_readers: Option<i64>,
+    pub buff_size: Option<i64>,
+    pub pipe_path: Option<String>,
+    pub mode: Option<String>,
+    pub group: Option<String>,
+}
+
+/// `backends`
+#[derive(Debug, Default, Deserialize)]
+#[serde(
+    default,
+    deny_unknown_fields,
+    rename_all = "camelCase",
+    expecting = "a mapping of backends"
+)]
+pub struct Backends {
+    #[serde(deserialize_with = "section")]
+    pub firefly: Option<Firefly>,
+    #[serde(deserialize_with = "section")]
+    pub marker: Option<Value>,
+    #[serde(deserialize_with = "section")]
+    pub prometheus: Option<Value>,
+}
+
+/// `backends.firefly`
+#[derive(Debug, Default, Deserialize)]
+#[serde(
+    default,
+    deny_unknown_fields,
+    rename_all = "camelCase",
+    expecting = "a mapping"
+)]
+pub struct Firefly {
+    pub destination_port: Option<i64>,
+    pub prepend_syslog: Option<bool>,
+    pub send_to_collector: Option<bool>,
+    pub collector_address: Option<String>,
+    pub collector_port: Option<i64>,
+    pub enrich: Option<bool>,
+    pub enrichment_mode: Option<Value>,
+    pub stun: Option<Value>,
+}
+
+/// A plugin or backend that is named is wanted, also with nothing behind its colon.
+fn section<'de, D, T>(deserializer: D) -> Result<Option<T>, D::Error>
+where
+    D: Deserializer<'de>,
+    T: Deserialize<'de> + Default,
+{
+    Ok(Some(Option::deserialize(deserializer)?.unwrap_or_default()))
+}

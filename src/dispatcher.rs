@@ -1,0 +1,182 @@
+//! The one thread between plugins and backends. It owns the table of open flows and its journal.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{Duration, Instant};
+
+use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, TrySendError};
+use jiff::Timestamp;
+use log::Level;
+use prometheus::{IntCounter, IntGauge};
+
+use crate::flow::{FlowEvent, State};
+use crate::flow_table::{FlowTable, Step};
+use crate::journal::{self, Journal};
+use crate::log_limit::LogLimit;
+use crate::metrics::{Metrics, Outcomes, Queue};
+
+const TICK: Duration = Duration::from_secs(1);
+/// The most events that share a write to the journal.
+const BATCH: usize = 512;
+
+/// A backend's end of things: its channel and what is known of its length.
+pub struct Output {
+    /// Where its events go.
+    pub channel: Sender<Arc<FlowEvent>>,
+    /// Depth and high-water mark of the channel.
+    pub queue: Queue,
+}
+
+/// A sign of life that the watchdog looks at.
+#[derive(Clone, Default)]
+pub struct Heartbeat(Arc<AtomicU64>);
+
+impl Heartbeat {
+    fn beat(&self) {
+        self.0.fetch_add(1, Ordering::Relaxed);
+    }
+
+    /// How often the heart has beaten: at least once a second in good health.
+    pub fn beats(&self) -> u64 {
+        self.0.load(Ordering::Relaxed)
+    }
+}
+
+/// The dispatcher, ready to run.
+pub struct Dispatcher {
+    table: FlowTable,
+    journal: Journal,
+    outputs: Vec<Output>,
+    max_age: Duration,
+    heartbeat: Heartbeat,
+    counters: Outcomes<Step>,
+    flows_open: IntGauge,
+    ongoing_dropped: IntCounter,
+    queue: Queue,
+    refused: LogLimit,
+    /// Lines for the journal and events for the backends, of the batch at hand.
+    lines: Vec<u8>,
+    passed: Vec<Arc<FlowEvent>>,
+}
+
+impl Dispatcher {
+    /// `table` holds the flows that `journal` says are open.
+    pub fn new(
+        table: FlowTable,
+        journal: Journal,
+        outputs: Vec<Output>,
+        max_age: Duration,
+        metrics: &Metrics,
+    ) -> Dispatcher {
+        let dispatcher = Dispatcher {
+            table,
+            journal,
+            outputs,
+            max_age,
+            heartbeat: Heartbeat::default(),
+            counters: metrics.dispatcher(),
+            flows_open: metrics.flows_open.clone(),
+            ongoing_dropped: metrics.ongoing_dropped.clone(),
+            queue: metrics.queue("dispatcher"),
+            refused: LogLimit::new(Level::Error, "flows refused because of flows.maxFlows"),
+            lines: Vec::new(),
+            passed: Vec::new(),
+        };
+        dispatcher.flows_open.set(dispatcher.table.len() as i64);
+        dispatcher
+    }
+
+    /// What the watchdog looks at.
+    pub fn heartbeat(&self) -> Heartbeat {
+        self.heartbeat.clone()
+    }
+
+    /// Runs until every plugin has dropped its sender and the channel is empty.
+    pub fn run(mut self, events: &Receiver<FlowEvent>) {
+        let mut ticked = Instant::now();
+        loop {
+            let first = match events.recv_timeout(TICK) {
+                Ok(event) => Some(event),
+                Err(RecvTimeoutError::Timeout) => None,
+                Err(RecvTimeoutError::Disconnected) => break,
+            };
+            self.queue
+                .observe(events.len() + usize::from(first.is_some()));
+            let time = Timestamp::now();
+            for event in first.into_iter().chain(events.try_iter()).take(BATCH) {
+                self.step(event, time);
+            }
+            let now = Instant::now();
+            if now.duration_since(ticked) >= TICK {
+                ticked = now;
+                self.expire(time);
+                self.refused.tick(now);
+            }
+            self.pass_on(now);
+            self.journal.tend(&self.table, now);
+            self.heartbeat.beat();
+        }
+        self.refused.flush();
+    }
+
+    fn step(&mut self, mut event: FlowEvent, now: Timestamp) {
+        let step = self.table.step(&mut event, now);
+        self.note(step, event);
+    }
+
+    fn expire(&mut self, now: Timestamp) {
+        for event in self.table.expire(now, self.max_age) {
+            self.note(Step::Expired, event);
+        }
+    }
+
+    fn note(&mut self, step: Step, event: FlowEvent) {
+        self.counters.add(step);
+        log::debug!(
+            "{step:?}: {} tag {} from {}",
+            event.flow,
+            event.tag(),
+            event.origin.as_str()
+        );
+        if step.opens() {
+            if let Some(open) = self.table.get(&event.flow) {
+                journal::encode_open(&mut self.lines, &event.flow, open);
+            }
+        } else if step.closes() {
+            journal::encode_close(&mut self.lines, &event.flow);
+        } else if step == Step::Refused {
+            let (flow, open) = (&event.flow, self.table.len());
+            self.refused.log(Instant::now(), || {
+                format!(
+                    "{flow} refused: {open} flows are open, which is the limit (flows.maxFlows)"
+                )
+            });
+        }
+        if step.passes() {
+            self.passed.push(Arc::new(event));
+        }
+    }
+
+    /// The journal first: a flow whose start was sent is open after a crash, and its start is not sent
+    /// again.
+    fn pass_on(&mut self, now: Instant) {
+        self.journal.append(&self.lines, now);
+        self.lines.clear();
+        self.flows_open.set(self.table.len() as i64);
+        for event in self.passed.drain(..) {
+            for output in &self.outputs {
+                // A backend that has ended takes the daemon down by other ways.
+                if event.state != State::Ongoing {
+                    let _ = output.channel.send(Arc::clone(&event));
+                } else if let Err(TrySendError::Full(_)) =
+                    output.channel.try_send(Arc::clone(&event))
+                {
+                    self.ongoing_dropped.inc();
+                }
+            }
+        }
+        for output in &self.outputs {
+            output.queue.observe(output.channel.len());
+        }
+    }
+}

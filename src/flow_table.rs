@@ -1,0 +1,392 @@
+//! The table of open flows: what each flow event means, given what is open. No I/O, no clock.
+
+use std::collections::HashMap;
+use std::collections::hash_map::Entry;
+use std::sync::Arc;
+use std::time::Duration;
+
+use jiff::Timestamp;
+
+use crate::flow::{Flow, FlowEvent, Origin, State, Tag};
+use crate::metrics::outcomes;
+
+outcomes! {
+    /// What the table made of an event.
+    pub enum Step {
+        /// A start of a flow that was not open.
+        Started = "started",
+        /// A start of an open flow with another tag.
+        Retagged = "retagged",
+        /// A start of an open flow with the same tag: dropped.
+        Duplicate = "duplicate",
+        /// News of an open flow.
+        Ongoing = "ongoing",
+        /// News with a tag of a flow that was not open: it is now.
+        OpenedByOngoing = "opened_by_ongoing",
+        /// News without a tag of a flow that is not open: dropped.
+        OngoingUnknown = "ongoing_unknown",
+        /// The end of an open flow.
+        Ended = "ended",
+        /// The end of a flow that was not open.
+        EndedUnmatched = "ended_unmatched",
+        /// A flow older than `flows.maxAge`, ended by the daemon.
+        Expired = "expired",
+        /// A start beyond `flows.maxFlows`: dropped.
+        Refused = "refused_table_full",
+    }
+}
+
+impl Step {
+    /// Whether the backends get the event.
+    pub fn passes(self) -> bool {
+        !matches!(self, Step::Duplicate | Step::OngoingUnknown | Step::Refused)
+    }
+
+    /// Whether the flow is open with a new tag, so that the journal has to say it.
+    pub fn opens(self) -> bool {
+        matches!(self, Step::Started | Step::Retagged | Step::OpenedByOngoing)
+    }
+
+    /// Whether an open flow was closed.
+    pub fn closes(self) -> bool {
+        matches!(self, Step::Ended | Step::Expired)
+    }
+}
+
+/// What is kept of an open flow.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct OpenFlow {
+    /// Experiment and activity.
+    pub tag: Tag,
+    /// Which way the flow came in.
+    pub origin: Origin,
+    /// When it was entered here, in seconds since 1970; its age counts from here, as the start time is
+    /// what a producer says.
+    pub opened: u32,
+    /// When it began, in microseconds since 1970.
+    start_micros: i64,
+    /// Name and version of the program that moves the data.
+    pub application: Option<Arc<str>>,
+}
+
+impl OpenFlow {
+    /// A flow that began at `start` and was entered at `opened` seconds since 1970.
+    pub fn new(
+        tag: Tag,
+        origin: Origin,
+        start: Timestamp,
+        opened: u32,
+        application: Option<Arc<str>>,
+    ) -> OpenFlow {
+        OpenFlow {
+            tag,
+            origin,
+            opened,
+            start_micros: start.as_microsecond(),
+            application,
+        }
+    }
+
+    /// When the flow began.
+    pub fn start_time(&self) -> Timestamp {
+        Timestamp::from_microsecond(self.start_micros).unwrap_or(Timestamp::UNIX_EPOCH)
+    }
+}
+
+/// Seconds since 1970, as [`OpenFlow::opened`] counts them.
+pub fn seconds(time: Timestamp) -> u32 {
+    u32::try_from(time.as_second()).unwrap_or(0)
+}
+
+/// The open flows, at most `max_flows` of them.
+pub struct FlowTable {
+    flows: HashMap<Flow, OpenFlow>,
+    max_flows: usize,
+}
+
+impl FlowTable {
+    /// An empty table.
+    pub fn new(max_flows: usize) -> FlowTable {
+        FlowTable {
+            flows: HashMap::new(),
+            max_flows,
+        }
+    }
+
+    /// Enters a flow that was open when the daemon last ran, beyond `max_flows` if need be.
+    pub fn restore(&mut self, flow: Flow, open: OpenFlow) {
+        self.flows.insert(flow, open);
+    }
+
+    /// Removes a restored flow that the journal closes again.
+    pub fn forget(&mut self, flow: &Flow) {
+        self.flows.remove(flow);
+    }
+
+    /// How many flows are open.
+    pub fn len(&self) -> usize {
+        self.flows.len()
+    }
+
+    /// Whether no flow is open.
+    pub fn is_empty(&self) -> bool {
+        self.flows.is_empty()
+    }
+
+    /// What is known of an open flow.
+    pub fn get(&self, flow: &Flow) -> Option<&OpenFlow> {
+        self.flows.get(flow)
+    }
+
+    /// Every open flow, in no order.
+    pub fn iter(&self) -> impl Iterator<Item = (&Flow, &OpenFlow)> {
+        self.flows.iter()
+    }
+
+    /// Applies an event and completes it with what is known of its flow: tag, start time,
+    /// application.
+    pub fn step(&mut self, event: &mut FlowEvent, now: Timestamp) -> Step {
+        match event.state {
+            State::Start => self.start(event, now),
+            State::Ongoing => self.ongoing(event, now),
+            State::End => self.end(event),
+        }
+    }
+
+    fn start(&mut self, event: &mut FlowEvent, now: Timestamp) -> Step {
+        let full = self.flows.len() >= self.max_flows;
+        match self.flows.entry(event.flow) {
+            Entry::Occupied(mut entry) => {
+                let open = entry.get_mut();
+                if open.tag == event.tag() {
+                    return Step::Duplicate;
+                }
+                open.tag = event.tag();
+                if event.application.is_some() {
+                    open.application.clone_from(&event.application);
+                }
+                complete(event, open);
+                Step::Retagged
+            }
+            Entry::Vacant(_) if full => Step::Refused,
+            Entry::Vacant(entry) => {
+                entry.insert(OpenFlow::new(
+                    event.tag(),
+                    event.origin,
+                    event.start_time(),
+                    seconds(now),
+                    event.application.clone(),
+                ));
+                event.start_time = Some(event.start_time());
+                event.tag = Some(event.tag());
+                Step::Started
+            }
+        }
+    }
+
+    fn ongoing(&mut self, event: &mut FlowEvent, now: Timestamp) -> Step {
+        if let Some(open) = self.flows.get(&event.flow) {
+            complete(event, open);
+            return Step::Ongoing;
+        }
+        if event.tag.is_none() {
+            return Step::OngoingUnknown;
+        }
+        match self.start(event, now) {
+            Step::Started => Step::OpenedByOngoing,
+            other => other,
+        }
+    }
+
+    fn end(&mut self, event: &mut FlowEvent) -> Step {
+        match self.flows.remove(&event.flow) {
+            Some(open) => {
+                complete(event, &open);
+                Step::Ended
+            }
+            None => {
+                event.tag = Some(event.tag());
+                event.start_time = Some(event.start_time());
+                Step::EndedUnmatched
+            }
+        }
+    }
+
+    /// Ends every flow that was entered more than `max_age` ago.
+    pub fn expire(&mut self, now: Timestamp, max_age: Duration) -> Vec<FlowEvent> {
+        let limit = u64::from(seconds(now)).saturating_sub(max_age.as_secs());
+        let old = |_: &Flow, open: &mut OpenFlow| u64::from(open.opened) < limit;
+        let end = |(flow, open): (Flow, OpenFlow)| FlowEvent {
+            state: State::End,
+            flow,
+            tag: Some(open.tag),
+            time: now,
+            start_time: Some(open.start_time()),
+            application: open.application,
+            usage: None,
+            origin: open.origin,
+        };
+        self.flows.extract_if(old).map(end).collect()
+    }
+}
+
+/// The tag and the first start time of the table hold; an application that the event brings is newer than the table's.
+fn complete(event: &mut FlowEvent, open: &OpenFlow) {
+    event.tag = Some(open.tag);
+    event.start_time = Some(open.start_time());
+    if event.application.is_none() {
+        event.application.clone_from(&open.application);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::flow::Protocol;
+    use proptest::prelude::*;
+
+    fn at(second: i64) -> Timestamp {
+        Timestamp::from_second(second).unwrap()
+    }
+
+    fn event(state: State, port: u16, tag: Option<(u16, u16)>, second: i64) -> FlowEvent {
+        let end = |n: u8| ([192, 0, 2, n].into(), port);
+        FlowEvent {
+            state,
+            flow: Flow::new(Protocol::Tcp, end(1), end(2)).unwrap(),
+            tag: tag.map(|(experiment, activity)| Tag {
+                experiment,
+                activity,
+            }),
+            time: at(second),
+            start_time: None,
+            application: None,
+            usage: None,
+            origin: Origin::NamedPipe,
+        }
+    }
+
+    fn apply(table: &mut FlowTable, mut event: FlowEvent) -> (Step, FlowEvent) {
+        let now = event.time;
+        (table.step(&mut event, now), event)
+    }
+
+    #[test]
+    fn a_repeated_start_is_dropped_and_another_tag_keeps_the_first_start_time() {
+        let mut table = FlowTable::new(10);
+        assert_eq!(
+            apply(&mut table, event(State::Start, 1, Some((2, 9)), 5)).0,
+            Step::Started
+        );
+        assert_eq!(
+            apply(&mut table, event(State::Start, 1, Some((2, 9)), 6)).0,
+            Step::Duplicate
+        );
+        let (step, retag) = apply(&mut table, event(State::Start, 1, Some((2, 10)), 7));
+        assert_eq!((step, retag.start_time()), (Step::Retagged, at(5)));
+        let (step, end) = apply(&mut table, event(State::End, 1, Some((10, 2)), 8));
+        assert_eq!(step, Step::Ended);
+        assert_eq!(
+            (end.tag(), end.start_time(), end.time),
+            (retag.tag(), at(5), at(8))
+        );
+        assert!(table.is_empty());
+    }
+
+    #[test]
+    fn an_end_of_an_unknown_flow_passes_with_its_own_time_as_start() {
+        let mut table = FlowTable::new(10);
+        let (step, end) = apply(&mut table, event(State::End, 1, None, 8));
+        assert_eq!((step, end.start_time), (Step::EndedUnmatched, Some(at(8))));
+        assert_eq!(end.tag, Some(Tag::default()));
+    }
+
+    #[test]
+    fn news_is_completed_opens_with_a_tag_and_is_dropped_without() {
+        let mut table = FlowTable::new(10);
+        assert_eq!(
+            apply(&mut table, event(State::Ongoing, 1, None, 1)).0,
+            Step::OngoingUnknown
+        );
+        let (step, _) = apply(&mut table, event(State::Ongoing, 1, Some((3, 3)), 2));
+        assert_eq!(step, Step::OpenedByOngoing);
+        let (step, news) = apply(&mut table, event(State::Ongoing, 1, None, 3));
+        assert_eq!((step, news.start_time()), (Step::Ongoing, at(2)));
+        assert_eq!(
+            news.tag(),
+            Tag {
+                experiment: 3,
+                activity: 3
+            }
+        );
+    }
+
+    #[test]
+    fn a_full_table_refuses_starts_and_nothing_else() {
+        let mut table = FlowTable::new(1);
+        apply(&mut table, event(State::Start, 1, Some((1, 1)), 1));
+        assert_eq!(
+            apply(&mut table, event(State::Start, 2, Some((1, 1)), 1)).0,
+            Step::Refused
+        );
+        assert_eq!(
+            apply(&mut table, event(State::Start, 1, Some((1, 2)), 1)).0,
+            Step::Retagged
+        );
+        assert_eq!(
+            apply(&mut table, event(State::End, 1, None, 1)).0,
+            Step::Ended
+        );
+        assert_eq!(
+            apply(&mut table, event(State::Start, 2, Some((1, 1)), 1)).0,
+            Step::Started
+        );
+    }
+
+    #[test]
+    fn only_flows_past_the_age_expire() {
+        let mut table = FlowTable::new(10);
+        apply(&mut table, event(State::Start, 1, Some((1, 1)), 100));
+        apply(&mut table, event(State::Start, 2, Some((1, 1)), 150));
+        let ended = table.expire(at(161), Duration::from_secs(60));
+        assert_eq!(ended.len(), 1);
+        assert_eq!(
+            (ended[0].state, ended[0].start_time()),
+            (State::End, at(100))
+        );
+        assert_eq!(table.len(), 1);
+        assert!(table.expire(at(161), Duration::MAX).is_empty());
+    }
+
+    proptest! {
+        /// Whatever comes, the table holds exactly the flows whose last start was not followed by an
+        /// end, and never more than it may.
+        #[test]
+        fn the_table_agrees_with_a_simple_model(
+            events in proptest::collection::vec((0u8..3, 1u16..6, proptest::option::of(1u16..3)), 0..80)
+        ) {
+            let mut table = FlowTable::new(4);
+            let mut model = std::collections::BTreeMap::new();
+            for (second, (state, port, tag)) in events.into_iter().enumerate() {
+                let state = [State::Start, State::Ongoing, State::End][usize::from(state)];
+                let tag = tag.map(|t| (t, t));
+                let (step, out) = apply(&mut table, event(state, port, tag, second as i64));
+                match state {
+                    State::End => { model.remove(&port); }
+                    State::Ongoing if tag.is_none() => {}
+                    _ if model.contains_key(&port) || model.len() < 4 => {
+                        model.entry(port).or_insert(second as i64);
+                    }
+                    _ => prop_assert_eq!(step, Step::Refused),
+                }
+                if step.passes() {
+                    prop_assert!(out.tag.is_some() && out.start_time.is_some());
+                }
+                prop_assert_eq!(table.len(), model.len());
+            }
+            for (flow, open) in table.iter() {
+                prop_assert_eq!(at(model[&flow.source.port]), open.start_time());
+            }
+        }
+    }
+}

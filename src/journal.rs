@@ -1,0 +1,478 @@
+//! The journal of open flows: a text file to which every opened and closed flow is appended, so that
+//! flows that are open stay open over a crash, a kill or an upgrade.
+//!
+//! ```text
+//! flowd-rs journal 1
+//! + <start, µs since 1970> <entered, s since 1970> named_pipe tcp 192.0.2.1 443 192.0.2.2 5000 2 9 "application"
+//! - tcp 192.0.2.1 443 192.0.2.2 5000
+//! ```
+//!
+//! The application is a JSON string and may be absent. Appends are not synced to the disk: what the
+//! kernel has survives the daemon, and a host that goes down takes the flows with it.
+
+use std::fs::{self, File, OpenOptions};
+use std::io::{self, BufRead, BufReader, BufWriter, Write};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use jiff::Timestamp;
+use log::Level;
+
+use crate::flow::{Flow, Origin, Protocol, Tag};
+use crate::flow_table::{FlowTable, OpenFlow};
+use crate::log_limit::LogLimit;
+use crate::metrics::{Metrics, Outcomes, outcomes};
+
+const HEADER: &str = "flowd-rs journal 1";
+/// Below this size the journal is never rewritten while the daemon runs.
+const SMALL: u64 = 16 << 20;
+/// How long a journal that could not be written is left alone.
+const RETRY: Duration = Duration::from_secs(5);
+
+outcomes! {
+    enum Written {
+        Done = "done",
+        Failed = "failed",
+        Rewritten = "rewritten",
+    }
+}
+
+/// One line of the journal.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Record {
+    /// A flow was opened or retagged.
+    Open(Flow, OpenFlow),
+    /// A flow was closed.
+    Close(Flow),
+}
+
+/// Appends the line of an opened flow to `out`.
+pub fn encode_open(out: &mut Vec<u8>, flow: &Flow, open: &OpenFlow) {
+    // Writing to a Vec cannot fail, here and below.
+    let _ = write!(
+        out,
+        "+ {} {} {} ",
+        open.start_time().as_microsecond(),
+        open.opened,
+        open.origin.as_str(),
+    );
+    encode_flow(out, flow);
+    let _ = write!(out, " {} {}", open.tag.experiment, open.tag.activity);
+    if let Some(application) = &open.application {
+        out.push(b' ');
+        let _ = serde_json::to_writer(&mut *out, &**application);
+    }
+    out.push(b'\n');
+}
+
+/// Appends the line of a closed flow to `out`.
+pub fn encode_close(out: &mut Vec<u8>, flow: &Flow) {
+    out.extend_from_slice(b"- ");
+    encode_flow(out, flow);
+    out.push(b'\n');
+}
+
+fn encode_flow(out: &mut Vec<u8>, flow: &Flow) {
+    let (source, destination) = (flow.source, flow.destination);
+    let _ = write!(
+        out,
+        "{} {} {} {} {}",
+        flow.protocol.as_str(),
+        source.address,
+        source.port,
+        destination.address,
+        destination.port
+    );
+}
+
+/// Reads one line without its newline.
+pub fn decode(line: &str) -> Option<Record> {
+    let (kind, rest) = line.split_once(' ')?;
+    match kind {
+        "+" => {
+            let mut fields = rest.splitn(11, ' ');
+            let start = Timestamp::from_microsecond(fields.next()?.parse().ok()?).ok()?;
+            let opened = fields.next()?.parse().ok()?;
+            let origin = Origin::from_word(fields.next()?)?;
+            let flow = decode_flow(&mut fields)?;
+            let tag = Tag {
+                experiment: fields.next()?.parse().ok()?,
+                activity: fields.next()?.parse().ok()?,
+            };
+            let application: Option<Arc<str>> = match fields.next() {
+                Some(json) => Some(serde_json::from_str::<String>(json).ok()?.into()),
+                None => None,
+            };
+            Some(Record::Open(
+                flow,
+                OpenFlow::new(tag, origin, start, opened, application),
+            ))
+        }
+        "-" => {
+            let mut fields = rest.split(' ');
+            let flow = decode_flow(&mut fields)?;
+            fields.next().is_none().then_some(Record::Close(flow))
+        }
+        _ => None,
+    }
+}
+
+fn decode_flow<'a>(fields: &mut impl Iterator<Item = &'a str>) -> Option<Flow> {
+    let protocol = Protocol::from_word(fields.next()?)?;
+    let source = (fields.next()?.parse().ok()?, fields.next()?.parse().ok()?);
+    let destination = (fields.next()?.parse().ok()?, fields.next()?.parse().ok()?);
+    Flow::new(protocol, source, destination).ok()
+}
+
+/// The journal's file. Only the dispatcher writes to it.
+pub struct Journal {
+    path: PathBuf,
+    file: File,
+    /// Bytes of whole lines in the file.
+    length: u64,
+    /// [`Journal::length`] after the last rewriting.
+    compact_length: u64,
+    /// Set while the file lacks events, with the time of the last attempt to rewrite it.
+    failed: Option<Instant>,
+    counters: Outcomes<Written>,
+    limit: LogLimit,
+}
+
+impl Journal {
+    /// Reads the journal in `state_dir` into `table`, rewrites it, and opens it for appending.
+    ///
+    /// Lines that cannot be read are skipped with a warning. A disk that is full is a warning too; any
+    /// other failure to open the file is an error.
+    pub fn open(state_dir: &Path, table: &mut FlowTable, metrics: &Metrics) -> io::Result<Journal> {
+        let path = state_dir.join("journal");
+        let length = match File::open(&path) {
+            Ok(file) => read(&path, file, table)?,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => 0,
+            Err(error) => return Err(error),
+        };
+        let file = OpenOptions::new().append(true).create(true).open(&path)?;
+        let mut journal = Journal {
+            path,
+            file,
+            length,
+            compact_length: length,
+            failed: None,
+            counters: metrics.journal(),
+            limit: LogLimit::new(Level::Error, "journal: failures"),
+        };
+        if let Err(error) = journal.rewrite(table) {
+            journal.fail(Instant::now(), &error);
+            // What follows the last whole line must not run into the next one.
+            let _ = journal.file.set_len(journal.length);
+        }
+        Ok(journal)
+    }
+
+    /// Where the journal lies.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Appends whole lines in one write. When the disk is full or broken the lines are not written;
+    /// they are made up for from the table as soon as it can be written again.
+    pub fn append(&mut self, lines: &[u8], now: Instant) {
+        if lines.is_empty() || self.failed.is_some() {
+            return;
+        }
+        match self.file.write_all(lines) {
+            Ok(()) => {
+                self.length += lines.len() as u64;
+                self.counters.add(Written::Done);
+            }
+            Err(error) => {
+                let _ = self.file.set_len(self.length);
+                self.fail(now, &error);
+            }
+        }
+    }
+
+    /// Rewrites the journal when more than half of it is of closed flows, or when it lacks events; to
+    /// be called after every batch and about once a second.
+    pub fn tend(&mut self, table: &FlowTable, now: Instant) {
+        self.limit.tick(now);
+        let due = match self.failed {
+            Some(last) => now.duration_since(last) >= RETRY,
+            None => self.length > SMALL && self.length > 2 * self.compact_length,
+        };
+        if !due {
+            return;
+        }
+        let had_failed = self.failed.is_some();
+        match self.rewrite(table) {
+            Ok(()) if had_failed => log::info!("journal {}: written again", self.path.display()),
+            Ok(()) => {}
+            Err(error) => {
+                // A journal that is only longer than need be is still good.
+                if had_failed {
+                    self.fail(now, &error);
+                } else {
+                    self.compact_length = self.length;
+                    log::warn!(
+                        "journal {}: cannot be rewritten: {error}",
+                        self.path.display()
+                    );
+                }
+            }
+        }
+    }
+
+    fn rewrite(&mut self, table: &FlowTable) -> io::Result<()> {
+        let new = self.path.with_extension("new");
+        let written = write_all(&new, table).and_then(|written| {
+            fs::rename(&new, &self.path)?;
+            Ok(written)
+        });
+        let (file, length) = written.inspect_err(|_| {
+            let _ = fs::remove_file(&new);
+        })?;
+        self.file = file;
+        self.length = length;
+        self.compact_length = length;
+        self.failed = None;
+        self.counters.add(Written::Rewritten);
+        Ok(())
+    }
+
+    fn fail(&mut self, now: Instant, error: &io::Error) {
+        self.failed = Some(now);
+        self.counters.add(Written::Failed);
+        let path = self.path.display();
+        self.limit.log(now, || {
+            format!(
+                "journal {path}: {error}; carrying on without it, flows opened now are forgotten if the daemon is killed before it can be written again"
+            )
+        });
+    }
+}
+
+/// Writes a journal of the open flows; what is returned is open for appending, with its length.
+fn write_all(path: &Path, table: &FlowTable) -> io::Result<(File, u64)> {
+    let file = OpenOptions::new()
+        .append(true)
+        .create(true)
+        .open(path)
+        .and_then(|file| file.set_len(0).map(|()| file))?;
+    let mut out = BufWriter::with_capacity(1 << 20, file);
+    let mut length = HEADER.len() as u64 + 1;
+    writeln!(out, "{HEADER}")?;
+    let mut line = Vec::new();
+    for (flow, open) in table.iter() {
+        line.clear();
+        encode_open(&mut line, flow, open);
+        length += line.len() as u64;
+        out.write_all(&line)?;
+    }
+    let file = out.into_inner().map_err(io::IntoInnerError::into_error)?;
+    file.sync_data()?;
+    Ok((file, length))
+}
+
+/// Returns the length of the part that ends with a newline.
+fn read(path: &Path, file: File, table: &mut FlowTable) -> io::Result<u64> {
+    let mut input = BufReader::with_capacity(1 << 20, file);
+    let mut line = Vec::new();
+    let (mut number, mut length, mut skipped) = (0u64, 0, 0u64);
+    let shown = path.display();
+    loop {
+        line.clear();
+        let n = input.read_until(b'\n', &mut line)?;
+        if n == 0 {
+            break;
+        }
+        number += 1;
+        let Some(text) = line.strip_suffix(b"\n") else {
+            log::warn!("journal {shown}: line {number} is torn, skipped");
+            break;
+        };
+        length += n as u64;
+        let record = std::str::from_utf8(text).ok();
+        if number == 1 {
+            if record != Some(HEADER) {
+                return set_aside(path);
+            }
+            continue;
+        }
+        match record.and_then(decode) {
+            Some(Record::Open(flow, open)) => table.restore(flow, open),
+            Some(Record::Close(flow)) => table.forget(&flow),
+            None => {
+                skipped += 1;
+                if skipped == 1 {
+                    log::warn!("journal {shown}: line {number} cannot be read, skipped");
+                }
+            }
+        }
+    }
+    if skipped > 1 {
+        log::warn!("journal {shown}: {skipped} lines in all cannot be read, skipped");
+    }
+    Ok(length)
+}
+
+/// A file that is no journal of this version is kept under another name.
+fn set_aside(path: &Path) -> io::Result<u64> {
+    let aside = path.with_extension(format!("unreadable.{}", Timestamp::now().as_second()));
+    fs::rename(path, &aside)?;
+    log::warn!(
+        "journal {}: does not begin with \"{HEADER}\", kept as {}; starting without open flows",
+        path.display(),
+        aside.display()
+    );
+    Ok(0)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::flow::{FlowEvent, State};
+    use proptest::prelude::*;
+
+    fn flow(port: u16) -> Flow {
+        let end = |n: u8| ([192, 0, 2, n].into(), port);
+        Flow::new(Protocol::Tcp, end(1), end(2)).unwrap()
+    }
+
+    fn open_flow() -> OpenFlow {
+        let start = Timestamp::from_microsecond(1_700_000_000_123_456).unwrap();
+        OpenFlow::new(
+            Tag {
+                experiment: 2,
+                activity: 9,
+            },
+            Origin::NamedPipe,
+            start,
+            1_700_000_001,
+            None,
+        )
+    }
+
+    fn reopen(dir: &Path) -> (Journal, FlowTable) {
+        let mut table = FlowTable::new(100);
+        let journal = Journal::open(dir, &mut table, &Metrics::new()).unwrap();
+        (journal, table)
+    }
+
+    #[test]
+    fn open_flows_come_back_and_closed_ones_do_not() {
+        let dir = tempfile::tempdir().unwrap();
+        let (mut journal, _) = reopen(dir.path());
+        let mut lines = Vec::new();
+        encode_open(&mut lines, &flow(1), &open_flow());
+        encode_open(&mut lines, &flow(2), &open_flow());
+        encode_close(&mut lines, &flow(1));
+        journal.append(&lines, Instant::now());
+        drop(journal);
+        let (_, table) = reopen(dir.path());
+        assert_eq!((table.len(), table.get(&flow(2))), (1, Some(&open_flow())));
+    }
+
+    #[test]
+    fn a_journal_cut_anywhere_gives_the_flows_of_its_whole_lines_and_takes_more() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("journal");
+        let mut whole = format!("{HEADER}\n").into_bytes();
+        let header = whole.len();
+        encode_open(&mut whole, &flow(1), &open_flow());
+        encode_open(&mut whole, &flow(2), &open_flow());
+        for cut in header..whole.len() {
+            fs::write(&path, &whole[..cut]).unwrap();
+            let lines = whole[header..cut].iter().filter(|&&b| b == b'\n').count();
+            let (mut journal, table) = reopen(dir.path());
+            assert_eq!(table.len(), lines);
+            let mut more = Vec::new();
+            encode_open(&mut more, &flow(3), &open_flow());
+            journal.append(&more, Instant::now());
+            assert_eq!(reopen(dir.path()).1.len(), lines + 1);
+        }
+    }
+
+    #[test]
+    fn garbage_between_good_lines_is_skipped() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut content = format!("{HEADER}\n+ garbage\n\0\0\0\n\n").into_bytes();
+        encode_open(&mut content, &flow(1), &open_flow());
+        fs::write(dir.path().join("journal"), content).unwrap();
+        assert_eq!(reopen(dir.path()).1.len(), 1);
+    }
+
+    #[test]
+    fn a_file_of_another_kind_is_kept_aside() {
+        let dir = tempfile::tempdir().unwrap();
+        fs::write(
+            dir.path().join("journal"),
+            "flowd-rs journal 99\nprecious\n",
+        )
+        .unwrap();
+        assert!(reopen(dir.path()).1.is_empty());
+        let kept = fs::read_dir(dir.path()).unwrap().map(|e| e.unwrap().path());
+        let kept: Vec<_> = kept
+            .filter(|p| p.to_string_lossy().contains("unreadable"))
+            .collect();
+        assert!(fs::read_to_string(&kept[0]).unwrap().contains("precious"));
+    }
+
+    #[test]
+    fn it_is_rewritten_when_it_has_grown_and_not_before() {
+        let dir = tempfile::tempdir().unwrap();
+        let (mut journal, mut table) = reopen(dir.path());
+        let mut event = FlowEvent {
+            state: State::Start,
+            flow: flow(7),
+            tag: None,
+            time: Timestamp::UNIX_EPOCH,
+            start_time: None,
+            application: None,
+            usage: None,
+            origin: Origin::NamedPipe,
+        };
+        table.step(&mut event, Timestamp::UNIX_EPOCH);
+        let mut lines = Vec::new();
+        while lines.len() < 1 << 20 {
+            encode_close(&mut lines, &flow(1));
+        }
+        while journal.length <= SMALL {
+            journal.append(&lines, Instant::now());
+            assert!(journal.length > 1 << 20);
+            journal.tend(&table, Instant::now());
+            if journal.length < 1 << 20 {
+                break;
+            }
+        }
+        assert!(journal.length < 200, "{}", journal.length);
+        drop(journal);
+        assert_eq!(reopen(dir.path()).1.len(), 1);
+    }
+
+    proptest! {
+        #[test]
+        fn a_record_reads_back(
+            a in any::<u128>(), b in any::<u128>(), ports in (1u16.., 1u16..), udp in any::<bool>(),
+            tag in (any::<u16>(), any::<u16>()), start in 0i64..4_000_000_000_000_000, opened in any::<u32>(),
+            application in proptest::option::of(".*"),
+        ) {
+            let ip = |n: u128| std::net::IpAddr::from((n | 1 << 127).to_be_bytes());
+            let protocol = if udp { Protocol::Udp } else { Protocol::Tcp };
+            let flow = Flow::new(protocol, (ip(a), ports.0), (ip(b), ports.1)).unwrap();
+            let tag = Tag { experiment: tag.0, activity: tag.1 };
+            let start = Timestamp::from_microsecond(start).unwrap();
+            let open = OpenFlow::new(tag, Origin::Firefly, start, opened, application.map(Into::into));
+            let mut line = Vec::new();
+            encode_open(&mut line, &flow, &open);
+            encode_close(&mut line, &flow);
+            let text = String::from_utf8(line).unwrap();
+            let records: Vec<_> = text.split_terminator('\n').map(decode).collect();
+            prop_assert_eq!(records, vec![Some(Record::Open(flow, open)), Some(Record::Close(flow))]);
+        }
+
+        #[test]
+        fn any_line_makes_no_panic(line in ".*") {
+            let _ = decode(&line);
+        }
+    }
+}

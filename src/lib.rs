@@ -1,0 +1,24 @@
+//! flowd-rs: a daemon for SciTags network flow and packet marking.
+//!
+//! Flow events come in through [`plugins`], pass the [`dispatcher`], which owns the table of open
+//! flows, and go out to [`backends`]. The pure parts (codecs, tables, parsers) do no I/O and take the
+//! time as an argument.
+
+pub mod backends;
+pub mod cli;
+pub mod config;
+pub mod daemon;
+pub mod dispatcher;
+pub mod error;
+pub mod firefly;
+pub mod flow;
+pub mod flow_table;
+pub mod journal;
+pub mod line_buffer;
+pub mod log_limit;
+pub mod logging;
+pub mod metrics;
+pub mod pipe_line;
+pub mod plugins;
+pub mod registry;
+pub mod sys;

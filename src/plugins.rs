@@ -1,0 +1,76 @@
+//! Sources of flow events, one thread each.
+
+pub mod named_pipe;
+
+use std::sync::Arc;
+
+use crossbeam_channel::{Sender, TrySendError};
+use prometheus::IntCounter;
+
+use crate::config::Config;
+use crate::error::Result;
+use crate::flow::{FlowEvent, State};
+use crate::metrics::Metrics;
+use crate::registry::Registry;
+use crate::sys::stop::Stop;
+
+/// A source of flow events. Building one acquires every resource it needs (socket, pipe, BPF program),
+/// so that a bad configuration or a missing privilege is an error before the daemon says it is ready.
+pub trait Plugin: Send {
+    /// The name in logs, metrics and threads.
+    fn name(&self) -> &'static str;
+
+    /// Runs on its own thread until `stop` is set; dropping `events` is how it says it is done.
+    fn run(self: Box<Self>, events: EventSender, stop: Stop) -> Result<()>;
+}
+
+/// Builds every plugin that is configured.
+pub fn build(
+    config: &Config,
+    registry: &Arc<Registry>,
+    metrics: &Metrics,
+) -> Result<Vec<Box<dyn Plugin>>> {
+    let mut plugins: Vec<Box<dyn Plugin>> = Vec::new();
+    if let Some(config) = &config.named_pipe {
+        plugins.push(Box::new(named_pipe::NamedPipe::new(
+            config, registry, metrics,
+        )?));
+    }
+    Ok(plugins)
+}
+
+/// The way to the dispatcher. The channel behind it is bounded.
+#[derive(Clone)]
+pub struct EventSender {
+    channel: Sender<FlowEvent>,
+    ongoing_dropped: IntCounter,
+}
+
+/// The dispatcher has ended: the daemon is going down.
+#[derive(Debug)]
+pub struct Closed;
+
+impl EventSender {
+    /// Events go into `channel`.
+    pub fn new(channel: Sender<FlowEvent>, metrics: &Metrics) -> EventSender {
+        EventSender {
+            channel,
+            ongoing_dropped: metrics.ongoing_dropped.clone(),
+        }
+    }
+
+    /// Waits for room with a start or an end; drops and counts news that does not fit.
+    pub fn send(&self, event: FlowEvent) -> std::result::Result<(), Closed> {
+        if event.state != State::Ongoing {
+            return self.channel.send(event).map_err(|_| Closed);
+        }
+        match self.channel.try_send(event) {
+            Ok(()) => Ok(()),
+            Err(TrySendError::Full(_)) => {
+                self.ongoing_dropped.inc();
+                Ok(())
+            }
+            Err(TrySendError::Disconnected(_)) => Err(Closed),
+        }
+    }
+}

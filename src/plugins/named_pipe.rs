@@ -1,0 +1,340 @@
+//! The named pipe plugin: storage services write a line when a transfer starts and when it ends.
+//!
+//! The pipe is read on a poll loop until it is empty. One that somebody deletes or replaces is made
+//! again within a second; the old one is read until its last writer closes it.
+
+use std::fs::File;
+use std::io::{self, Read};
+use std::os::fd::AsRawFd;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use jiff::Timestamp;
+use log::Level;
+use mio::unix::SourceFd;
+use mio::{Events, Interest, Poll, Token};
+use nix::unistd::Gid;
+
+use super::{Closed, EventSender, Plugin};
+use crate::config;
+use crate::error::{Context, Result};
+use crate::line_buffer::{Line, LineBuffer, MAX_LINE};
+use crate::log_limit::{LogLimit, quote};
+use crate::metrics::{Metrics, Outcomes};
+use crate::pipe_line::{self, LineOutcome};
+use crate::registry::Registry;
+use crate::sys::fifo::{Fifo, group_id};
+use crate::sys::stop::Stop;
+
+const NAME: &str = "named_pipe";
+/// What the loop does when nothing happens: see whether the pipe is still there.
+const TICK: Duration = Duration::from_secs(1);
+/// How long the rest of a line is waited for.
+const LINE_PATIENCE: Duration = Duration::from_secs(1);
+/// How long a stop waits for writers that do not stop writing.
+const DRAIN: Duration = Duration::from_secs(1);
+const READ_SIZE: usize = 64 * 1024;
+/// Reads in a row before the loop looks at anything else.
+const READS: u32 = 16;
+/// Deleted pipes that still have writers; beyond it the oldest is given up.
+const RETIRED: usize = 8;
+
+/// The plugin, with its pipe open.
+pub struct NamedPipe {
+    mode: u32,
+    group: Option<Gid>,
+    pipe: Fifo,
+    registry: Arc<Registry>,
+    counters: Outcomes<LineOutcome>,
+}
+
+impl NamedPipe {
+    /// Opens the pipe, making it if it is not there.
+    pub fn new(
+        config: &config::NamedPipe,
+        registry: &Arc<Registry>,
+        metrics: &Metrics,
+    ) -> Result<NamedPipe> {
+        let group = config
+            .group
+            .as_deref()
+            .map(|group| group_id(group).context(|| format!("plugins.namedPipe.group {group}")))
+            .transpose()?;
+        let pipe = open(&config.path, config.mode, group).context(|| {
+            format!(
+                "named pipe {} (plugins.namedPipe.pipePath)",
+                config.path.display()
+            )
+        })?;
+        Ok(NamedPipe {
+            mode: config.mode,
+            group,
+            pipe,
+            registry: Arc::clone(registry),
+            counters: metrics.plugin(NAME),
+        })
+    }
+}
+
+fn open(path: &std::path::Path, mode: u32, group: Option<Gid>) -> io::Result<Fifo> {
+    let opened = Fifo::open(path, mode, group)?;
+    if let Some(aside) = opened.moved_aside {
+        log::warn!(
+            "named pipe {}: a regular file stood in its place, kept as {}",
+            path.display(),
+            aside.display()
+        );
+    }
+    Ok(opened.fifo)
+}
+
+impl Plugin for NamedPipe {
+    fn name(&self) -> &'static str {
+        NAME
+    }
+
+    fn run(self: Box<Self>, events: EventSender, mut stop: Stop) -> Result<()> {
+        let mut poll = Poll::new().context(|| "poll loop of the named pipe".to_owned())?;
+        let watch = |poll: &Poll, file: &File| {
+            poll.registry().register(
+                &mut SourceFd(&file.as_raw_fd()),
+                Token(0),
+                Interest::READABLE,
+            )
+        };
+        poll.registry()
+            .register(&mut stop, Token(1), Interest::READABLE)
+            .and_then(|()| watch(&poll, self.pipe.file()))
+            .context(|| "poll loop of the named pipe".to_owned())?;
+        let mut intake = Intake {
+            registry: &self.registry,
+            counters: &self.counters,
+            rejected: LogLimit::new(Level::Warn, "named pipe: rejected lines"),
+            events,
+        };
+        let mut trouble = LogLimit::new(Level::Error, "named pipe: failures");
+        let mut pipe = self.pipe;
+        let mut lines = Lines::new();
+        let mut retired: Vec<(File, Lines)> = Vec::new();
+        let mut wakeups = Events::with_capacity(8);
+        let mut checked = Instant::now();
+        let mut more = false;
+        while !stop.is_set() {
+            let patience = if more { Duration::ZERO } else { TICK };
+            match poll.poll(&mut wakeups, Some(patience)) {
+                Err(error) if error.kind() != io::ErrorKind::Interrupted => {
+                    return Err(error).context(|| "poll loop of the named pipe".to_owned());
+                }
+                _ => {}
+            }
+            let read = match lines.read(pipe.file(), &mut intake) {
+                Err(Closed) => return Ok(()),
+                Ok(read) => read,
+            };
+            more = read == Reading::More;
+            let mut closed = false;
+            retired.retain_mut(|(file, lines)| match lines.read(file, &mut intake) {
+                Ok(Reading::More) => {
+                    more = true;
+                    true
+                }
+                Ok(Reading::Empty) => true,
+                Ok(Reading::Ended) => false,
+                Err(Closed) => {
+                    closed = true;
+                    false
+                }
+            });
+            if closed {
+                return Ok(());
+            }
+            let now = Instant::now();
+            if now.duration_since(checked) < TICK {
+                continue;
+            }
+            checked = now;
+            intake.rejected.tick(now);
+            trouble.tick(now);
+            if lines.give_up_waiting(now, &mut intake).is_err() {
+                return Ok(());
+            }
+            if pipe.is_in_place() {
+                continue;
+            }
+            let again = open(pipe.path(), self.mode, self.group).and_then(|new| {
+                watch(&poll, new.file())?;
+                Ok(new)
+            });
+            match again {
+                Ok(new) => {
+                    log::warn!(
+                        "named pipe {}: was deleted or replaced, made again",
+                        pipe.path().display()
+                    );
+                    more = true;
+                    let old = std::mem::replace(&mut pipe, new);
+                    let old_lines = std::mem::replace(&mut lines, Lines::new());
+                    match old.retire() {
+                        Ok(file) if watch(&poll, &file).is_ok() => retired.push((file, old_lines)),
+                        _ => {}
+                    }
+                    if retired.len() > RETIRED {
+                        retired.remove(0);
+                    }
+                }
+                Err(error) => trouble.log(now, || {
+                    let path = pipe.path().display();
+                    format!("named pipe {path}: was deleted and cannot be made again: {error}")
+                }),
+            }
+        }
+        // Whoever comes now finds no pipe, instead of one that nobody reads.
+        if let Err(error) = pipe.remove() {
+            log::warn!(
+                "named pipe {}: cannot be removed: {error}",
+                pipe.path().display()
+            );
+        }
+        let deadline = Instant::now() + DRAIN;
+        let mut sources: Vec<(&File, Lines)> = vec![(pipe.file(), lines)];
+        sources.extend(
+            retired
+                .iter_mut()
+                .map(|(file, lines)| (&*file, std::mem::replace(lines, Lines::new()))),
+        );
+        for (file, mut lines) in sources {
+            while let Ok(Reading::More) = lines.read(file, &mut intake) {
+                if Instant::now() >= deadline {
+                    log::warn!(
+                        "named pipe: writers kept writing while the daemon stopped; what they wrote last is lost"
+                    );
+                    break;
+                }
+            }
+            if lines.finish(&mut intake).is_err() {
+                break;
+            }
+        }
+        intake.rejected.flush();
+        Ok(())
+    }
+}
+
+/// Turns lines into flow events, counts them, and says what is wrong with the others.
+struct Intake<'a> {
+    registry: &'a Registry,
+    counters: &'a Outcomes<LineOutcome>,
+    rejected: LogLimit,
+    events: EventSender,
+}
+
+impl Intake<'_> {
+    fn take(&mut self, line: Line<'_>, now: Timestamp) -> std::result::Result<(), Closed> {
+        let (line, parsed) = match line {
+            Line::Whole(line) => (line, pipe_line::parse(line, self.registry, now)),
+            Line::TooLong(line) => {
+                self.reject(LineOutcome::TooLong, line, || {
+                    format!("longer than {MAX_LINE} bytes")
+                });
+                return Ok(());
+            }
+        };
+        match parsed {
+            Ok(None) => {}
+            Ok(Some(event)) => {
+                self.counters.add(LineOutcome::Accepted);
+                self.events.send(event)?;
+            }
+            Err(error) => self.reject(error.reason, line, || error.to_string()),
+        }
+        Ok(())
+    }
+
+    fn reject(&mut self, reason: LineOutcome, line: &[u8], why: impl FnOnce() -> String) {
+        self.counters.add(reason);
+        self.rejected.log(Instant::now(), || {
+            format!("named pipe: rejected line {}: {}", quote(line), why())
+        });
+    }
+}
+
+#[derive(PartialEq, Eq)]
+enum Reading {
+    /// There may be more.
+    More,
+    /// The pipe is empty.
+    Empty,
+    /// All writers have closed it.
+    Ended,
+}
+
+/// The lines of one open pipe.
+struct Lines {
+    buffer: LineBuffer,
+    /// When the last bytes came.
+    last: Instant,
+}
+
+impl Lines {
+    fn new() -> Lines {
+        Lines {
+            buffer: LineBuffer::new(READ_SIZE),
+            last: Instant::now(),
+        }
+    }
+
+    fn read(
+        &mut self,
+        mut file: &File,
+        intake: &mut Intake<'_>,
+    ) -> std::result::Result<Reading, Closed> {
+        for _ in 0..READS {
+            match file.read(self.buffer.space()) {
+                Ok(0) => {
+                    self.finish(intake)?;
+                    return Ok(Reading::Ended);
+                }
+                Ok(n) => {
+                    self.last = Instant::now();
+                    let now = now();
+                    let mut result = Ok(());
+                    self.buffer.commit(n, |line| {
+                        if result.is_ok() {
+                            result = intake.take(line, now);
+                        }
+                    });
+                    result?;
+                }
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                // Reading a FIFO has no other error that waiting would not cure.
+                Err(_) => return Ok(Reading::Empty),
+            }
+        }
+        Ok(Reading::More)
+    }
+
+    /// A writer that left without a newline has said all it had to say.
+    fn give_up_waiting(
+        &mut self,
+        now: Instant,
+        intake: &mut Intake<'_>,
+    ) -> std::result::Result<(), Closed> {
+        if self.buffer.has_partial() && now.duration_since(self.last) >= LINE_PATIENCE {
+            return self.finish(intake);
+        }
+        Ok(())
+    }
+
+    fn finish(&mut self, intake: &mut Intake<'_>) -> std::result::Result<(), Closed> {
+        let now = now();
+        let mut result = Ok(());
+        self.buffer.finish(|line| result = intake.take(line, now));
+        result
+    }
+}
+
+/// The time to the microsecond, which is what a firefly and the journal keep.
+fn now() -> Timestamp {
+    let now = Timestamp::now();
+    Timestamp::from_microsecond(now.as_microsecond()).unwrap_or(now)
+}
