@@ -108,10 +108,6 @@ pub fn run(config: &Config) -> Result<()> {
     };
     let result = supervisor.run();
     drop(pid_file);
-    match &result {
-        Ok(()) => log::info!("stopped"),
-        Err(_) => log::info!("stopped because of an error"),
-    }
     result
 }
 
@@ -128,6 +124,12 @@ struct Supervisor {
 
 impl Supervisor {
     fn run(mut self) -> Result<()> {
+        let result = self.supervise();
+        self.log_status("stopped");
+        result.and(self.result)
+    }
+
+    fn supervise(&mut self) -> Result<()> {
         let watchdog = sd_notify::watchdog_enabled().map(|period| period / 2);
         let mut beats = 0;
         let mut deadline = None;
@@ -139,7 +141,7 @@ impl Supervisor {
                 None => watchdog.unwrap_or(Duration::from_secs(3600)),
             };
             match self.inbox.recv_timeout(patience) {
-                Ok(Notice::Signal(SIGUSR1)) => self.log_status(),
+                Ok(Notice::Signal(SIGUSR1)) => self.log_status("status"),
                 Ok(Notice::Signal(signal @ (SIGHUP | SIGUSR2))) => {
                     let name = if signal == SIGHUP {
                         "SIGHUP"
@@ -173,7 +175,7 @@ impl Supervisor {
                         self.running,
                         STOP_DEADLINE.as_secs()
                     );
-                    return self.result.and(Err(Error::Failed(message)));
+                    return Err(Error::Failed(message));
                 }
                 Err(RecvTimeoutError::Timeout) => {}
                 Err(RecvTimeoutError::Disconnected) => break,
@@ -184,7 +186,7 @@ impl Supervisor {
                 notify(&[NotifyState::Watchdog]);
             }
         }
-        self.result
+        Ok(())
     }
 
     fn stop(&mut self, why: &str) -> Instant {
@@ -209,9 +211,9 @@ impl Supervisor {
         }
     }
 
-    fn log_status(&self) {
+    fn log_status(&self, what: &str) {
         let up = self.started.elapsed().as_secs();
-        log::info!("status: up {up} s, {}", self.metrics.summary());
+        log::info!("{what}: up {up} s, {}", self.metrics.summary());
     }
 }
 

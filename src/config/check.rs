@@ -352,7 +352,7 @@ mod tests {
             ),
             (
                 "pidPath: 'x\n",
-                "f:2:1: pidPath: found unexpected end of stream, while scanning a quoted scalar",
+                "f:2:1: pidPath: found unexpected end of stream, while scanning a quoted scalar at line 1 column 10",
             ),
         ] {
             assert_eq!(parse(text).unwrap_err(), expected, "{text}");

@@ -1,0 +1,252 @@
+//! Runs the real binary: configuration file, readiness, signals, log, exit code.
+
+use std::fs::{self, File, OpenOptions};
+use std::io::Write;
+use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
+use std::os::unix::net::UnixDatagram;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::time::Duration;
+
+use nix::libc::O_NONBLOCK;
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+use tempfile::TempDir;
+
+use super::net::NetNs;
+use super::{DEADLINE, wait_for};
+
+/// The program under test.
+pub const PROGRAM: &str = env!("CARGO_BIN_EXE_flowd-rs");
+
+/// A folder with configuration, pipe, state and log of a daemon; outlives restarts.
+pub struct Home {
+    pub dir: TempDir,
+}
+
+impl Home {
+    /// `firefly` is the YAML of the firefly backend's options, in braces.
+    pub fn new(firefly: &str) -> Home {
+        Home::with(&format!("backends:\n  firefly: {firefly}\n"))
+    }
+
+    /// `more` is YAML of the top level.
+    pub fn with(more: &str) -> Home {
+        let home = Home {
+            dir: tempfile::tempdir().unwrap(),
+        };
+        home.configure(more);
+        home
+    }
+
+    pub fn configure(&self, more: &str) {
+        let path = |name| self.path(name).display().to_string();
+        let config = format!(
+            "pidPath: {}\nstateDir: {}\nplugins:\n  namedPipe:\n    pipePath: {}\n{more}",
+            path("pid"),
+            path("state"),
+            path("pipe")
+        );
+        fs::write(self.path("flowd.cfg"), config).unwrap();
+    }
+
+    pub fn path(&self, name: &str) -> PathBuf {
+        self.dir.path().join(name)
+    }
+
+    pub fn pipe(&self) -> PathBuf {
+        self.path("pipe")
+    }
+
+    /// Opens the pipe as a writer does: it must be there and have a reader.
+    pub fn writer(&self) -> File {
+        let open = || {
+            OpenOptions::new()
+                .write(true)
+                .custom_flags(O_NONBLOCK)
+                .open(self.pipe())
+                .ok()
+        };
+        let writer = wait_for("a reader of the pipe", || {
+            fs::metadata(self.pipe())
+                .ok()?
+                .file_type()
+                .is_fifo()
+                .then(open)
+                .flatten()
+        });
+        let flags = nix::fcntl::OFlag::empty();
+        nix::fcntl::fcntl(&writer, nix::fcntl::FcntlArg::F_SETFL(flags)).unwrap();
+        writer
+    }
+
+    /// Opens, writes and closes, as a shell does.
+    pub fn write(&self, lines: &str) {
+        self.writer().write_all(lines.as_bytes()).unwrap();
+    }
+
+    /// Starts the daemon in a namespace and waits until it is ready.
+    pub fn start(&self, ns: &NetNs) -> Daemon<'_> {
+        self.start_command(ns.command(PROGRAM), &[])
+    }
+
+    pub fn start_command(&self, mut command: Command, arguments: &[&str]) -> Daemon<'_> {
+        let socket = self.path("notify");
+        let _ = fs::remove_file(&socket);
+        let notify = UnixDatagram::bind(&socket).unwrap();
+        let log = OpenOptions::new()
+            .create(true)
+            .append(true)
+            .open(self.path("log"))
+            .unwrap();
+        command
+            .args(["run", "-c"])
+            .arg(self.path("flowd.cfg"))
+            .args(arguments)
+            .env("NOTIFY_SOCKET", &socket)
+            .stdin(Stdio::null())
+            .stderr(log);
+        let child = command.spawn().unwrap();
+        let daemon = Daemon {
+            home: self,
+            child,
+            notify,
+        };
+        daemon.expect_notice("READY=1");
+        daemon
+    }
+
+    pub fn log(&self) -> String {
+        fs::read_to_string(self.path("log")).unwrap_or_default()
+    }
+
+    pub fn wait_for_log(&self, text: &str) {
+        wait_for(&format!("{text:?} in the log"), || {
+            self.log().contains(text).then_some(())
+        });
+    }
+
+    /// Flows that the journal says are open.
+    pub fn journalled(&self) -> usize {
+        let mut table = flowd_rs::flow_table::FlowTable::new(usize::MAX);
+        let copy = tempfile::tempdir().unwrap();
+        fs::copy(self.path("state/journal"), copy.path().join("journal")).unwrap();
+        flowd_rs::journal::Journal::open(
+            copy.path(),
+            &mut table,
+            &flowd_rs::metrics::Metrics::new(),
+        )
+        .unwrap();
+        table.len()
+    }
+}
+
+/// A running daemon; killed with the value.
+pub struct Daemon<'a> {
+    home: &'a Home,
+    pub child: Child,
+    notify: UnixDatagram,
+}
+
+impl Daemon<'_> {
+    pub fn signal(&self, signal: Signal) {
+        kill(Pid::from_raw(self.child.id() as i32), signal).unwrap();
+    }
+
+    /// Waits for a line that systemd would get.
+    pub fn expect_notice(&self, expected: &str) {
+        self.notify.set_read_timeout(Some(DEADLINE)).unwrap();
+        let mut buffer = [0; 4096];
+        loop {
+            let length = self.notify.recv(&mut buffer).unwrap_or_else(|e| {
+                panic!("no {expected}: {e}; log:\n{}", self.home.log());
+            });
+            if std::str::from_utf8(&buffer[..length])
+                .unwrap()
+                .lines()
+                .any(|line| line == expected)
+            {
+                return;
+            }
+        }
+    }
+
+    /// Waits for the end and returns the exit code.
+    pub fn wait(&mut self) -> i32 {
+        let status = wait_for("the daemon's end", || self.child.try_wait().unwrap());
+        status.code().unwrap_or(-1)
+    }
+
+    /// SIGTERM; the exit must be clean.
+    pub fn stop(mut self) {
+        self.signal(Signal::SIGTERM);
+        assert_eq!(self.wait(), 0, "log:\n{}", self.home.log());
+    }
+
+    pub fn kill(mut self) {
+        self.child.kill().unwrap();
+        self.child.wait().unwrap();
+    }
+
+    /// The status line that SIGUSR1 asks for, once it shows `expected`.
+    pub fn expect_status(&self, expected: &str) -> String {
+        wait_for(&format!("status with {expected:?}"), || {
+            let before = self.home.log().len();
+            self.signal(Signal::SIGUSR1);
+            let line = wait_for("a status line", || {
+                let log = self.home.log();
+                log[before..]
+                    .lines()
+                    .find(|l| l.contains("status: "))
+                    .map(str::to_owned)
+            });
+            let words = format!(", {line}, ");
+            if words.contains(&format!(", {expected},")) {
+                return Some(line);
+            }
+            std::thread::sleep(Duration::from_millis(20));
+            None
+        })
+    }
+}
+
+impl Drop for Daemon<'_> {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+        if std::thread::panicking() {
+            let log = self.home.log();
+            let tail: Vec<&str> = log.lines().rev().take(30).collect();
+            eprintln!("log of the daemon, last lines first:\n{}", tail.join("\n"));
+        }
+    }
+}
+
+/// A line of the pipe: flow number `n` of many, from this host to the other.
+pub fn line(state: &str, n: usize, tag: &str) -> String {
+    let (host, port) = (n / 60_000, 1 + n % 60_000);
+    format!(
+        "{state} tcp 2001:db8::1 {port} 2001:db8::2 {} {tag}\n",
+        1000 + host
+    )
+}
+
+pub fn lines(state: &str, range: std::ops::Range<usize>, tag: &str) -> String {
+    range.map(|n| line(state, n, tag)).collect()
+}
+
+/// Runs the program and returns exit code, standard output and standard error.
+pub fn run(arguments: &[&str]) -> (i32, String, String) {
+    let output = Command::new(PROGRAM).args(arguments).output().unwrap();
+    let text = |bytes: Vec<u8>| String::from_utf8(bytes).unwrap();
+    (
+        output.status.code().unwrap(),
+        text(output.stdout),
+        text(output.stderr),
+    )
+}
+
+/// Writes a file next to others of a test.
+pub fn write(path: &Path, content: &str) {
+    fs::write(path, content).unwrap();
+}

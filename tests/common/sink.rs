@@ -1,0 +1,121 @@
+//! A UDP socket that catches fireflies, checks them against the schema, and hands them out.
+
+use std::collections::HashMap;
+use std::net::{SocketAddr, UdpSocket};
+use std::sync::OnceLock;
+use std::time::{Duration, Instant};
+
+use flowd_rs::firefly;
+use flowd_rs::flow::{Flow, FlowEvent};
+use jiff::Timestamp;
+use jsonschema::Validator;
+use nix::sys::socket::{setsockopt, sockopt};
+use serde_json::Value;
+
+use super::DEADLINE;
+use super::net::NetNs;
+
+/// A firefly as it came over the wire.
+pub struct Received {
+    pub header: String,
+    pub json: Value,
+    pub event: FlowEvent,
+}
+
+pub struct Sink {
+    socket: UdpSocket,
+}
+
+impl Sink {
+    /// Binds in a namespace, with a buffer for half a million fireflies.
+    pub fn bind(ns: &NetNs, address: &str) -> Sink {
+        let address: SocketAddr = address.parse().unwrap();
+        ns.enter(move || Sink::bind_here(address))
+    }
+
+    pub fn bind_here(address: SocketAddr) -> Sink {
+        let socket = UdpSocket::bind(address).unwrap();
+        // Without privileges the buffer is as large as it may be.
+        let _ = setsockopt(&socket, sockopt::RcvBufForce, &(512 << 20));
+        Sink { socket }
+    }
+
+    pub fn socket(&self) -> &UdpSocket {
+        &self.socket
+    }
+
+    /// The next datagram, if one comes within `patience`.
+    pub fn datagram(&self, patience: Duration) -> Option<Vec<u8>> {
+        self.socket.set_read_timeout(Some(patience)).unwrap();
+        let mut buffer = [0; 65536];
+        let length = self.socket.recv(&mut buffer).ok()?;
+        Some(buffer[..length].to_vec())
+    }
+
+    /// The next firefly, checked; there must be one.
+    pub fn firefly(&self) -> Received {
+        let datagram = self
+            .datagram(DEADLINE)
+            .expect("a firefly within the deadline");
+        check(&datagram)
+    }
+
+    /// Fireflies until each flow of `count` had one of `state`; `None` for those that came twice fails.
+    pub fn collect(&self, state: &str, count: usize) -> HashMap<Flow, FlowEvent> {
+        let mut found = HashMap::new();
+        let deadline = Instant::now() + DEADLINE;
+        while found.len() < count {
+            let left = deadline.saturating_duration_since(Instant::now());
+            let Some(datagram) = self.datagram(left.max(Duration::from_millis(1))) else {
+                panic!("{} of {count} fireflies of state {state} came", found.len());
+            };
+            let event = firefly::decode(&datagram, Timestamp::now()).unwrap();
+            if event.state.as_str() == state {
+                let twice = found.insert(event.flow, event);
+                assert!(twice.is_none(), "came twice: {twice:?}");
+            }
+        }
+        found
+    }
+
+    /// Everything that is there or comes within `patience` of the one before.
+    pub fn drain(&self, patience: Duration) -> Vec<FlowEvent> {
+        let read = || self.datagram(patience);
+        std::iter::from_fn(read)
+            .map(|datagram| firefly::decode(&datagram, Timestamp::now()).unwrap())
+            .collect()
+    }
+
+    pub fn assert_silent(&self) {
+        let datagram = self.datagram(Duration::from_millis(200));
+        assert!(
+            datagram.is_none(),
+            "{}",
+            String::from_utf8_lossy(&datagram.unwrap())
+        );
+    }
+}
+
+/// Header, schema, size, and both.
+pub fn check(datagram: &[u8]) -> Received {
+    static SCHEMA: OnceLock<Validator> = OnceLock::new();
+    let schema = SCHEMA.get_or_init(|| {
+        let schema = include_str!("../data/firefly.schema.json");
+        let schema: Value = serde_json::from_str(schema).unwrap();
+        jsonschema::options()
+            .should_validate_formats(true)
+            .build(&schema)
+            .unwrap()
+    });
+    assert!(datagram.len() <= 1452, "{} bytes", datagram.len());
+    let text = std::str::from_utf8(datagram).unwrap();
+    let (header, json) = text.split_at(text.find('{').unwrap());
+    let json: Value = serde_json::from_str(json).unwrap();
+    let errors: Vec<String> = schema.iter_errors(&json).map(|e| e.to_string()).collect();
+    assert!(errors.is_empty(), "{errors:?} in {json}");
+    Received {
+        header: header.to_owned(),
+        event: firefly::decode(datagram, Timestamp::now()).unwrap(),
+        json,
+    }
+}

@@ -1,0 +1,229 @@
+//! Open flows survive what the daemon does not.
+#![allow(missing_docs)]
+
+mod common;
+
+use std::collections::HashMap;
+use std::fs;
+use std::io::Write;
+use std::path::Path;
+use std::process::Command;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::time::Duration;
+
+use common::daemon::{Home, line, lines};
+use common::net::Hosts;
+use common::sink::Sink;
+use flowd_rs::flow::State;
+
+const DESTINATION: &str = "[2001:db8::2]:10514";
+
+#[test]
+#[ignore = "needs root"]
+fn killed_amid_ten_thousand_starts_no_start_is_sent_twice_and_every_end_is_true() {
+    const COUNT: usize = 10_000;
+    let hosts = Hosts::new();
+    let home = Home::new("{}");
+    let sink = Sink::bind(&hosts.there, DESTINATION);
+    let first = home.start(&hosts.here);
+    let mut writer = home.writer();
+    let mut starts = HashMap::new();
+    let (received, killed) = (AtomicUsize::new(0), AtomicBool::new(false));
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            for n in 0..COUNT {
+                // Not so far ahead that everything is journalled before the kill.
+                while n > received.load(Ordering::Relaxed) + 2000 && !killed.load(Ordering::Relaxed)
+                {
+                    std::thread::yield_now();
+                }
+                // It ends with the daemon.
+                if writer
+                    .write_all(line("start", n, "2 9").as_bytes())
+                    .is_err()
+                {
+                    return;
+                }
+            }
+        });
+        while starts.len() < COUNT / 3 {
+            let event = sink.firefly().event;
+            starts.insert(event.flow, event);
+            received.store(starts.len(), Ordering::Relaxed);
+        }
+        first.kill();
+        killed.store(true, Ordering::Relaxed);
+    });
+    for event in sink.drain(Duration::from_millis(200)) {
+        assert!(starts.insert(event.flow, event).is_none());
+    }
+    let open = home.journalled();
+    assert!(
+        open >= starts.len(),
+        "{open} journalled, {} sent",
+        starts.len()
+    );
+    assert!(open < COUNT, "the kill came too late to show anything");
+
+    let second = home.start(&hosts.here);
+    second.expect_status(&format!("flows_open {open}"));
+    home.write(&lines("start", 0..COUNT, "2 9"));
+    second.expect_status(&format!("flows_open {COUNT}"));
+    home.write(&lines("end", 0..COUNT, "0 0"));
+    second.expect_status(&format!("dispatcher_events ended {COUNT}"));
+    let mut ends = HashMap::new();
+    for event in sink.drain(Duration::from_millis(500)) {
+        let twice = match event.state {
+            State::End => ends.insert(event.flow, event),
+            _ => starts.insert(event.flow, event),
+        };
+        assert!(twice.is_none(), "{twice:?}");
+    }
+    assert_eq!(ends.len(), COUNT);
+    for (flow, start) in &starts {
+        assert_eq!(ends[flow].start_time, start.start_time);
+        assert_eq!(ends[flow].tag, start.tag);
+    }
+    // Only what was journalled and not yet sent at the kill lacks its start.
+    assert!(
+        starts.len() + 4096 + 16384 >= COUNT,
+        "{} starts",
+        starts.len()
+    );
+    second.stop();
+    assert_eq!(home.journalled(), 0);
+}
+
+#[test]
+#[ignore = "needs root"]
+fn a_stop_and_a_start_keep_open_flows_open() {
+    let hosts = Hosts::new();
+    let home = Home::new("{}");
+    let sink = Sink::bind(&hosts.there, DESTINATION);
+    let daemon = home.start(&hosts.here);
+    home.write(&line("start", 1, "2 9"));
+    let start = sink.firefly();
+    daemon.stop();
+    let daemon = home.start(&hosts.here);
+    home.write(&line("start", 1, "2 9"));
+    sink.assert_silent();
+    home.write(&line("end", 1, "2 9"));
+    let end = sink.firefly();
+    assert_eq!(end.event.start_time, start.event.start_time);
+    assert_eq!(end.json["context"]["activity-id"], 9);
+    daemon.stop();
+}
+
+#[test]
+#[ignore = "needs root"]
+fn a_torn_journal_costs_its_last_line_only() {
+    let hosts = Hosts::new();
+    let home = Home::new("{}");
+    let sink = Sink::bind(&hosts.there, DESTINATION);
+    let daemon = home.start(&hosts.here);
+    home.write(&lines("start", 0..3, "2 9"));
+    let starts = sink.collect("start", 3);
+    daemon.kill();
+    let journal = home.path("state/journal");
+    let whole = fs::read(&journal).unwrap();
+    fs::write(&journal, &whole[..whole.len() - 5]).unwrap();
+
+    let daemon = home.start(&hosts.here);
+    assert!(
+        home.log().contains("line 4 is torn, skipped"),
+        "{}",
+        home.log()
+    );
+    daemon.expect_status("flows_open 2");
+    home.write(&lines("end", 0..3, "2 9"));
+    let ends = sink.collect("end", 3);
+    let kept = ends
+        .values()
+        .filter(|end| end.start_time == starts[&end.flow].start_time);
+    assert_eq!(kept.count(), 2);
+    daemon.stop();
+}
+
+#[test]
+#[ignore = "needs root"]
+fn flows_past_their_age_are_ended() {
+    let hosts = Hosts::new();
+    let home = Home::with("backends: {firefly: {}}\nflows: {maxAge: 1s}\n");
+    let sink = Sink::bind(&hosts.there, DESTINATION);
+    let daemon = home.start(&hosts.here);
+    home.write(&line("start", 1, "2 9"));
+    let start = sink.firefly();
+    let end = sink.firefly();
+    assert_eq!(end.json["flow-lifecycle"]["state"], "end");
+    assert_eq!(end.event.start_time, start.event.start_time);
+    daemon.expect_status("dispatcher_events expired 1");
+    daemon.stop();
+}
+
+#[test]
+#[ignore = "needs root"]
+fn a_full_table_refuses_starts_and_says_so() {
+    let hosts = Hosts::new();
+    let home = Home::with("backends: {firefly: {}}\nflows: {maxFlows: 100}\n");
+    let sink = Sink::bind(&hosts.there, DESTINATION);
+    let daemon = home.start(&hosts.here);
+    home.write(&lines("start", 0..1000, "2 9"));
+    sink.collect("start", 100);
+    daemon.expect_status("dispatcher_events refused_table_full 900");
+    sink.assert_silent();
+    daemon.stop();
+    let refused = home.log().lines().filter(|l| l.contains("refused")).count();
+    assert!((1..10).contains(&refused), "{refused} lines");
+}
+
+/// A tmpfs, unmounted with the value.
+struct Disk<'a>(&'a Path);
+
+impl<'a> Disk<'a> {
+    fn mount(path: &'a Path, size: &str) -> Disk<'a> {
+        fs::create_dir_all(path).unwrap();
+        let option = format!("size={size}");
+        let mounted = Command::new("mount")
+            .args(["-t", "tmpfs", "-o", &option, "tmpfs"])
+            .arg(path)
+            .status();
+        assert!(mounted.unwrap().success());
+        Disk(path)
+    }
+}
+
+impl Drop for Disk<'_> {
+    fn drop(&mut self) {
+        let _ = Command::new("umount").arg("-l").arg(self.0).status();
+    }
+}
+
+#[test]
+#[ignore = "needs root"]
+fn a_full_disk_stops_no_firefly_and_the_journal_catches_up() {
+    const COUNT: usize = 5000;
+    let hosts = Hosts::new();
+    let home = Home::new("{}");
+    let state = home.path("state");
+    let _disk = Disk::mount(&state, "4m");
+    let filler = state.join("filler");
+    let _ = fs::write(&filler, vec![0; 4 << 20]);
+    let sink = Sink::bind(&hosts.there, DESTINATION);
+
+    let daemon = home.start(&hosts.here);
+    home.write(&lines("start", 0..COUNT, "2 9"));
+    let starts = sink.collect("start", COUNT);
+    home.wait_for_log("carrying on without it");
+    assert!(home.log().contains("No space left on device"));
+    fs::remove_file(&filler).unwrap();
+    home.wait_for_log("journal: written again");
+    daemon.kill();
+
+    let daemon = home.start(&hosts.here);
+    daemon.expect_status(&format!("flows_open {COUNT}"));
+    home.write(&lines("end", 0..COUNT, "2 9"));
+    for (flow, end) in sink.collect("end", COUNT) {
+        assert_eq!(end.start_time, starts[&flow].start_time);
+    }
+    daemon.stop();
+}

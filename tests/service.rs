@@ -1,0 +1,264 @@
+//! The program as systemd and an administrator see it: arguments, exit codes, notices, signals, log.
+#![allow(missing_docs)]
+
+mod common;
+
+use std::fs;
+use std::os::unix::fs::MetadataExt;
+use std::process::{Command, Stdio};
+
+use common::daemon::{Home, PROGRAM, line, run, write};
+use common::net::{Hosts, NetNs};
+use nix::sys::signal::Signal;
+
+#[test]
+fn usage_errors_are_2_and_questions_are_0() {
+    for arguments in [
+        &["version"][..],
+        &["--version"],
+        &["help"],
+        &["--help"],
+        &["-h"],
+        &["run", "--help"],
+        &["registry"],
+    ] {
+        let (code, out, error) = run(arguments);
+        assert_eq!((code, error.as_str()), (0, ""), "{arguments:?}");
+        assert!(!out.is_empty());
+    }
+    for arguments in [
+        &[][..],
+        &["fly"],
+        &["run", "--fast"],
+        &["--log-level", "loud", "version"],
+        &["run", "--log-level", "off"],
+        &["config"],
+        &["listen", "--port", "70000"],
+    ] {
+        let (code, out, error) = run(arguments);
+        assert_eq!((code, out.as_str()), (2, ""), "{arguments:?}");
+        assert!(error.starts_with("flowd-rs: "), "{error}");
+    }
+}
+
+#[test]
+fn the_registry_lists_every_activity() {
+    let (_, out, _) = run(&["registry"]);
+    assert_eq!(out.lines().count(), 1 + 114, "{out}");
+    let staging = out
+        .lines()
+        .find(|l| l.contains("Staging") && l.contains("atlas"))
+        .unwrap();
+    assert_eq!(
+        staging.split_whitespace().collect::<Vec<_>>(),
+        ["2", "atlas", "19", "Staging"]
+    );
+}
+
+#[test]
+fn config_check_says_good_or_where_it_is_not() {
+    let home = Home::new("{}");
+    let file = home.path("flowd.cfg");
+    let name = file.to_str().unwrap();
+    let (code, out, _) = run(&["config", "check", "-c", name]);
+    assert_eq!((code, out), (0, format!("{name}: good\n")));
+    for (text, expected) in [
+        (
+            "plugins: {namedPipe: {}}\nbackends: {fireflies: {}}\n",
+            ":2:12: backends.fireflies: unknown key, did you mean `firefly`?",
+        ),
+        (
+            "plugins: {namedPipe: {}}\nbackends: {firefly: {}}\nflows: {maxFlows: -1}\n",
+            ":3:19: flows.maxFlows: -1 is out of range, expected 1 to 100000000",
+        ),
+    ] {
+        write(&file, text);
+        for arguments in [
+            ["config", "check", "-c", name].as_slice(),
+            &["run", "-c", name],
+        ] {
+            let (code, out, error) = run(arguments);
+            assert_eq!((code, out.as_str()), (2, ""));
+            assert_eq!(error, format!("flowd-rs: {name}{expected}\n"));
+        }
+    }
+    let (code, _, error) = run(&["run", "-c", "/nonexistent/flowd.cfg"]);
+    assert_eq!(code, 2);
+    assert_eq!(
+        error,
+        "flowd-rs: /nonexistent/flowd.cfg: cannot be read: No such file or directory (os error 2)\n"
+    );
+}
+
+#[test]
+fn what_cannot_be_had_is_one_line_and_nothing_is_left_behind() {
+    let home = Home::new("{}");
+    fs::create_dir(home.pipe()).unwrap();
+    let file = home.path("flowd.cfg");
+    let (code, _, error) = run(&["run", "-c", file.to_str().unwrap()]);
+    assert_eq!(code, 1);
+    let errors: Vec<_> = error.lines().filter(|l| !l.starts_with("info: ")).collect();
+    assert_eq!(errors.len(), 1, "{error}");
+    assert!(
+        errors[0]
+            .contains("pipe (plugins.namedPipe.pipePath): is neither a FIFO nor a regular file"),
+        "{error}"
+    );
+    assert!(!home.path("pid").exists());
+}
+
+#[test]
+#[ignore = "needs root"]
+fn systemd_is_told_and_fed() {
+    let ns = NetNs::new("service");
+    let home = Home::new("{}");
+    let mut command = ns.command("sh");
+    // WATCHDOG_PID is the process that systemd started: here the shell becomes it.
+    command.args([
+        "-c",
+        "WATCHDOG_USEC=200000 WATCHDOG_PID=$$ exec \"$0\" \"$@\"",
+        PROGRAM,
+    ]);
+    let mut daemon = home.start_command(command, &["-d", "-f"]);
+    for _ in 0..5 {
+        daemon.expect_notice("WATCHDOG=1");
+    }
+    daemon.signal(Signal::SIGINT);
+    daemon.expect_notice("STOPPING=1");
+    assert_eq!(daemon.wait(), 0);
+}
+
+#[test]
+#[ignore = "needs root"]
+fn a_second_daemon_on_the_same_state_is_refused_and_a_stale_pid_file_is_not_in_the_way() {
+    let ns = NetNs::new("service");
+    let home = Home::new("{}");
+    write(&home.path("pid"), "1\n");
+    let first = home.start(&ns);
+    let pid = first.child.id();
+    assert_eq!(
+        fs::read_to_string(home.path("pid")).unwrap(),
+        format!("{pid}\n")
+    );
+    let file = home.path("flowd.cfg");
+    let (code, _, error) = run(&["run", "-c", file.to_str().unwrap()]);
+    assert_eq!(code, 1);
+    assert!(
+        error.contains(&format!("is in use by another flowd-rs, process {pid}")),
+        "{error}"
+    );
+    assert!(home.pipe().exists() && home.path("pid").exists());
+    first.kill();
+    home.start(&ns).stop();
+}
+
+#[test]
+#[ignore = "needs root"]
+fn other_signals_do_not_end_it() {
+    let hosts = Hosts::new();
+    let home = Home::new("{}");
+    let daemon = home.start(&hosts.here);
+    for signal in [Signal::SIGHUP, Signal::SIGUSR2, Signal::SIGUSR1] {
+        daemon.signal(signal);
+    }
+    home.wait_for_log("status: up ");
+    home.write(&line("start", 1, "2 9"));
+    daemon.expect_status("flows_open 1");
+    daemon.stop();
+}
+
+#[test]
+#[ignore = "needs root"]
+fn log_lines_have_priorities_for_the_journal_and_times_only_on_demand() {
+    let ns = NetNs::new("service");
+    let home = Home::new("{}");
+    let log = fs::File::create(home.path("log"))
+        .unwrap()
+        .metadata()
+        .unwrap();
+    let stream = format!("{}:{}", log.dev(), log.ino());
+    let mut command = ns.command(PROGRAM);
+    command.env("JOURNAL_STREAM", stream);
+    let daemon = home.start_command(command, &[]);
+    home.write("nonsense\n");
+    home.wait_for_log("nonsense");
+    daemon.stop();
+    let log = home.log();
+    assert!(
+        log.lines()
+            .all(|l| l.starts_with("<6>") || l.starts_with("<4>")),
+        "{log}"
+    );
+    assert!(
+        log.contains("<4>named pipe: rejected line \"nonsense\""),
+        "{log}"
+    );
+
+    // The variable is inherited by children whose output goes elsewhere.
+    let mut command = ns.command(PROGRAM);
+    command.env("JOURNAL_STREAM", "1:1");
+    fs::remove_file(home.path("log")).unwrap();
+    home.start_command(command, &["--log-time"]).stop();
+    let log = home.log();
+    assert!(
+        log.starts_with("20") && log.contains("Z info: flowd-rs "),
+        "{log}"
+    );
+}
+
+#[test]
+#[ignore = "needs root"]
+fn a_flow_is_a_line_in_the_log_only_at_debug() {
+    let hosts = Hosts::new();
+    for (arguments, expected) in [(&["--log-level", "info"][..], false), (&["--debug"], true)] {
+        let home = Home::new("{}");
+        let daemon = home.start_command(hosts.here.command(PROGRAM), arguments);
+        home.write(&line("start", 1, "2 9"));
+        daemon.expect_status("flows_open 1");
+        daemon.stop();
+        assert_eq!(
+            home.log().contains("debug: Started: tcp [2001:db8::1]:2"),
+            expected,
+            "{}",
+            home.log()
+        );
+    }
+}
+
+#[test]
+fn listen_prints_what_arrives() {
+    let probe = std::net::UdpSocket::bind("127.0.0.1:0").unwrap();
+    let port = probe.local_addr().unwrap().port().to_string();
+    drop(probe);
+    let mut child = Command::new(PROGRAM)
+        .args(["listen", "--address", "127.0.0.1", "--port", &port])
+        .stdout(Stdio::piped())
+        .stderr(Stdio::null())
+        .spawn()
+        .unwrap();
+    let socket = std::net::UdpSocket::bind("127.0.0.1:0").unwrap();
+    socket.connect(format!("127.0.0.1:{port}")).unwrap();
+    let firefly = r#"<134>1 - se.example xrootd - firefly-json - {"version":1,"flow-lifecycle":{"state":"end","start-time":"2026-01-01T00:00:00Z","end-time":"2026-01-01T00:00:02Z"},"flow-id":{"afi":"ipv4","src-ip":"192.0.2.1","dst-ip":"192.0.2.2","protocol":"tcp","src-port":1094,"dst-port":2},"usage":{"received":5,"sent":7},"context":{"experiment-id":3,"activity-id":3,"application":"xrootd"}}"#;
+    let (lines, incoming) = std::sync::mpsc::channel();
+    let out = child.stdout.take().unwrap();
+    std::thread::spawn(move || {
+        for line in std::io::BufRead::lines(std::io::BufReader::new(out)) {
+            let _ = lines.send(line.unwrap());
+        }
+    });
+    let line = common::wait_for("a line of listen", || {
+        // Until it listens, sending fails.
+        let _ = socket
+            .send(b"no firefly")
+            .and_then(|_| socket.send(firefly.as_bytes()));
+        incoming
+            .recv_timeout(std::time::Duration::from_millis(50))
+            .ok()
+    });
+    child.kill().unwrap();
+    child.wait().unwrap();
+    assert!(
+        line.ends_with(" se.example end     tcp 192.0.2.1:1094 > 192.0.2.2:2 cms / Cache by xrootd after 2.000 s sent 7 received 5 bytes"),
+        "{line}"
+    );
+}
