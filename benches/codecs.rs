@@ -1,1 +1,100 @@
-fn main() {}
+//! The pure parts of the hot path: parsing a line, encoding and decoding a firefly, a step of the flow
+//! table, a line of the journal.
+#![allow(missing_docs)]
+
+use std::hint::black_box;
+
+use criterion::{BatchSize, Criterion, criterion_group, criterion_main};
+use flowd_rs::firefly::{Encoder, decode};
+use flowd_rs::flow::{FlowEvent, State};
+use flowd_rs::flow_table::FlowTable;
+use flowd_rs::journal;
+use flowd_rs::pipe_line::parse;
+use flowd_rs::registry::Registry;
+use jiff::Timestamp;
+
+fn event(n: u32) -> FlowEvent {
+    let line = format!(
+        "start tcp 2001:db8::{:x} {} 2001:db8::2 443 2 9",
+        n >> 15,
+        1 + n % 32768
+    );
+    parse(line.as_bytes(), &Registry::builtin(), Timestamp::now())
+        .unwrap()
+        .unwrap()
+}
+
+fn benches(criterion: &mut Criterion) {
+    let registry = Registry::builtin();
+    let now = Timestamp::now();
+    for (name, line) in [
+        (
+            "line, ids",
+            "start tcp 2001:db8:1:2::a 40001 2001:db8:3:4::b 443 2 9",
+        ),
+        (
+            "line, names",
+            "start tcp 2001:db8:1:2::a 40001 2001:db8:3:4::b 443 atlas Staging",
+        ),
+        (
+            "line, rejected",
+            "start tcp 2001:db8:1:2::a 40001 2001:db8:3:4::b 70000 2 9",
+        ),
+    ] {
+        criterion.bench_function(name, |b| {
+            b.iter(|| parse(black_box(line.as_bytes()), &registry, now))
+        });
+    }
+
+    let mut encoder = Encoder::new("storage.example.org", "flowd-rs 0.1.0", true);
+    let mut datagram = Vec::new();
+    let start = event(1);
+    criterion.bench_function("firefly, encode", |b| {
+        b.iter(|| {
+            datagram.clear();
+            // As in the daemon: the time of sending is another one in every batch.
+            encoder.encode(black_box(&start), Timestamp::now(), &mut datagram);
+        });
+    });
+    criterion.bench_function("firefly, decode", |b| {
+        b.iter(|| decode(black_box(&datagram), now))
+    });
+
+    let mut table = FlowTable::new(2_000_000);
+    for n in 0..1_000_000 {
+        table.step(&mut event(n), now);
+    }
+    let mut n = 0;
+    criterion.bench_function("table of 1,000,000, start and end", |b| {
+        b.iter_batched(
+            || {
+                n += 1;
+                let mut end = event(1_000_000 + n % 1_000_000);
+                end.state = State::End;
+                (event(1_000_000 + n % 1_000_000), end)
+            },
+            |(mut start, mut end)| {
+                table.step(&mut start, now);
+                table.step(&mut end, now)
+            },
+            BatchSize::SmallInput,
+        );
+    });
+
+    let (flow, open) = table.iter().next().map(|(f, o)| (*f, o.clone())).unwrap();
+    let mut lines = Vec::new();
+    criterion.bench_function("journal, encode a line", |b| {
+        b.iter(|| {
+            lines.clear();
+            journal::encode_open(&mut lines, black_box(&flow), black_box(&open));
+        });
+    });
+    let line = String::from_utf8(lines).unwrap();
+    let line = line.trim_end();
+    criterion.bench_function("journal, decode a line", |b| {
+        b.iter(|| journal::decode(black_box(line)))
+    });
+}
+
+criterion_group!(group, benches);
+criterion_main!(group);

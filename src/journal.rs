@@ -205,7 +205,10 @@ impl Journal {
         }
         let had_failed = self.failed.is_some();
         match self.rewrite(table) {
-            Ok(()) if had_failed => log::info!("journal {}: written again, nothing is missing", self.path.display()),
+            Ok(()) if had_failed => log::info!(
+                "journal {}: written again, nothing is missing",
+                self.path.display()
+            ),
             Ok(()) => {}
             Err(error) => {
                 // A journal that is only longer than need be is still good.

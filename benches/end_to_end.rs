@@ -1,0 +1,337 @@
+//! The running daemon beside the limit of this machine: rate, latency, memory, start-up. Needs root.
+//!
+//! Every figure is the median of several rounds; what is compared is measured in turns within one run.
+#![allow(missing_docs)]
+
+#[path = "../tests/common/mod.rs"]
+mod common;
+
+use std::fs;
+use std::io::{IoSlice, IoSliceMut, Write};
+use std::net::{SocketAddr, UdpSocket};
+use std::os::fd::AsRawFd;
+use std::time::{Duration, Instant};
+
+use common::daemon::{Daemon, Home, PROGRAM, line, lines};
+use common::net::Hosts;
+use common::sink::Sink;
+use flowd_rs::firefly::Encoder;
+use flowd_rs::pipe_line::parse;
+use flowd_rs::registry::Registry;
+use jiff::Timestamp;
+use nix::sys::socket::{MsgFlags, MultiHeaders, SockaddrIn6, SockaddrStorage, recvmmsg, sendmmsg};
+
+const FLOWS: usize = 200_000;
+const ROUNDS: usize = 7;
+const DESTINATION: &str = "[2001:db8::2]:10514";
+
+fn main() {
+    if !nix::unistd::geteuid().is_root() {
+        eprintln!("the end-to-end bench needs root, for network namespaces");
+        std::process::exit(1);
+    }
+    // Filters and flags that cargo bench passes on are for criterion.
+    let hosts = Hosts::new();
+    println!("| what | figure | beside | ratio |");
+    println!("| --- | --- | --- | --- |");
+    throughput(&hosts);
+    latency(&hosts);
+    memory(&hosts);
+    start(&hosts);
+}
+
+fn row(what: &str, figure: &str, beside: &str, ratio: &str) {
+    println!("| {what} | {figure} | {beside} | {ratio} |");
+}
+
+fn median(mut values: Vec<f64>) -> f64 {
+    values.sort_by(f64::total_cmp);
+    values[values.len() / 2]
+}
+
+/// Receives until `count` datagrams came or none comes for a second; returns how many, and when the
+/// last one was there.
+fn receive(socket: &UdpSocket, count: usize) -> (usize, Instant) {
+    const AT_ONCE: usize = 64;
+    socket
+        .set_read_timeout(Some(Duration::from_secs(1)))
+        .unwrap();
+    let mut buffers = vec![[0u8; 2048]; AT_ONCE];
+    let mut headers = MultiHeaders::<SockaddrIn6>::preallocate(AT_ONCE, None);
+    let (mut received, mut last) = (0, Instant::now());
+    while received < count {
+        let mut slices: Vec<_> = buffers.iter_mut().map(|b| [IoSliceMut::new(b)]).collect();
+        match recvmmsg(
+            socket.as_raw_fd(),
+            &mut headers,
+            slices.iter_mut(),
+            MsgFlags::MSG_WAITFORONE,
+            None,
+        ) {
+            Ok(messages) => {
+                received += messages.count();
+                last = Instant::now();
+            }
+            Err(nix::errno::Errno::EINTR) => {}
+            Err(_) => break,
+        }
+    }
+    (received, last)
+}
+
+/// Sends and receives at the same time; datagrams a second.
+fn rate(sink: &Sink, send: impl FnOnce() + Send) -> f64 {
+    std::thread::scope(|scope| {
+        let receiver = scope.spawn(|| receive(sink.socket(), FLOWS));
+        let began = Instant::now();
+        send();
+        let (received, last) = receiver.join().unwrap();
+        assert_eq!(received, FLOWS, "datagrams were lost");
+        FLOWS as f64 / last.duration_since(began).as_secs_f64()
+    })
+}
+
+/// The datagrams that the daemon will send.
+fn datagrams() -> Vec<Vec<u8>> {
+    let hostname = nix::unistd::gethostname().unwrap();
+    let mut encoder = Encoder::new(hostname.to_str().unwrap(), "flowd-rs 0.1.0", true);
+    let registry = Registry::builtin();
+    (0..FLOWS)
+        .map(|n| {
+            let line = line("start", n, "2 9");
+            let event = parse(line.as_bytes(), &registry, Timestamp::now())
+                .unwrap()
+                .unwrap();
+            let mut datagram = Vec::new();
+            encoder.encode(&event, Timestamp::now(), &mut datagram);
+            datagram
+        })
+        .collect()
+}
+
+/// The limit: one thread, datagrams ready made, 128 a call.
+fn bare_sendmmsg(socket: &UdpSocket, datagrams: &[Vec<u8>]) {
+    let to = Some(SockaddrStorage::from(
+        DESTINATION.parse::<SocketAddr>().unwrap(),
+    ));
+    let mut headers = MultiHeaders::<SockaddrStorage>::preallocate(128, None);
+    for chunk in datagrams.chunks(128) {
+        let slices: Vec<_> = chunk.iter().map(|d| [IoSlice::new(d)]).collect();
+        let addresses = vec![to; chunk.len()];
+        let mut at = 0;
+        while at < chunk.len() {
+            let sent = sendmmsg(
+                socket.as_raw_fd(),
+                &mut headers,
+                &slices[at..],
+                &addresses[at..],
+                [],
+                MsgFlags::empty(),
+            );
+            at += sent.unwrap().count();
+        }
+    }
+}
+
+/// User and system time of the process, in seconds.
+fn cpu(daemon: &Daemon<'_>) -> (f64, f64) {
+    let stat = fs::read_to_string(format!("/proc/{}/stat", daemon.child.id())).unwrap();
+    let fields: Vec<&str> = stat[stat.rfind(')').unwrap()..]
+        .split_whitespace()
+        .collect();
+    let ticks = |n: usize| fields[n].parse::<f64>().unwrap() / 100.0;
+    (ticks(12), ticks(13))
+}
+
+fn throughput(hosts: &Hosts) {
+    let datagrams = datagrams();
+    let sink = Sink::bind(&hosts.there, DESTINATION);
+    let bare_socket = hosts.here.enter(|| UdpSocket::bind("[::]:0").unwrap());
+    let mut bare = Vec::new();
+    let mut daemon: [Vec<(f64, f64, f64)>; 2] = Default::default();
+    for _ in 0..ROUNDS {
+        bare.push(rate(&sink, || bare_sendmmsg(&bare_socket, &datagrams)));
+        for (results, at_once) in daemon.iter_mut().zip([1, 50]) {
+            let home = Home::new("{}");
+            let process = home.start(&hosts.here);
+            let writes: Vec<String> = (0..FLOWS / at_once)
+                .map(|n| lines("start", n * at_once..(n + 1) * at_once, "2 9"))
+                .collect();
+            let mut writer = home.writer();
+            let before = cpu(&process);
+            let rate = rate(&sink, move || {
+                for write in &writes {
+                    writer.write_all(write.as_bytes()).unwrap();
+                }
+            });
+            let after = cpu(&process);
+            let per_flow = |seconds: f64| seconds / FLOWS as f64 * 1e6;
+            results.push((
+                rate,
+                per_flow(after.0 - before.0),
+                per_flow(after.1 - before.1),
+            ));
+            process.stop();
+        }
+    }
+    let limit = median(bare.clone());
+    for (results, at_once) in daemon.iter().zip([1, 50]) {
+        let pick = |f: fn(&(f64, f64, f64)) -> f64| median(results.iter().map(f).collect());
+        let ratio = median(
+            results
+                .iter()
+                .zip(&bare)
+                .map(|(r, bare)| r.0 / bare)
+                .collect(),
+        );
+        row(
+            &format!("pipe to firefly, 200,000 flows, lines a write: {at_once}"),
+            &format!("{:.0} flows/s", pick(|r| r.0)),
+            &format!("bare sendmmsg {limit:.0}/s"),
+            &format!("{ratio:.2}"),
+        );
+        let (user, system) = (pick(|r| r.1), pick(|r| r.2));
+        row(
+            "— CPU a flow",
+            &format!("{user:.2} µs user, {system:.2} µs system"),
+            "",
+            "",
+        );
+    }
+}
+
+fn percentiles(mut samples: Vec<Duration>) -> (f64, f64) {
+    samples.sort();
+    let at = |share: f64| samples[(samples.len() as f64 * share) as usize].as_secs_f64() * 1e6;
+    (at(0.5), at(0.99))
+}
+
+fn latency(hosts: &Hosts) {
+    const SAMPLES: usize = 2000;
+    // So that no thread of either side still spins or runs from the sample before.
+    let pause = || std::thread::sleep(Duration::from_millis(1));
+    let sink = Sink::bind(&hosts.there, DESTINATION);
+    let home = Home::new("{}");
+    let daemon = home.start(&hosts.here);
+    let mut writer = home.writer();
+    let mut buffer = [0; 2048];
+
+    let echo = hosts
+        .there
+        .enter(|| UdpSocket::bind("[2001:db8::2]:7").unwrap());
+    let near = hosts
+        .here
+        .enter(|| UdpSocket::bind("[2001:db8::1]:0").unwrap());
+    near.connect("[2001:db8::2]:7").unwrap();
+    std::thread::spawn(move || {
+        let mut buffer = [0; 2048];
+        while let Ok((length, from)) = echo.recv_from(&mut buffer) {
+            let _ = echo.send_to(&buffer[..length], from);
+        }
+    });
+
+    let (mut ours, mut bare) = (Vec::new(), Vec::new());
+    for n in 0..SAMPLES {
+        pause();
+        let line = line("start", n, "2 9");
+        let began = Instant::now();
+        writer.write_all(line.as_bytes()).unwrap();
+        sink.socket().recv(&mut buffer).unwrap();
+        ours.push(began.elapsed());
+        pause();
+        let began = Instant::now();
+        near.send(&[0; 500]).unwrap();
+        near.recv(&mut buffer).unwrap();
+        bare.push(began.elapsed());
+    }
+    daemon.stop();
+    let (ours, bare) = (percentiles(ours), percentiles(bare));
+    for (what, ours, bare) in [
+        ("median", ours.0, bare.0),
+        ("99th percentile", ours.1, bare.1),
+    ] {
+        row(
+            &format!("one line alone, write to datagram, {what}"),
+            &format!("{ours:.0} µs"),
+            &format!("UDP echo there and back {bare:.0} µs"),
+            &format!("{:.2}", ours / bare),
+        );
+    }
+}
+
+/// Resident memory in bytes.
+fn resident(daemon: &Daemon<'_>) -> f64 {
+    let status = fs::read_to_string(format!("/proc/{}/status", daemon.child.id())).unwrap();
+    let line = status.lines().find(|l| l.starts_with("VmRSS:")).unwrap();
+    line.split_whitespace()
+        .nth(1)
+        .unwrap()
+        .parse::<f64>()
+        .unwrap()
+        * 1024.0
+}
+
+fn memory(hosts: &Hosts) {
+    const MANY: usize = 1_000_000;
+    let home = Home::new("{}");
+    let daemon = home.start(&hosts.here);
+    daemon.expect_status("journal_writes rewritten 1");
+    let idle = resident(&daemon);
+    let mut writer = home.writer();
+    for block in 0..MANY / 1000 {
+        let text = lines("start", block * 1000..(block + 1) * 1000, "2 9");
+        writer.write_all(text.as_bytes()).unwrap();
+    }
+    daemon.expect_status(&format!("flows_open {MANY}"));
+    let full = resident(&daemon);
+    daemon.stop();
+    let mib = |bytes: f64| format!("{:.1} MiB", bytes / f64::from(1 << 20));
+    row("resident memory, idle", &mib(idle), "", "");
+    let each = (full - idle) / MANY as f64;
+    row(
+        "resident memory, 1,000,000 open flows",
+        &mib(full),
+        "",
+        &format!("{each:.0} bytes a flow"),
+    );
+}
+
+fn start(hosts: &Hosts) {
+    let version = || {
+        let began = Instant::now();
+        hosts.here.command(PROGRAM).arg("version").output().unwrap();
+        began.elapsed().as_secs_f64() * 1e3
+    };
+    let ready = |home: &Home| {
+        let began = Instant::now();
+        let daemon = home.start(&hosts.here);
+        let took = began.elapsed().as_secs_f64() * 1e3;
+        daemon.stop();
+        took
+    };
+    let empty = Home::new("{}");
+    let full = Home::new("{}");
+    let daemon = full.start(&hosts.here);
+    full.write(&lines("start", 0..100_000, "2 9"));
+    daemon.expect_status("flows_open 100000");
+    daemon.stop();
+    let (mut bare, mut none, mut many) = (Vec::new(), Vec::new(), Vec::new());
+    for _ in 0..15 {
+        bare.push(version());
+        none.push(ready(&empty));
+        many.push(ready(&full));
+    }
+    let bare = median(bare);
+    for (what, times) in [
+        ("empty journal", none),
+        ("100,000 flows in the journal", many),
+    ] {
+        let time = median(times);
+        row(
+            &format!("start to READY=1, {what}"),
+            &format!("{time:.1} ms"),
+            &format!("flowd-rs version {bare:.1} ms"),
+            &format!("{:.1}", time / bare),
+        );
+    }
+}
