@@ -4,16 +4,17 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
-use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, TrySendError};
+use crossbeam_channel::{Receiver, RecvTimeoutError, Sender};
 use jiff::Timestamp;
 use log::Level;
 use prometheus::{IntCounter, IntGauge};
 
-use crate::flow::{FlowEvent, State};
+use crate::flow::FlowEvent;
 use crate::flow_table::{FlowTable, Step};
 use crate::journal::{self, Journal};
 use crate::log_limit::LogLimit;
 use crate::metrics::{Metrics, Outcomes, Queue};
+use crate::queue::{Pushed, push};
 
 const TICK: Duration = Duration::from_secs(1);
 /// The most events that share a write to the journal.
@@ -166,11 +167,7 @@ impl Dispatcher {
         for event in self.passed.drain(..) {
             for output in &self.outputs {
                 // A backend that has ended takes the daemon down by other ways.
-                if event.state != State::Ongoing {
-                    let _ = output.channel.send(Arc::clone(&event));
-                } else if let Err(TrySendError::Full(_)) =
-                    output.channel.try_send(Arc::clone(&event))
-                {
+                if push(&output.channel, event.state, Arc::clone(&event)) == Pushed::Dropped {
                     self.ongoing_dropped.inc();
                 }
             }

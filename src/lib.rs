@@ -20,5 +20,6 @@ pub mod logging;
 pub mod metrics;
 pub mod pipe_line;
 pub mod plugins;
+pub mod queue;
 pub mod registry;
 pub mod sys;

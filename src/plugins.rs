@@ -4,13 +4,14 @@ pub mod named_pipe;
 
 use std::sync::Arc;
 
-use crossbeam_channel::{Sender, TrySendError};
+use crossbeam_channel::Sender;
 use prometheus::IntCounter;
 
 use crate::config::Config;
 use crate::error::Result;
-use crate::flow::{FlowEvent, State};
+use crate::flow::FlowEvent;
 use crate::metrics::Metrics;
+use crate::queue::{Pushed, push};
 use crate::registry::Registry;
 use crate::sys::stop::Stop;
 
@@ -61,16 +62,13 @@ impl EventSender {
 
     /// Waits for room with a start or an end; drops and counts news that does not fit.
     pub fn send(&self, event: FlowEvent) -> std::result::Result<(), Closed> {
-        if event.state != State::Ongoing {
-            return self.channel.send(event).map_err(|_| Closed);
-        }
-        match self.channel.try_send(event) {
-            Ok(()) => Ok(()),
-            Err(TrySendError::Full(_)) => {
+        match push(&self.channel, event.state, event) {
+            Pushed::Done => Ok(()),
+            Pushed::Dropped => {
                 self.ongoing_dropped.inc();
                 Ok(())
             }
-            Err(TrySendError::Disconnected(_)) => Err(Closed),
+            Pushed::Closed => Err(Closed),
         }
     }
 }
