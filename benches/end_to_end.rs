@@ -92,7 +92,7 @@ fn rate(sink: &Sink, send: impl FnOnce() + Send) -> f64 {
 }
 
 /// The datagrams that the daemon will send.
-fn datagrams() -> Vec<Vec<u8>> {
+fn datagrams() -> Vec<String> {
     let hostname = nix::unistd::gethostname().unwrap();
     let mut encoder = Encoder::new(hostname.to_str().unwrap(), "flowd-rs 0.1.0", true);
     let registry = Registry::builtin();
@@ -102,7 +102,7 @@ fn datagrams() -> Vec<Vec<u8>> {
             let event = parse(line.as_bytes(), &registry, Timestamp::now())
                 .unwrap()
                 .unwrap();
-            let mut datagram = Vec::new();
+            let mut datagram = String::new();
             encoder.encode(&event, Timestamp::now(), &mut datagram);
             datagram
         })
@@ -110,13 +110,13 @@ fn datagrams() -> Vec<Vec<u8>> {
 }
 
 /// The limit: one thread, datagrams ready made, 128 a call.
-fn bare_sendmmsg(socket: &UdpSocket, datagrams: &[Vec<u8>]) {
+fn bare_sendmmsg(socket: &UdpSocket, datagrams: &[String]) {
     let to = Some(SockaddrStorage::from(
         DESTINATION.parse::<SocketAddr>().unwrap(),
     ));
     let mut headers = MultiHeaders::<SockaddrStorage>::preallocate(128, None);
     for chunk in datagrams.chunks(128) {
-        let slices: Vec<_> = chunk.iter().map(|d| [IoSlice::new(d)]).collect();
+        let slices: Vec<_> = chunk.iter().map(|d| [IoSlice::new(d.as_bytes())]).collect();
         let addresses = vec![to; chunk.len()];
         let mut at = 0;
         while at < chunk.len() {

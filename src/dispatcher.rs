@@ -56,7 +56,7 @@ pub struct Dispatcher {
     queue: Queue,
     refused: LogLimit,
     /// Lines for the journal and events for the backends, of the batch at hand.
-    lines: Vec<u8>,
+    lines: String,
     passed: Vec<Arc<FlowEvent>>,
 }
 
@@ -80,7 +80,7 @@ impl Dispatcher {
             ongoing_dropped: metrics.ongoing_dropped.clone(),
             queue: metrics.queue("dispatcher"),
             refused: LogLimit::new(Level::Error, "flows refused because of flows.maxFlows"),
-            lines: Vec::new(),
+            lines: String::new(),
             passed: Vec::new(),
         };
         dispatcher.flows_open.set(dispatcher.table.len() as i64);

@@ -4,7 +4,7 @@
 //! or none, trailing bytes, missing times, keys that it does not know, unescaped quotes in the
 //! application.
 
-use std::io::Write as _;
+use std::fmt::Write as _;
 use std::net::IpAddr;
 
 use jiff::Timestamp;
@@ -29,6 +29,7 @@ const APPLICATION_MAX: usize = 128;
 pub struct Encoder {
     /// What follows the time in the syslog header, if there is to be one.
     header: Option<String>,
+    /// As JSON.
     application: String,
     current: PrintedTime,
     start: PrintedTime,
@@ -47,7 +48,7 @@ impl Encoder {
         };
         Encoder {
             header: syslog_header.then(|| format!(" {hostname} flowd-rs - firefly-json - ")),
-            application: application.to_owned(),
+            application: escaped(application),
             current: PrintedTime::default(),
             start: PrintedTime::default(),
             end: PrintedTime::default(),
@@ -58,10 +59,10 @@ impl Encoder {
     ///
     /// The JSON is written piece by piece, at half the cost of a serializer: only the application can
     /// hold anything that needs escaping.
-    pub fn encode(&mut self, event: &FlowEvent, now: Timestamp, out: &mut Vec<u8>) {
+    pub fn encode(&mut self, event: &FlowEvent, now: Timestamp, out: &mut String) {
         let (flow, tag) = (&event.flow, event.tag());
         let current = self.current.print(now);
-        let mut put = |text: &str| out.extend_from_slice(text.as_bytes());
+        let mut put = |text: &str| out.push_str(text);
         if let Some(header) = &self.header {
             put(PRIORITY);
             put(current);
@@ -83,31 +84,32 @@ impl Encoder {
         } else {
             "ipv6"
         });
-        // Writing to a Vec cannot fail, here and below.
-        let _ = write!(
-            out,
-            "\",\"src-ip\":\"{}\",\"dst-ip\":\"{}\",\"protocol\":\"{}\",\"src-port\":{},\"dst-port\":{}}},",
-            flow.source.address,
-            flow.destination.address,
-            flow.protocol.as_str(),
-            flow.source.port,
-            flow.destination.port
-        );
+        // Writing to a String cannot fail, here and below.
+        let _ = write!(out, "\",\"src-ip\":\"{}", flow.source.address);
+        let _ = write!(out, "\",\"dst-ip\":\"{}", flow.destination.address);
+        let mut number = itoa::Buffer::new();
+        let mut put = |text: &str, n: u64| {
+            out.push_str(text);
+            out.push_str(number.format(n));
+        };
+        let protocol = match flow.protocol {
+            Protocol::Tcp => "\",\"protocol\":\"tcp\",\"src-port\":",
+            Protocol::Udp => "\",\"protocol\":\"udp\",\"src-port\":",
+        };
+        put(protocol, flow.source.port.into());
+        put(",\"dst-port\":", flow.destination.port.into());
         if let Some(usage) = event.usage {
-            let _ = write!(
-                out,
-                "\"usage\":{{\"received\":{},\"sent\":{}}},",
-                usage.received, usage.sent
-            );
+            put("},\"usage\":{\"received\":", usage.received);
+            put(",\"sent\":", usage.sent);
         }
-        let _ = write!(
-            out,
-            "\"context\":{{\"experiment-id\":{},\"activity-id\":{},\"application\":",
-            tag.experiment, tag.activity
-        );
-        let application = event.application.as_deref().unwrap_or(&self.application);
-        let _ = serde_json::to_writer(&mut *out, cut(application));
-        out.extend_from_slice(b"}}");
+        put("},\"context\":{\"experiment-id\":", tag.experiment.into());
+        put(",\"activity-id\":", tag.activity.into());
+        out.push_str(",\"application\":");
+        match event.application.as_deref() {
+            None => out.push_str(&self.application),
+            Some(application) => out.push_str(&escaped(application)),
+        }
+        out.push_str("}}");
     }
 }
 
@@ -130,6 +132,11 @@ impl PrintedTime {
         }
         &self.text
     }
+}
+
+/// As a JSON string, cut.
+fn escaped(application: &str) -> String {
+    serde_json::to_string(cut(application)).expect("a string serializes")
 }
 
 fn cut(application: &str) -> &str {
@@ -390,9 +397,9 @@ mod tests {
     }
 
     fn encode(event: &FlowEvent) -> String {
-        let mut out = Vec::new();
+        let mut out = String::new();
         Encoder::new("host.example", "flowd-rs 0.0.0", true).encode(event, now(), &mut out);
-        String::from_utf8(out).unwrap()
+        out
     }
 
     #[test]
@@ -544,7 +551,7 @@ mod tests {
             activity: u16::MAX,
         });
         let header = "h".repeat(64);
-        let mut out = Vec::new();
+        let mut out = String::new();
         Encoder::new(&header, "", true).encode(&event, now(), &mut out);
         assert!(out.len() <= 1452, "{}", out.len());
     }
@@ -575,9 +582,9 @@ mod tests {
                 usage: usage.map(|(received, sent)| Usage { received, sent }),
                 origin: Origin::Firefly,
             };
-            let mut out = Vec::new();
+            let mut out = String::new();
             Encoder::new("host", "none", header).encode(&event, later, &mut out);
-            prop_assert_eq!(decode(&out, now()).unwrap(), event);
+            prop_assert_eq!(decode(out.as_bytes(), now()).unwrap(), event);
         }
 
         #[test]

@@ -10,6 +10,7 @@
 //! The application is a JSON string and may be absent. Appends are not synced to the disk: what the
 //! kernel has survives the daemon, and a host that goes down takes the flows with it.
 
+use std::fmt::Write as _;
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, BufRead, BufReader, BufWriter, Write};
 use std::path::{Path, PathBuf};
@@ -18,6 +19,7 @@ use std::time::{Duration, Instant};
 
 use jiff::Timestamp;
 use log::Level;
+use serde_json::Value;
 
 use crate::flow::{Flow, Origin, Protocol, Tag};
 use crate::flow_table::{FlowTable, OpenFlow};
@@ -48,42 +50,46 @@ pub enum Record {
 }
 
 /// Appends the line of an opened flow to `out`.
-pub fn encode_open(out: &mut Vec<u8>, flow: &Flow, open: &OpenFlow) {
-    // Writing to a Vec cannot fail, here and below.
-    let _ = write!(
-        out,
-        "+ {} {} {} ",
-        open.start_time().as_microsecond(),
-        open.opened,
-        open.origin.as_str(),
-    );
+pub fn encode_open(out: &mut String, flow: &Flow, open: &OpenFlow) {
+    out.push_str("+ ");
+    put_number(out, open.start_time().as_microsecond());
+    put_number(out, open.opened);
+    out.push_str(open.origin.as_str());
+    out.push(' ');
     encode_flow(out, flow);
-    let _ = write!(out, " {} {}", open.tag.experiment, open.tag.activity);
+    put_number(out, open.tag.experiment);
+    put_number(out, open.tag.activity);
     if let Some(application) = &open.application {
-        out.push(b' ');
-        let _ = serde_json::to_writer(&mut *out, &**application);
+        out.push_str(&Value::from(&**application).to_string());
+    } else {
+        out.pop();
     }
-    out.push(b'\n');
+    out.push('\n');
 }
 
 /// Appends the line of a closed flow to `out`.
-pub fn encode_close(out: &mut Vec<u8>, flow: &Flow) {
-    out.extend_from_slice(b"- ");
+pub fn encode_close(out: &mut String, flow: &Flow) {
+    out.push_str("- ");
     encode_flow(out, flow);
-    out.push(b'\n');
+    out.pop();
+    out.push('\n');
 }
 
-fn encode_flow(out: &mut Vec<u8>, flow: &Flow) {
-    let (source, destination) = (flow.source, flow.destination);
-    let _ = write!(
-        out,
-        "{} {} {} {} {}",
-        flow.protocol.as_str(),
-        source.address,
-        source.port,
-        destination.address,
-        destination.port
-    );
+/// With a space behind.
+fn encode_flow(out: &mut String, flow: &Flow) {
+    out.push_str(flow.protocol.as_str());
+    for end in [flow.source, flow.destination] {
+        // Writing to a String cannot fail.
+        let _ = write!(out, " {} ", end.address);
+        out.push_str(itoa::Buffer::new().format(end.port));
+    }
+    out.push(' ');
+}
+
+/// With a space behind.
+fn put_number(out: &mut String, number: impl itoa::Integer) {
+    out.push_str(itoa::Buffer::new().format(number));
+    out.push(' ');
 }
 
 /// Reads one line without its newline.
@@ -176,11 +182,11 @@ impl Journal {
 
     /// Appends whole lines in one write. When the disk is full or broken the lines are not written;
     /// they are made up for from the table as soon as it can be written again.
-    pub fn append(&mut self, lines: &[u8], now: Instant) {
+    pub fn append(&mut self, lines: &str, now: Instant) {
         if lines.is_empty() || self.failed.is_some() {
             return;
         }
-        match self.file.write_all(lines) {
+        match self.file.write_all(lines.as_bytes()) {
             Ok(()) => {
                 self.length += lines.len() as u64;
                 self.counters.add(Written::Done);
@@ -264,15 +270,14 @@ fn write_all(path: &Path, table: &FlowTable) -> io::Result<(File, u64)> {
     let mut out = BufWriter::with_capacity(1 << 20, file);
     let mut length = HEADER.len() as u64 + 1;
     writeln!(out, "{HEADER}")?;
-    let mut line = Vec::new();
+    let mut line = String::new();
     for (flow, open) in table.iter() {
         line.clear();
         encode_open(&mut line, flow, open);
         length += line.len() as u64;
-        out.write_all(&line)?;
+        out.write_all(line.as_bytes())?;
     }
     let file = out.into_inner().map_err(io::IntoInnerError::into_error)?;
-    file.sync_data()?;
     Ok((file, length))
 }
 
@@ -365,7 +370,7 @@ mod tests {
     fn open_flows_come_back_and_closed_ones_do_not() {
         let dir = tempfile::tempdir().unwrap();
         let (mut journal, _) = reopen(dir.path());
-        let mut lines = Vec::new();
+        let mut lines = String::new();
         encode_open(&mut lines, &flow(1), &open_flow());
         encode_open(&mut lines, &flow(2), &open_flow());
         encode_close(&mut lines, &flow(1));
@@ -379,16 +384,16 @@ mod tests {
     fn a_journal_cut_anywhere_gives_the_flows_of_its_whole_lines_and_takes_more() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("journal");
-        let mut whole = format!("{HEADER}\n").into_bytes();
+        let mut whole = format!("{HEADER}\n");
         let header = whole.len();
         encode_open(&mut whole, &flow(1), &open_flow());
         encode_open(&mut whole, &flow(2), &open_flow());
         for cut in header..whole.len() {
             fs::write(&path, &whole[..cut]).unwrap();
-            let lines = whole[header..cut].iter().filter(|&&b| b == b'\n').count();
+            let lines = whole[header..cut].matches('\n').count();
             let (mut journal, table) = reopen(dir.path());
             assert_eq!(table.len(), lines);
-            let mut more = Vec::new();
+            let mut more = String::new();
             encode_open(&mut more, &flow(3), &open_flow());
             journal.append(&more, Instant::now());
             assert_eq!(reopen(dir.path()).1.len(), lines + 1);
@@ -398,7 +403,7 @@ mod tests {
     #[test]
     fn garbage_between_good_lines_is_skipped() {
         let dir = tempfile::tempdir().unwrap();
-        let mut content = format!("{HEADER}\n+ garbage\n\0\0\0\n\n").into_bytes();
+        let mut content = format!("{HEADER}\n+ garbage\n\0\0\0\n\n");
         encode_open(&mut content, &flow(1), &open_flow());
         fs::write(dir.path().join("journal"), content).unwrap();
         assert_eq!(reopen(dir.path()).1.len(), 1);
@@ -435,7 +440,7 @@ mod tests {
             origin: Origin::NamedPipe,
         };
         table.step(&mut event, Timestamp::UNIX_EPOCH);
-        let mut lines = Vec::new();
+        let mut lines = String::new();
         while lines.len() < 1 << 20 {
             encode_close(&mut lines, &flow(1));
         }
@@ -465,10 +470,9 @@ mod tests {
             let tag = Tag { experiment: tag.0, activity: tag.1 };
             let start = Timestamp::from_microsecond(start).unwrap();
             let open = OpenFlow::new(tag, Origin::Firefly, start, opened, application.map(Into::into));
-            let mut line = Vec::new();
-            encode_open(&mut line, &flow, &open);
-            encode_close(&mut line, &flow);
-            let text = String::from_utf8(line).unwrap();
+            let mut text = String::new();
+            encode_open(&mut text, &flow, &open);
+            encode_close(&mut text, &flow);
             let records: Vec<_> = text.split_terminator('\n').map(decode).collect();
             prop_assert_eq!(records, vec![Some(Record::Open(flow, open)), Some(Record::Close(flow))]);
         }

@@ -8,6 +8,7 @@ use std::fs;
 use std::io::Write;
 use std::os::fd::AsFd;
 use std::os::unix::fs::{FileTypeExt, PermissionsExt};
+use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
@@ -271,13 +272,11 @@ fn a_deleted_pipe_is_made_again_and_writers_of_the_old_one_are_heard() {
     home.write(&line("start", 3, "2 9"));
     assert_eq!(sink.firefly().json["flow-id"]["src-port"], 4);
     home.wait_for_log("a regular file stood in its place, kept as");
-    let kept = fs::read_dir(home.dir.path())
+    let is_kept = |p: &PathBuf| p.is_file() && p.to_string_lossy().contains("/pipe.");
+    let mut files = fs::read_dir(home.dir.path())
         .unwrap()
         .map(|e| e.unwrap().path());
-    let kept = kept
-        .filter(|p| p.is_file() && p.to_string_lossy().contains("/pipe."))
-        .next()
-        .unwrap();
+    let kept = files.find(is_kept).unwrap();
     assert_eq!(fs::read_to_string(kept).unwrap(), "start of something\n");
     daemon.stop();
     assert!(!home.pipe().exists());

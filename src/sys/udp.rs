@@ -20,14 +20,14 @@ const PATIENCE_MS: u8 = 10;
 /// Datagrams to be sent together.
 #[derive(Default)]
 pub struct Batch {
-    bytes: Vec<u8>,
+    text: String,
     datagrams: Vec<(Range<usize>, SocketAddr)>,
 }
 
 impl Batch {
     /// Forgets the datagrams and keeps the memory.
     pub fn clear(&mut self) {
-        self.bytes.clear();
+        self.text.clear();
         self.datagrams.clear();
     }
 
@@ -35,11 +35,11 @@ impl Batch {
     pub fn push(
         &mut self,
         destinations: impl IntoIterator<Item = SocketAddr>,
-        write: impl FnOnce(&mut Vec<u8>),
+        write: impl FnOnce(&mut String),
     ) {
-        let begin = self.bytes.len();
-        write(&mut self.bytes);
-        let end = self.bytes.len();
+        let begin = self.text.len();
+        write(&mut self.text);
+        let end = self.text.len();
         self.datagrams
             .extend(destinations.into_iter().map(|to| (begin..end, to)));
     }
@@ -84,7 +84,7 @@ impl Sender {
                 .collect();
             for chunk in of_family.chunks(BATCH) {
                 match socket {
-                    Ok(socket) => socket.send(&batch.bytes, chunk, &mut failed),
+                    Ok(socket) => socket.send(batch.text.as_bytes(), chunk, &mut failed),
                     Err(error) => {
                         for (_, to) in chunk {
                             failed(*to, io::Error::new(error.kind(), error.to_string()));

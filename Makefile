@@ -1,0 +1,50 @@
+# flowd-rs: `make help` lists the targets.
+
+CARGO ?= cargo
+PREFIX ?= /usr
+SYSCONFDIR ?= /etc
+DESTDIR ?=
+MANDIR = $(PREFIX)/share/man
+
+# command:Debian package:RHEL package. Only what is missing is installed.
+TOOLS = cc:gcc:gcc ip:iproute2:iproute nsenter:util-linux:util-linux mandoc:mandoc:mandoc
+
+.PHONY: help deps build run test bench lint install
+
+help: ## this list
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 10
+
+deps: ## install what is missing (apt or dnf, with sudo unless root)
+	@conf/install-deps $(TOOLS)
+
+build: deps ## build the release binary
+	$(CARGO) build --release --locked
+
+run: build ## build, run the quick start, and show fireflies arriving; Ctrl-C ends it
+	@conf/quickstart target/release/flowd-rs
+
+test: deps ## all tests; those that need root are skipped, and said to be, without it
+	@if [ "$$(id -u)" = 0 ]; then \
+		$(CARGO) test --locked -- --include-ignored; \
+	elif [ -n "$$CI" ]; then \
+		echo "make test: not root, so that tests would be skipped: in CI that is a failure" >&2; exit 1; \
+	else \
+		$(CARGO) test --locked && echo "Tests marked \"ignored\" need root: sudo make test runs them too."; \
+	fi
+
+bench: deps ## codecs, and the daemon beside the limit of this machine (needs root)
+	$(CARGO) bench --locked --bench codecs
+	$(CARGO) bench --locked --bench end_to_end
+
+lint: deps ## formatting, clippy, manual pages
+	$(CARGO) fmt --check
+	$(CARGO) clippy --locked --all-targets -- -D warnings
+	mandoc -T lint -W warning man/*.[58]
+
+install: ## install what `make build` built, below DESTDIR
+	install -D -m 755 target/release/flowd-rs $(DESTDIR)$(PREFIX)/bin/flowd-rs
+	[ -e $(DESTDIR)$(SYSCONFDIR)/flowd/flowd.cfg ] || \
+		install -D -m 644 conf/flowd.cfg $(DESTDIR)$(SYSCONFDIR)/flowd/flowd.cfg
+	install -D -m 644 man/flowd-rs.8 $(DESTDIR)$(MANDIR)/man8/flowd-rs.8
+	ln -sf flowd-rs.8 $(DESTDIR)$(MANDIR)/man8/flowd.8
+	install -D -m 644 man/flowd.cfg.5 $(DESTDIR)$(MANDIR)/man5/flowd.cfg.5
