@@ -30,6 +30,9 @@ const BACKEND_QUEUE: usize = 16384;
 /// How long threads may take to end.
 const STOP_DEADLINE: Duration = Duration::from_secs(10);
 
+/// How long a stop takes at most in good health: until then a second signal is not impatience.
+const IN_TIME: Duration = Duration::from_secs(2);
+
 /// What the main thread waits for.
 enum Notice {
     Signal(i32),
@@ -153,9 +156,14 @@ impl Supervisor {
                     );
                 }
                 Ok(Notice::Signal(_)) if deadline.is_some() => {
-                    return Err(Error::Failed(
-                        "told to stop again while stopping: ended at once".to_owned(),
-                    ));
+                    // A terminal and a script may both say it; who says it again later means it.
+                    if deadline.is_some_and(|d| {
+                        d.saturating_duration_since(Instant::now()) < STOP_DEADLINE - IN_TIME
+                    }) {
+                        return Err(Error::Failed(
+                            "told to stop again while stopping: ended at once".to_owned(),
+                        ));
+                    }
                 }
                 Ok(Notice::Signal(signal)) => {
                     let name = if signal == SIGINT {
