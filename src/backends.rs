@@ -1,6 +1,8 @@
 //! What acts on flow events, one thread each.
 
 pub mod firefly;
+#[cfg(feature = "bpf")]
+pub mod marker;
 
 use std::sync::Arc;
 
@@ -9,12 +11,19 @@ use crossbeam_channel::Receiver;
 use crate::config::Config;
 use crate::error::Result;
 use crate::flow::FlowEvent;
+use crate::flow_table::FlowTable;
 use crate::metrics::Metrics;
 
 /// A consumer of flow events. Building one acquires every resource it needs.
 pub trait Backend: Send {
     /// The name in logs, metrics and threads.
     fn name(&self) -> &'static str;
+
+    /// Told once, before it runs, which flows are open from before. For these no start will come.
+    fn restore(&mut self, table: &FlowTable) -> Result<()> {
+        let _ = table;
+        Ok(())
+    }
 
     /// Runs on its own thread until the channel is closed and drained.
     fn run(self: Box<Self>, events: Receiver<Arc<FlowEvent>>) -> Result<()>;
@@ -25,6 +34,15 @@ pub fn build(config: &Config, metrics: &Metrics) -> Result<Vec<Box<dyn Backend>>
     let mut backends: Vec<Box<dyn Backend>> = Vec::new();
     if let Some(config) = &config.firefly {
         backends.push(Box::new(firefly::Firefly::new(config, metrics)?));
+    }
+    #[cfg(feature = "bpf")]
+    if let Some(marker) = &config.marker {
+        backends.push(Box::new(marker::Marker::new(
+            marker,
+            config.flows.max_flows,
+            &config.state_dir,
+            metrics,
+        )?));
     }
     Ok(backends)
 }

@@ -2,8 +2,11 @@
 
 mod config;
 mod listen;
+#[cfg(feature = "bpf")]
+mod marker;
 mod registry;
 mod run;
+mod tag;
 
 use std::ffi::OsString;
 use std::process::ExitCode;
@@ -39,7 +42,10 @@ enum Command {
     Run(run::Run),
     Config(config::Config),
     Listen(listen::Listen),
+    #[cfg(feature = "bpf")]
+    Marker(marker::Marker),
     Registry(registry::Registry),
+    Tag(tag::Tag),
     Version(Version),
 }
 
@@ -106,10 +112,13 @@ fn dispatch(arguments: Arguments) -> Result<ExitCode> {
         Some(Command::Run(command)) => command.run(logging)?,
         Some(Command::Config(command)) => command.run()?,
         Some(Command::Listen(command)) => command.run()?,
+        #[cfg(feature = "bpf")]
+        Some(Command::Marker(command)) => command.run()?,
+        Some(Command::Tag(command)) => return Ok(command.run()),
         Some(Command::Registry(command)) => command.run(),
         None => {
             eprintln!(
-                "flowd-rs: a command is expected: run, config, listen, registry, version or help"
+                "flowd-rs: a command is expected: run, config, listen, marker, registry, tag, version or help"
             );
             return Ok(ExitCode::from(2));
         }

@@ -15,6 +15,8 @@ use log::LevelFilter;
 
 pub use check::log_level;
 
+/// Where the pinned maps of the marker lie, unless `bpfFsPath` says otherwise.
+pub const BPF_FS_PATH: &str = "/sys/fs/bpf";
 /// Where the configuration is looked for unless `-c` says otherwise.
 pub const DEFAULT_PATH: &str = "/etc/flowd/flowd.cfg";
 
@@ -37,6 +39,8 @@ pub struct Config {
     pub named_pipe: Option<NamedPipe>,
     /// `backends.firefly`.
     pub firefly: Option<Firefly>,
+    /// `backends.marker`.
+    pub marker: Option<Marker>,
     /// Settings that are accepted and have no effect, each with the reason.
     pub notes: Vec<String>,
 }
@@ -70,6 +74,62 @@ pub struct Firefly {
     pub prepend_syslog: bool,
     /// `collectorAddress` and `collectorPort`, with `sendToCollector`.
     pub collector: Option<Collector>,
+}
+
+/// The marker backend.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Marker {
+    /// `targetInterfaces`; `None` for those with a global IPv6 address (`discoverInterfaces`).
+    pub interfaces: Option<Vec<String>>,
+    /// `removeQdisc`.
+    pub remove_qdisc: bool,
+    /// `programPath`; `None` for the built-in program.
+    pub program_path: Option<PathBuf>,
+    /// `markingStrategy`.
+    pub strategy: Strategy,
+    /// `matchAll`.
+    pub match_all: bool,
+    /// `debugMode`.
+    pub debug: bool,
+    /// `priority` of the tc filter.
+    pub priority: u32,
+    /// `keepOnExit`.
+    pub keep_on_exit: bool,
+    /// `bpfFsPath`.
+    pub bpf_fs_path: PathBuf,
+}
+
+/// Where in the IPv6 header a packet carries its tag.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Strategy {
+    /// In the flow label.
+    Label,
+    /// In a Hop-by-Hop Options header.
+    HopByHop,
+    /// In a Destination Options header.
+    Destination,
+    /// In both.
+    HopByHopDestination,
+}
+
+impl Strategy {
+    /// Every strategy, in the order of their numbers.
+    pub const ALL: [Strategy; 4] = [
+        Strategy::Label,
+        Strategy::HopByHop,
+        Strategy::Destination,
+        Strategy::HopByHopDestination,
+    ];
+
+    /// The word in the configuration.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Strategy::Label => "label",
+            Strategy::HopByHop => "hopByHop",
+            Strategy::Destination => "destination",
+            Strategy::HopByHopDestination => "hopByHopDestination",
+        }
+    }
 }
 
 /// Where copies of all fireflies go.

@@ -62,8 +62,11 @@ pub fn run(config: &Config) -> Result<()> {
             journal.path().display()
         );
     }
-    let backends = backends::build(config, &metrics)?;
+    let mut backends = backends::build(config, &metrics)?;
     let plugins = plugins::build(config, &registry, &metrics)?;
+    for backend in &mut backends {
+        backend.restore(&table)?;
+    }
 
     let (switch, stop) = stop().context(|| "pipe of the stop switch".to_owned())?;
     let mut names = Vec::new();

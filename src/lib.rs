@@ -22,4 +22,5 @@ pub mod pipe_line;
 pub mod plugins;
 pub mod queue;
 pub mod registry;
+pub mod scitag;
 pub mod sys;

@@ -1,6 +1,12 @@
 //! What touches the kernel. All `unsafe` of the program lives here.
 
+#[cfg(feature = "bpf")]
+pub mod clsact;
 pub mod fifo;
+#[cfg(feature = "bpf")]
+pub mod interfaces;
+#[cfg(feature = "bpf")]
+pub mod marker;
 pub mod resolver;
 pub mod state_dir;
 pub mod stop;

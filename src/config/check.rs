@@ -7,7 +7,7 @@ use std::time::Duration;
 use jiff::{Span, SpanRelativeTo};
 use log::LevelFilter;
 
-use super::{Collector, Config, Firefly, Flows, NamedPipe, raw};
+use super::{BPF_FS_PATH, Collector, Config, Firefly, Flows, Marker, NamedPipe, Strategy, raw};
 use crate::firefly;
 
 /// flowd-go's.
@@ -18,6 +18,8 @@ const STATE_DIR: &str = "/var/lib/flowd";
 /// flowd's: what storage services write to.
 const PIPE_PATH: &str = "/var/run/flowd";
 const PIPE_MODE: u32 = 0o666;
+/// Early, so that filters which end the chain come after; above what tc(8) gives by itself.
+const MARKER_PRIORITY: i64 = 10;
 const MAX_FLOWS: i64 = 1_000_000;
 const MAX_AGE: Duration = Duration::from_secs(7 * 24 * 3600);
 
@@ -47,7 +49,6 @@ pub fn check(raw: raw::Raw) -> Result<Config> {
         ("plugins.iperf3", &plugins.iperf3),
         ("plugins.netlink", &plugins.netlink),
         ("plugins.netstat", &plugins.netstat),
-        ("backends.marker", &backends.marker),
         ("backends.prometheus", &backends.prometheus),
         ("enrichers", &raw.enrichers),
     ] {
@@ -66,10 +67,11 @@ pub fn check(raw: raw::Raw) -> Result<Config> {
         );
     }
     let firefly = backends.firefly.map(firefly).transpose()?;
-    if firefly.is_none() {
+    let marker = backends.marker.map(|m| marker(m, &mut notes)).transpose()?;
+    if firefly.is_none() && marker.is_none() {
         return error(
             "backends",
-            "no backend is enabled, expected at least one (firefly)",
+            "no backend is enabled, expected at least one (firefly, marker)",
         );
     }
     Ok(Config {
@@ -99,6 +101,7 @@ pub fn check(raw: raw::Raw) -> Result<Config> {
         },
         named_pipe,
         firefly,
+        marker,
         notes,
     })
 }
@@ -165,6 +168,69 @@ fn firefly(raw: raw::Firefly) -> Result<Firefly> {
             host: bare.to_owned(),
             port: collector_port,
         }),
+    })
+}
+
+fn marker(raw: raw::Marker, notes: &mut Vec<String>) -> Result<Marker> {
+    if cfg!(not(feature = "bpf")) {
+        return error(
+            "backends.marker",
+            "this flowd-rs was built without packet marking (feature bpf)",
+        );
+    }
+    let discover = raw.discover_interfaces.unwrap_or(false);
+    if discover && raw.target_interfaces.is_some() {
+        notes.push(
+            "backends.marker.targetInterfaces has no effect: discoverInterfaces is on".to_owned(),
+        );
+    }
+    let names = raw
+        .target_interfaces
+        .unwrap_or_else(|| vec!["lo".to_owned()]);
+    let wrong =
+        |name: &&String| name.is_empty() || name.len() > 15 || name.contains(['/', ' ', '\0']);
+    if let Some(wrong) = names.iter().find(wrong) {
+        let message = format!("\"{}\" is no name of an interface", wrong.escape_debug());
+        return error("backends.marker.targetInterfaces", message);
+    }
+    if names.is_empty() && !discover {
+        return error(
+            "backends.marker.targetInterfaces",
+            "empty, expected names of interfaces, or discoverInterfaces: true",
+        );
+    }
+    let strategy = match raw.marking_strategy.as_deref() {
+        None => Some(Strategy::Label),
+        Some(word) => Strategy::ALL.into_iter().find(|s| s.as_str() == word),
+    };
+    let Some(strategy) = strategy else {
+        let word = raw.marking_strategy.unwrap_or_default();
+        let expected = Strategy::ALL.map(Strategy::as_str).join(", ");
+        let message = format!(
+            "\"{}\" is no strategy, expected one of {expected}",
+            word.escape_debug()
+        );
+        return error("backends.marker.markingStrategy", message);
+    };
+    Ok(Marker {
+        interfaces: (!discover).then_some(names),
+        remove_qdisc: raw.remove_qdisc.unwrap_or(true),
+        program_path: raw
+            .program_path
+            .filter(|path| !path.is_empty())
+            .map(PathBuf::from),
+        strategy,
+        match_all: raw.match_all.unwrap_or(false),
+        debug: raw.debug_mode.unwrap_or(false),
+        priority: range(
+            "backends.marker.priority",
+            raw.priority,
+            MARKER_PRIORITY,
+            1,
+            65535,
+        )?,
+        keep_on_exit: raw.keep_on_exit.unwrap_or(false),
+        bpf_fs_path: path("backends.marker.bpfFsPath", raw.bpf_fs_path, BPF_FS_PATH)?,
     })
 }
 
@@ -308,7 +374,7 @@ mod tests {
             ),
             (
                 "plugins: {namedPipe: }\n",
-                "f: backends: no backend is enabled, expected at least one (firefly)",
+                "f: backends: no backend is enabled, expected at least one (firefly, marker)",
             ),
             (
                 "plugins:\n  marker: {}\n",
@@ -319,8 +385,8 @@ mod tests {
                 "f:3:5: plugins.api: not supported yet",
             ),
             (
-                "backends: {marker: {}}\n",
-                "f:1:20: backends.marker: not supported yet",
+                "backends: {prometheus: {}}\n",
+                "f:1:24: backends.prometheus: not supported yet",
             ),
             (
                 "plugins: {namedPipe: {mode: 999}}\n",

@@ -88,7 +88,7 @@ pub struct Backends {
     #[serde(deserialize_with = "section")]
     pub firefly: Option<Firefly>,
     #[serde(deserialize_with = "section")]
-    pub marker: Option<Value>,
+    pub marker: Option<Marker>,
     #[serde(deserialize_with = "section")]
     pub prometheus: Option<Value>,
 }
@@ -110,6 +110,27 @@ pub struct Firefly {
     pub enrich: Option<bool>,
     pub enrichment_mode: Option<Value>,
     pub stun: Option<Value>,
+}
+
+/// `backends.marker`
+#[derive(Debug, Default, Deserialize)]
+#[serde(
+    default,
+    deny_unknown_fields,
+    rename_all = "camelCase",
+    expecting = "a mapping"
+)]
+pub struct Marker {
+    pub target_interfaces: Option<Vec<String>>,
+    pub discover_interfaces: Option<bool>,
+    pub remove_qdisc: Option<bool>,
+    pub program_path: Option<String>,
+    pub marking_strategy: Option<String>,
+    pub match_all: Option<bool>,
+    pub debug_mode: Option<bool>,
+    pub priority: Option<i64>,
+    pub keep_on_exit: Option<bool>,
+    pub bpf_fs_path: Option<String>,
 }
 
 /// A plugin or backend that is named is wanted, also with nothing behind its colon.

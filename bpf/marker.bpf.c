@@ -1,0 +1,279 @@
+// SPDX-License-Identifier: (Apache-2.0 OR GPL-2.0)
+/* The marker: a tc program on clsact egress that writes the tag of a flow into the IPv6 header of its
+ * packets, as flow label or as an option in extension headers. It never drops a packet and always goes
+ * on to the next filter. */
+
+#include <linux/bpf.h>
+#include <linux/if_ether.h>
+#include <linux/in.h>
+#include <linux/ipv6.h>
+#include <linux/pkt_cls.h>
+
+#include <bpf/bpf_endian.h>
+#include <bpf/bpf_helpers.h>
+
+#include "marker.h"
+
+#define LABEL_MASK 0x000fffff
+#define ENTROPY_MASK 0x000c0103
+#define NEXTHDR_FRAGMENT 44
+#define NEXTHDR_AUTH 51
+#define EXTENSION_HEADERS 8	/* the most that are looked through */
+#define VLAN_TAGS 2
+#define OPTION_TYPE 0x1e
+#define HEADER_SIZE 8		/* of one Options header with the option in it */
+#define MIN_MTU 1280		/* of every IPv6 link */
+
+const volatile struct settings settings SEC(".rodata.settings");
+
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__uint(max_entries, 1);	/* set before loading */
+	__type(key, struct flow_key);
+	__type(value, struct flow_mark);
+} flows SEC(".maps");
+
+struct {
+	__uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);
+	__uint(max_entries, UNMARKED_REASONS);
+	__type(key, __u32);
+	__type(value, __u64);
+} unmarked SEC(".maps");
+
+struct options_header {
+	__u8 next_header;
+	__u8 length;
+	__u8 option_type;
+	__u8 option_length;
+	__u8 experiment[2];
+	__u8 activity;
+	__u8 pad1;
+};
+
+struct packet {
+	__u32 offset;		/* of the IPv6 header */
+	struct ipv6hdr ip;
+	struct flow_key key;
+	int fragment;
+};
+
+static __always_inline int count_unmarked(__u32 reason)
+{
+	__u64 *count = bpf_map_lookup_elem(&unmarked, &reason);
+
+	if (count)
+		(*count)++;
+	if (settings.debug)
+		bpf_printk("flowd-rs: unmarked, reason %u", reason);
+	return TC_ACT_UNSPEC;
+}
+
+/* Finds the IPv6 header behind VLAN tags that stand in the frame. */
+static __always_inline int find_ipv6(struct __sk_buff *skb, struct packet *packet, int ethernet)
+{
+	__be16 type = bpf_htons(ETH_P_IPV6);
+	__u32 offset = 0;
+
+	if (ethernet) {
+		offset = ETH_HLEN;
+		if (bpf_skb_load_bytes(skb, offset - 2, &type, 2))
+			return -1;
+		for (int tags = 0; tags < VLAN_TAGS; tags++) {
+			if (type != bpf_htons(ETH_P_8021Q) && type != bpf_htons(ETH_P_8021AD))
+				break;
+			offset += 4;
+			if (bpf_skb_load_bytes(skb, offset - 2, &type, 2))
+				return -1;
+		}
+	}
+	if (type != bpf_htons(ETH_P_IPV6))
+		return -1;
+	if (bpf_skb_load_bytes(skb, offset, &packet->ip, sizeof(packet->ip)))
+		return -1;
+	packet->offset = offset;
+	return packet->ip.version == 6 ? 0 : -1;
+}
+
+/* Finds the ports behind extension headers. */
+static __always_inline int find_ports(struct __sk_buff *skb, struct packet *packet)
+{
+	__u32 offset = packet->offset + sizeof(packet->ip);
+	__u8 next = packet->ip.nexthdr;
+
+	for (int headers = 0; headers <= EXTENSION_HEADERS; headers++) {
+		struct {
+			__u8 next;
+			__u8 length;
+			__be16 fragment;
+		} header;
+
+		if (next == IPPROTO_TCP || next == IPPROTO_UDP) {
+			packet->key.protocol = next;
+			return bpf_skb_load_bytes(skb, offset, &packet->key.source_port, 4);
+		}
+		if (next != IPPROTO_HOPOPTS && next != IPPROTO_ROUTING && next != IPPROTO_DSTOPTS &&
+		    next != NEXTHDR_FRAGMENT && next != NEXTHDR_AUTH)
+			return -1;
+		if (bpf_skb_load_bytes(skb, offset, &header, sizeof(header)))
+			return -1;
+		if (next == NEXTHDR_FRAGMENT) {
+			if (header.fragment & bpf_htons(0xfff8))
+				return -1;
+			packet->fragment = 1;
+			offset += 8;
+		} else if (next == NEXTHDR_AUTH) {
+			offset += (header.length + 2) << 2;
+		} else {
+			offset += (header.length + 1) << 3;
+		}
+		next = header.next;
+	}
+	return -1;
+}
+
+/* The entropy bits of a label that is made here; flows have theirs from the daemon. */
+static __always_inline __u32 entropy(const struct packet *packet)
+{
+	__u64 words[5], hash = settings.entropy_key;
+
+	__builtin_memcpy(words, &packet->ip.saddr, 16);
+	__builtin_memcpy(words + 2, &packet->ip.daddr, 16);
+	__builtin_memcpy(words + 4, &packet->key.source_port, 8);
+	for (int i = 0; i < 5; i++) {
+		hash = (hash ^ words[i]) * 0x9e3779b97f4a7c15ULL;
+		hash ^= hash >> 32;
+	}
+	return hash & ENTROPY_MASK;
+}
+
+static __always_inline int write_label(struct __sk_buff *skb, const struct packet *packet, __u32 label)
+{
+	__be32 word;
+
+	/* Version and traffic class (DSCP, ECN) stay as they are. */
+	__builtin_memcpy(&word, &packet->ip, sizeof(word));
+	word = (word & bpf_htonl(~LABEL_MASK)) | bpf_htonl(label & LABEL_MASK);
+	return bpf_skb_store_bytes(skb, packet->offset, &word, sizeof(word), 0);
+}
+
+static __always_inline void fill_header(struct options_header *header, __u8 next, __u32 tag)
+{
+	header->next_header = next;
+	header->length = 0;
+	header->option_type = OPTION_TYPE;
+	header->option_length = 3;
+	header->experiment[0] = tag >> 16;
+	header->experiment[1] = tag >> 8;
+	header->activity = tag;
+	header->pad1 = 0;
+}
+
+static __always_inline int too_large(struct __sk_buff *skb, const struct packet *packet, __u32 grow)
+{
+	__u32 mtu = 0;
+
+	/* The segments of a GSO packet are cut smaller instead. */
+	if (skb->gso_size)
+		return 0;
+	if (skb->len - packet->offset + grow <= MIN_MTU)
+		return 0;
+	if (!settings.check_mtu)
+		return 1;
+	return bpf_check_mtu(skb, 0, &mtu, grow, 0) != 0;
+}
+
+/* Returns 0, or a reason plus one. */
+static __always_inline int add_headers(struct __sk_buff *skb, const struct packet *packet, __u32 tag)
+{
+	__u32 grow = (settings.hop_by_hop ? HEADER_SIZE : 0) + (settings.destination ? HEADER_SIZE : 0);
+	__u32 length = bpf_ntohs(packet->ip.payload_len);
+	struct options_header headers[2];
+	__be16 payload;
+	__u8 first;
+
+	/* A Hop-by-Hop header comes first and once; all fragments of a packet have the same headers; a
+	 * jumbogram has its length elsewhere. */
+	if (packet->ip.nexthdr == IPPROTO_HOPOPTS || packet->fragment || length == 0 || length + grow > 65535)
+		return 1 + UNMARKED_HEADERS;
+	if (too_large(skb, packet, grow))
+		return 1 + UNMARKED_MTU;
+	if (bpf_skb_adjust_room(skb, grow, BPF_ADJ_ROOM_NET, 0))
+		return 1 + UNMARKED_REFUSED;
+	first = settings.hop_by_hop ? IPPROTO_HOPOPTS : IPPROTO_DSTOPTS;
+	if (settings.hop_by_hop && settings.destination) {
+		fill_header(&headers[0], IPPROTO_DSTOPTS, tag);
+		fill_header(&headers[1], packet->ip.nexthdr, tag);
+		bpf_skb_store_bytes(skb, packet->offset + sizeof(packet->ip), headers, 2 * HEADER_SIZE, 0);
+	} else {
+		fill_header(&headers[0], packet->ip.nexthdr, tag);
+		bpf_skb_store_bytes(skb, packet->offset + sizeof(packet->ip), headers, HEADER_SIZE, 0);
+	}
+	payload = bpf_htons(length + grow);
+	bpf_skb_store_bytes(skb, packet->offset + offsetof(struct ipv6hdr, payload_len), &payload, 2, 0);
+	bpf_skb_store_bytes(skb, packet->offset + offsetof(struct ipv6hdr, nexthdr), &first, 1, 0);
+	return 0;
+}
+
+static __always_inline int mark(struct __sk_buff *skb, int ethernet)
+{
+	struct packet packet = {};
+	struct flow_mark *flow;
+	__u32 segments, bytes = skb->len;
+
+	if (find_ipv6(skb, &packet, ethernet))
+		return TC_ACT_UNSPEC;
+	if (settings.match_all) {
+		struct flow_key all = {};
+
+		flow = bpf_map_lookup_elem(&flows, &all);
+		if (!flow)
+			return TC_ACT_UNSPEC;
+		/* Without ports (ICMPv6, later fragments) the addresses are the flow. */
+		find_ports(skb, &packet);
+	} else {
+		if (find_ports(skb, &packet))
+			return TC_ACT_UNSPEC;
+		__builtin_memcpy(packet.key.source, &packet.ip.saddr, 16);
+		__builtin_memcpy(packet.key.destination, &packet.ip.daddr, 16);
+		flow = bpf_map_lookup_elem(&flows, &packet.key);
+		if (!flow)
+			return TC_ACT_UNSPEC;
+	}
+	segments = skb->gso_segs;
+	if (settings.hop_by_hop || settings.destination) {
+		int reason = add_headers(skb, &packet, flow->tag);
+
+		if (reason)
+			return count_unmarked(reason - 1);
+	} else {
+		__u32 label = flow->label;
+
+		if (settings.match_all)
+			label = (label & ~ENTROPY_MASK) | entropy(&packet);
+		if (write_label(skb, &packet, label))
+			return count_unmarked(UNMARKED_REFUSED);
+	}
+	__sync_fetch_and_add(&flow->packets, segments ? segments : 1);
+	__sync_fetch_and_add(&flow->bytes, bytes);
+	if (settings.debug)
+		bpf_printk("flowd-rs: marked, tag %x, label %x", flow->tag, flow->label);
+	return TC_ACT_UNSPEC;
+}
+
+SEC("tc")
+int flowd_mark_l2(struct __sk_buff *skb)
+{
+	return mark(skb, 1);
+}
+
+/* For devices whose packets begin with the IP header. */
+SEC("tc")
+int flowd_mark_l3(struct __sk_buff *skb)
+{
+	if (skb->protocol != bpf_htons(ETH_P_IPV6))
+		return TC_ACT_UNSPEC;
+	return mark(skb, 0);
+}
+
+char LICENSE[] SEC("license") = "Dual BSD/GPL";

@@ -1,0 +1,38 @@
+//! Compiles the eBPF programs.
+
+fn main() {
+    #[cfg(feature = "bpf")]
+    bpf::build();
+}
+
+#[cfg(feature = "bpf")]
+mod bpf {
+    use std::env;
+    use std::path::{Path, PathBuf};
+
+    use libbpf_cargo::SkeletonBuilder;
+
+    pub fn build() {
+        println!("cargo:rerun-if-changed=bpf");
+        let out = PathBuf::from(env::var_os("OUT_DIR").expect("cargo sets OUT_DIR"));
+        let mut arguments = vec!["-Wall".to_owned(), "-Werror".to_owned()];
+        // Debian keeps asm/types.h in a folder of the architecture; RHEL does not.
+        let arch = env::var("CARGO_CFG_TARGET_ARCH").expect("cargo sets CARGO_CFG_TARGET_ARCH");
+        let multiarch = format!("/usr/include/{arch}-linux-gnu");
+        if Path::new(&multiarch).is_dir() {
+            arguments.push(format!("-I{multiarch}"));
+        }
+        let object = out.join("marker.bpf.o");
+        let built = SkeletonBuilder::new()
+            .source("bpf/marker.bpf.c")
+            .obj(&object)
+            .clang_args(arguments)
+            .build();
+        if let Err(error) = built {
+            eprintln!(
+                "bpf/marker.bpf.c: {error:#}\nclang, libelf and the kernel's UAPI headers are needed (make deps), or --no-default-features"
+            );
+            std::process::exit(1);
+        }
+    }
+}

@@ -1,0 +1,169 @@
+//! `flowd-rs marker`: what is marked now, and cleaning up after a crash.
+
+use std::collections::BTreeMap;
+use std::io::Write;
+use std::path::PathBuf;
+
+use argh::FromArgs;
+
+use crate::config::BPF_FS_PATH;
+use crate::error::{Context, Error, Result};
+use crate::flow::Tag;
+use crate::registry::Registry;
+use crate::sys::interfaces;
+use crate::sys::marker::{Key, Maps, Mark, Total, UNMARKED, our_filters};
+
+/// Look at packet marking in the kernel, or clean it up.
+#[derive(FromArgs)]
+#[argh(subcommand, name = "marker", help_triggers("-h", "--help", "help"))]
+pub struct Marker {
+    /// where the bpffs is (default: /sys/fs/bpf)
+    #[argh(option, default = "BPF_FS_PATH.into()")]
+    bpf_fs_path: PathBuf,
+
+    #[argh(subcommand)]
+    command: Command,
+}
+
+#[derive(FromArgs)]
+#[argh(subcommand)]
+enum Command {
+    Show(Show),
+    Clean(Clean),
+}
+
+/// Print interfaces, strategy, marked flows with their counts, and sums by tag.
+#[derive(FromArgs)]
+#[argh(subcommand, name = "show", help_triggers("-h", "--help", "help"))]
+struct Show {}
+
+/// Remove filters, pinned maps and, if asked to, clsact qdiscs that a killed daemon left.
+#[derive(FromArgs)]
+#[argh(subcommand, name = "clean", help_triggers("-h", "--help", "help"))]
+struct Clean {
+    /// only this interface; the pinned maps stay
+    #[argh(option)]
+    target_interface: Option<String>,
+
+    /// also remove a clsact qdisc that the daemon made and nobody else uses
+    #[argh(switch)]
+    remove_qdisc: bool,
+}
+
+impl Marker {
+    pub fn run(self) -> Result<()> {
+        let maps = Maps::pinned(&self.bpf_fs_path)?;
+        match self.command {
+            Command::Show(_) => show(maps),
+            Command::Clean(clean) => clean.run(maps),
+        }
+    }
+}
+
+fn show(maps: Option<Maps>) -> Result<()> {
+    let (found, _) = interfaces::list().context(|| "interfaces of this host".to_owned())?;
+    let registry = Registry::builtin();
+    let mut out = std::io::stdout().lock();
+    let mut attached = Vec::new();
+    for interface in &found {
+        for filter in our_filters(interface.index).context(|| interface.name.clone())? {
+            attached.push(format!("{} (priority {})", interface.name, filter.priority));
+        }
+    }
+    // A reader that has seen enough closes the pipe: no error of ours.
+    let _ = writeln!(
+        out,
+        "interfaces  {}",
+        if attached.is_empty() {
+            "none".to_owned()
+        } else {
+            attached.join(", ")
+        }
+    );
+    let Some(maps) = maps else {
+        let _ = writeln!(out, "no maps are pinned: the marker is not running");
+        return Ok(());
+    };
+    let strategy = maps.strategy().map_or("unknown", |s| s.as_str());
+    let mut marks: Vec<(Key, Mark)> = maps.marks().collect();
+    marks.sort_by_key(|(_, mark)| std::cmp::Reverse(mark.bytes));
+    let _ = writeln!(out, "strategy    {strategy}\nflows       {}", marks.len());
+    for (reason, count) in UNMARKED.iter().zip(maps.unmarked()) {
+        let _ = writeln!(out, "unmarked    {count} packets: {reason}");
+    }
+    if !marks.is_empty() {
+        let _ = writeln!(
+            out,
+            "\nLABEL    PACKETS       BYTES           EXPERIMENT / ACTIVITY           FLOW"
+        );
+    }
+    let mut totals: BTreeMap<Tag, Total> = maps.totals().into_iter().collect();
+    for (key, mark) in &marks {
+        let (experiment, activity) = registry.names(mark.tag);
+        let flow = key
+            .flow()
+            .map_or_else(|| "all packets".to_owned(), |flow| flow.to_string());
+        let names = format!("{experiment} / {activity}");
+        let (label, packets, bytes) = (mark.label, mark.packets, mark.bytes);
+        let _ = writeln!(
+            out,
+            "{label:#07x}  {packets:<12}  {bytes:<14}  {names:<30}  {flow}"
+        );
+        let total = totals.entry(mark.tag).or_default();
+        total.packets += packets;
+        total.bytes += bytes;
+    }
+    if !totals.is_empty() {
+        let _ = writeln!(
+            out,
+            "\nSUM      PACKETS       BYTES           EXPERIMENT / ACTIVITY"
+        );
+    }
+    for (tag, total) in &totals {
+        let (experiment, activity) = registry.names(*tag);
+        let _ = writeln!(
+            out,
+            "{:7}  {:<12}  {:<14}  {experiment} / {activity}",
+            "", total.packets, total.bytes
+        );
+    }
+    Ok(())
+}
+
+impl Clean {
+    fn run(self, maps: Option<Maps>) -> Result<()> {
+        let (found, _) = interfaces::list().context(|| "interfaces of this host".to_owned())?;
+        let chosen = |name: &str| {
+            self.target_interface
+                .as_deref()
+                .is_none_or(|target| target == name)
+        };
+        if !found.iter().any(|i| chosen(&i.name)) {
+            let name = self.target_interface.unwrap_or_default();
+            return Err(Error::Failed(format!("interface {name} is not there")));
+        }
+        for interface in found.iter().filter(|i| chosen(&i.name)) {
+            let filters = our_filters(interface.index).context(|| interface.name.clone())?;
+            let Some(maps) = &maps else {
+                if !filters.is_empty() {
+                    println!(
+                        "{}: {} filters of a daemon whose maps are not here (--bpf-fs-path)",
+                        interface.name,
+                        filters.len()
+                    );
+                }
+                continue;
+            };
+            maps.detach(interface.index, self.remove_qdisc)
+                .context(|| interface.name.clone())?;
+            if !filters.is_empty() {
+                println!("{}: detached", interface.name);
+            }
+        }
+        if let (Some(maps), None) = (maps, self.target_interface) {
+            maps.unpin().context(|| "pinned maps".to_owned())?;
+            println!("pinned maps: removed");
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,101 @@
+//! The network interfaces of this host, and word of their changes.
+
+use std::collections::HashSet;
+use std::io;
+use std::net::{IpAddr, Ipv6Addr};
+use std::os::fd::AsRawFd;
+use std::thread;
+
+use crossbeam_channel::{Receiver, TrySendError, bounded};
+use nix::errno::Errno;
+use nix::ifaddrs::getifaddrs;
+use nix::libc;
+use nix::sys::socket::{
+    AddressFamily, MsgFlags, NetlinkAddr, SockFlag, SockProtocol, SockType, bind, recv, socket,
+};
+
+/// A network interface.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Interface {
+    /// Its name, as in ip-link(8).
+    pub name: String,
+    /// Its index; another one after it was deleted and made again.
+    pub index: u32,
+    /// Whether its packets begin with an Ethernet header.
+    pub ethernet: bool,
+    /// Whether it has a global unicast IPv6 address (2000::/3).
+    pub global_ipv6: bool,
+}
+
+/// The interfaces and all of their addresses.
+pub fn list() -> io::Result<(Vec<Interface>, HashSet<IpAddr>)> {
+    let mut interfaces: Vec<Interface> = Vec::new();
+    let mut addresses = HashSet::new();
+    let mut global = HashSet::new();
+    for entry in getifaddrs()? {
+        let Some(address) = entry.address else {
+            continue;
+        };
+        if let Some(link) = address.as_link_addr() {
+            let ethernet = matches!(
+                link.hatype(),
+                libc::ARPHRD_ETHER | libc::ARPHRD_LOOPBACK | libc::ARPHRD_IEEE802
+            );
+            interfaces.push(Interface {
+                name: entry.interface_name,
+                index: link.ifindex() as u32,
+                ethernet,
+                global_ipv6: false,
+            });
+        } else if let Some(ipv4) = address.as_sockaddr_in() {
+            addresses.insert(IpAddr::V4(ipv4.ip()));
+        } else if let Some(ipv6) = address.as_sockaddr_in6() {
+            addresses.insert(IpAddr::V6(ipv6.ip()));
+            if is_global(ipv6.ip()) {
+                global.insert(entry.interface_name);
+            }
+        }
+    }
+    for interface in &mut interfaces {
+        interface.global_ipv6 = global.contains(&interface.name);
+    }
+    Ok((interfaces, addresses))
+}
+
+fn is_global(address: Ipv6Addr) -> bool {
+    address.segments()[0] & 0xe000 == 0x2000
+}
+
+/// A channel that has something in it whenever links or IPv6 addresses have changed since it was last
+/// read. What has changed is seen by [`list`].
+pub fn watch() -> io::Result<Receiver<()>> {
+    const GROUPS: u32 = (libc::RTMGRP_LINK | libc::RTMGRP_IPV6_IFADDR) as u32;
+    let netlink = socket(
+        AddressFamily::Netlink,
+        SockType::Raw,
+        SockFlag::SOCK_CLOEXEC,
+        SockProtocol::NetlinkRoute,
+    )?;
+    bind(netlink.as_raw_fd(), &NetlinkAddr::new(0, GROUPS))?;
+    let (changed, changes) = bounded(1);
+    thread::Builder::new()
+        .name("interfaces".to_owned())
+        .spawn(move || {
+            let mut message = [0; 8192];
+            loop {
+                match recv(netlink.as_raw_fd(), &mut message, MsgFlags::empty()) {
+                    // Having missed some is a change too.
+                    Ok(_) | Err(Errno::ENOBUFS) => {}
+                    Err(Errno::EINTR) => continue,
+                    Err(error) => {
+                        log::error!("rtnetlink: {error}: changes of interfaces are no longer seen");
+                        return;
+                    }
+                }
+                if let Err(TrySendError::Disconnected(())) = changed.try_send(()) {
+                    return;
+                }
+            }
+        })?;
+    Ok(changes)
+}
