@@ -11,7 +11,10 @@ use log::{Level, LevelFilter};
 pub fn start(level: LevelFilter, timestamps: bool) {
     let journal = is_journal();
     let mut builder = Builder::new();
-    builder.filter_level(level).format(move |out, record| {
+    builder.filter_level(level);
+    // The netlink library tells of its own threads.
+    builder.filter_module("neli", level.min(LevelFilter::Warn));
+    builder.format(move |out, record| {
         if journal {
             write!(out, "<{}>", priority(record.level()))?;
         }

@@ -649,22 +649,11 @@ fn failure(what: &str, error: &libbpf_rs::Error) -> Error {
     Error::Failed(format!("{what}: {}{hint}", io_error(error)))
 }
 
-/// The system's error in libbpf's.
+/// The system's error in libbpf-rs's, which tells its number in its text only.
 fn io_error(error: &libbpf_rs::Error) -> io::Error {
-    let mut source: Option<&dyn std::error::Error> = Some(error);
-    while let Some(inner) = source {
-        if let Some(io) = inner.downcast_ref::<io::Error>() {
-            return io.raw_os_error().map_or_else(
-                || io::Error::other(io.to_string()),
-                io::Error::from_raw_os_error,
-            );
-        }
-        source = inner.source();
-    }
-    let code = match error.kind() {
-        ErrorKind::PermissionDenied => libc::EPERM,
-        ErrorKind::NotFound => libc::ENOENT,
-        _ => return io::Error::other(format!("{error:#}")),
-    };
-    io::Error::from_raw_os_error(code)
+    let text = format!("{error:#}");
+    let number = text
+        .rsplit_once("(os error ")
+        .and_then(|(_, rest)| rest.split(')').next()?.parse().ok());
+    number.map_or_else(|| io::Error::other(text), io::Error::from_raw_os_error)
 }

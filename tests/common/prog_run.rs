@@ -1,0 +1,86 @@
+//! `BPF_PROG_RUN`: the marker's program on frames of our making, without a network.
+
+#![allow(dead_code, missing_docs)]
+
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::path::Path;
+use std::process::Command;
+use std::time::Duration;
+
+use flowd_rs::config::{Marker, Strategy};
+use flowd_rs::sys::marker::Program;
+use libbpf_rs::libbpf_sys;
+use tempfile::TempDir;
+
+/// A bpffs of its own for every test; unmounted with the value.
+pub struct BpfFs(pub TempDir);
+
+impl BpfFs {
+    pub fn new() -> BpfFs {
+        let dir = tempfile::tempdir().unwrap();
+        let mounted = Command::new("mount")
+            .args(["-t", "bpf", "bpffs"])
+            .arg(dir.path())
+            .status();
+        assert!(mounted.unwrap().success());
+        BpfFs(dir)
+    }
+
+    pub fn path(&self) -> &Path {
+        self.0.path()
+    }
+}
+
+impl Drop for BpfFs {
+    fn drop(&mut self) {
+        let _ = Command::new("umount").arg("-l").arg(self.0.path()).status();
+    }
+}
+
+pub fn settings(bpffs: &BpfFs, strategy: Strategy) -> Marker {
+    Marker {
+        interfaces: None,
+        remove_qdisc: true,
+        program_path: None,
+        strategy,
+        match_all: false,
+        debug: false,
+        priority: 10,
+        keep_on_exit: false,
+        bpf_fs_path: bpffs.path().to_owned(),
+    }
+}
+
+pub fn load(settings: &Marker) -> Program {
+    Program::load(settings, 1000, &[7; 16]).unwrap()
+}
+
+pub struct Ran {
+    pub frame: Vec<u8>,
+    pub verdict: u32,
+    /// Of one run.
+    pub duration: Duration,
+}
+
+/// Runs a program on a frame, `repeat` times over for the duration; the frame is of the last run.
+pub fn run(program: &OwnedFd, frame: &[u8], repeat: i32) -> Ran {
+    let mut out = vec![0u8; frame.len() + 256];
+    let mut options = libbpf_sys::bpf_test_run_opts {
+        sz: size_of::<libbpf_sys::bpf_test_run_opts>() as libbpf_sys::size_t,
+        data_in: frame.as_ptr().cast(),
+        data_size_in: frame.len() as u32,
+        data_out: out.as_mut_ptr().cast(),
+        data_size_out: out.len() as u32,
+        repeat,
+        ..Default::default()
+    };
+    // SAFETY: input and output are as long as said, and live until the call returns.
+    let result = unsafe { libbpf_sys::bpf_prog_test_run_opts(program.as_raw_fd(), &mut options) };
+    assert_eq!(result, 0, "BPF_PROG_RUN");
+    out.truncate(options.data_size_out as usize);
+    Ran {
+        frame: out,
+        verdict: options.retval,
+        duration: Duration::from_nanos(options.duration.into()),
+    }
+}
