@@ -9,14 +9,20 @@ mod prog_run;
 use std::collections::HashSet;
 use std::io::{Read, Write};
 use std::net::{SocketAddr, TcpListener, TcpStream, UdpSocket};
-use std::process::{Command, Stdio};
-use std::time::{Duration, Instant};
+use std::os::fd::AsRawFd;
+use std::process::Command;
+use std::time::Duration;
 
 use common::daemon::{Daemon, Home, PROGRAM, run as run_program};
 use common::net::{Hosts, NetNs};
 use common::wait_for;
+use common::wire::{Frame, Wire};
+use flowd_rs::config::Strategy;
 use flowd_rs::flow::Tag;
 use flowd_rs::scitag;
+use nix::sys::socket::{
+    AddressFamily, SockFlag, SockType, SockaddrIn6, bind, connect, setsockopt, socket, sockopt,
+};
 use prog_run::BpfFs;
 
 const TAG: Tag = Tag {
@@ -29,86 +35,6 @@ fn home(bpffs: &BpfFs, marker: &str) -> Home {
     Home::with(&format!(
         "backends:\n  marker: {{bpfFsPath: {path}, {marker}}}\n"
     ))
-}
-
-/// Frames at the far side, by tshark: traffic class, flow label, lengths and so on as asked for.
-struct Capture {
-    child: std::process::Child,
-    lines: std::sync::mpsc::Receiver<String>,
-}
-
-impl Capture {
-    fn start(hosts: &Hosts, filter: &str, fields: &[&str]) -> Capture {
-        let mut command = hosts.there.command("tshark");
-        command.args(["-l", "-n", "-i", "veth0", "-f", filter, "-T", "fields"]);
-        // Checksums of this host's own making are checked where they are asked for.
-        command.args([
-            "-o",
-            "tcp.check_checksum:TRUE",
-            "-o",
-            "udp.check_checksum:TRUE",
-        ]);
-        fields.iter().for_each(|field| {
-            command.args(["-e", field]);
-        });
-        let mut child = command
-            .stdout(Stdio::piped())
-            .stderr(Stdio::piped())
-            .spawn()
-            .expect("tshark is installed");
-        let (send, lines) = std::sync::mpsc::channel();
-        let out = child.stdout.take().unwrap();
-        std::thread::spawn(move || {
-            for line in std::io::BufRead::lines(std::io::BufReader::new(out)).map_while(Result::ok)
-            {
-                let _ = send.send(line);
-            }
-        });
-        // It says so on standard error once it listens.
-        let mut error = std::io::BufReader::new(child.stderr.take().unwrap());
-        let mut said = String::new();
-        while !said.contains("Capturing on") {
-            assert_ne!(
-                std::io::BufRead::read_line(&mut error, &mut said).unwrap(),
-                0,
-                "{said}"
-            );
-        }
-        std::thread::spawn(move || {
-            let _ = error.read_to_string(&mut String::new());
-        });
-        let capture = Capture { child, lines };
-        capture.settle(hosts);
-        capture
-    }
-
-    /// Until a probe that passes the filter is seen: only then is the capture open.
-    fn settle(&self, _hosts: &Hosts) {
-        std::thread::sleep(Duration::from_millis(500));
-    }
-
-    /// The next frame.
-    fn line(&self) -> String {
-        self.lines
-            .recv_timeout(common::DEADLINE)
-            .expect("a frame within the deadline")
-    }
-
-    /// Everything that comes until it has been quiet for a while.
-    fn rest(&self) -> Vec<String> {
-        std::iter::from_fn(|| self.lines.recv_timeout(Duration::from_millis(700)).ok()).collect()
-    }
-}
-
-impl Drop for Capture {
-    fn drop(&mut self) {
-        let _ = self.child.kill();
-        let _ = self.child.wait();
-    }
-}
-
-fn label(field: &str) -> u32 {
-    u32::from_str_radix(field.trim_start_matches("0x"), 16).unwrap()
 }
 
 fn udp(ns: &NetNs, address: &str) -> UdpSocket {
@@ -152,16 +78,7 @@ fn udp_of_both_roles_is_labelled_from_start_to_end_and_neighbours_are_not() {
     let bpffs = BpfFs::new();
     let home = home(&bpffs, "targetInterfaces: [veth0]");
     let daemon = home.start(&hosts.here);
-    let capture = Capture::start(
-        &hosts,
-        "ip6 and udp",
-        &[
-            "udp.srcport",
-            "ipv6.flow",
-            "ipv6.tclass",
-            "udp.checksum.status",
-        ],
-    );
+    let wire = Wire::listen(&hosts);
     // As source, and as destination: what leaves this host is what is marked.
     home.write("start udp 2001:db8::1 4000 2001:db8::2 5000 atlas Staging\n");
     home.write("start udp 2001:db8::2 5001 2001:db8::1 4001 atlas Staging\n");
@@ -178,33 +95,25 @@ fn udp_of_both_roles_is_labelled_from_start_to_end_and_neighbours_are_not() {
                     .unwrap();
             }
         }
-        (0..9).map(|_| capture.line()).collect::<Vec<_>>()
+        let frames = wire.frames(9, |f| (4000..4003).contains(&f.source_port));
+        assert_eq!(frames.len(), 9);
+        frames
     };
     let during = send();
-    for port in ["4000", "4001", "4002"] {
+    for port in 4000..4003 {
         let labels: HashSet<u32> = during
             .iter()
-            .filter(|l| l.starts_with(port))
-            .map(|l| label(l.split('\t').nth(1).unwrap()))
+            .filter(|f| f.source_port == port)
+            .map(|f| f.label)
             .collect();
-        let tagged = port != "4002";
         assert_eq!(labels.len(), 1, "{during:?}");
-        assert_eq!(
-            scitag::from_label(*labels.iter().next().unwrap()) == TAG,
-            tagged,
-            "{during:?}"
-        );
+        let tag = scitag::from_label(*labels.iter().next().unwrap());
+        assert_eq!(tag == TAG, port != 4002, "{during:?}");
     }
     // Whichever way round the end is told.
     home.write("end udp 2001:db8::1 4000 2001:db8::2 5000 2 19\nend udp 2001:db8::2 5001 2001:db8::1 4001 2 19\n");
     daemon.expect_status("backend_events marker removed 2");
-    for line in send() {
-        assert_ne!(
-            scitag::from_label(label(line.split('\t').nth(1).unwrap())),
-            TAG,
-            "{line}"
-        );
-    }
+    assert!(send().iter().all(|f| scitag::from_label(f.label) != TAG));
     home.write("start udp 192.0.2.1 1 192.0.2.2 2 2 9\nstart udp 2001:db8::1 1 2001:db8::2 2 0 0\nstart udp 2001:db8::1 2 2001:db8::2 2 512 1\n");
     for outcome in ["ipv4", "untagged", "tag_too_large"] {
         daemon.expect_status(&format!("backend_events marker {outcome} 1"));
@@ -214,29 +123,12 @@ fn udp_of_both_roles_is_labelled_from_start_to_end_and_neighbours_are_not() {
     assert!(!bpffs.path().join("flowd-rs").exists());
 }
 
-#[test]
-#[ignore = "needs root"]
-fn every_packet_of_a_tcp_connection_has_one_label_from_the_first() {
-    let hosts = Hosts::new();
-    let bpffs = BpfFs::new();
-    let home = home(&bpffs, "targetInterfaces: [veth0]");
-    let daemon = home.start(&hosts.here);
-    let capture = Capture::start(
-        &hosts,
-        "ip6 and tcp src port 40001",
-        &["ipv6.flow", "ipv6.tclass"],
-    );
-    home.write("start tcp 2001:db8::1 40001 2001:db8::2 443 atlas Staging\n");
-    entered(&daemon, 1);
+/// A connection from port 40001 here to port 443 there, with this traffic class.
+fn connection(hosts: &Hosts, class: i32) -> (TcpStream, TcpStream) {
     let listener = hosts
         .there
         .enter(|| TcpListener::bind("[2001:db8::2]:443").unwrap());
     let client = hosts.here.enter(|| {
-        use nix::sys::socket::{
-            AddressFamily, SockFlag, SockType, SockaddrIn6, bind, connect, setsockopt, socket,
-            sockopt,
-        };
-        use std::os::fd::AsRawFd;
         let socket = socket(
             AddressFamily::Inet6,
             SockType::Stream,
@@ -244,37 +136,51 @@ fn every_packet_of_a_tcp_connection_has_one_label_from_the_first() {
             None,
         )
         .unwrap();
-        // DSCP EF and ECT(0).
-        setsockopt(&socket, sockopt::Ipv6TClass, &0xba).unwrap();
+        setsockopt(&socket, sockopt::Ipv6TClass, &class).unwrap();
+        setsockopt(&socket, sockopt::ReuseAddr, &true).unwrap();
         let address =
             |text: &str| SockaddrIn6::from(text.parse::<std::net::SocketAddrV6>().unwrap());
         bind(socket.as_raw_fd(), &address("[2001:db8::1]:40001")).unwrap();
         connect(socket.as_raw_fd(), &address("[2001:db8::2]:443")).unwrap();
         TcpStream::from(socket)
     });
-    let mut server = listener.accept().unwrap().0;
-    let data = vec![7; 1 << 20];
+    let server = listener.accept().unwrap().0;
+    (client, server)
+}
+
+/// Sends `length` bytes and ends the connection so that no port stays behind.
+fn transfer((mut client, mut server): (TcpStream, TcpStream), length: usize) {
+    let data: Vec<u8> = (0..length).map(|n| (n % 251) as u8).collect();
+    let mut received = vec![0; length];
     std::thread::scope(|scope| {
-        scope.spawn(|| (&client).write_all(&data).unwrap());
-        server.read_exact(&mut vec![0; 1 << 20]).unwrap();
+        scope.spawn(|| client.write_all(&data).unwrap());
+        server.set_read_timeout(Some(common::DEADLINE)).unwrap();
+        server.read_exact(&mut received).unwrap();
     });
-    client.shutdown(std::net::Shutdown::Both).unwrap();
-    let frames = capture.rest();
-    assert!(frames.len() > 5, "{frames:?}");
-    let labels: HashSet<u32> = frames
-        .iter()
-        .map(|line| label(line.split('\t').next().unwrap()))
-        .collect();
+    assert!(received == data);
+    // Whoever closes first keeps the port for a minute.
+    drop(server);
+    assert_eq!(client.read(&mut [0]).unwrap(), 0);
+}
+
+#[test]
+#[ignore = "needs root"]
+fn every_packet_of_a_tcp_connection_has_one_label_from_the_first() {
+    let hosts = Hosts::new();
+    let bpffs = BpfFs::new();
+    let home = home(&bpffs, "targetInterfaces: [veth0]");
+    let daemon = home.start(&hosts.here);
+    let wire = Wire::listen(&hosts);
+    home.write("start tcp 2001:db8::1 40001 2001:db8::2 443 atlas Staging\n");
+    entered(&daemon, 1);
+    // DSCP EF.
+    transfer(connection(&hosts, 0xb8), 1 << 20);
+    let frames = wire.frames(usize::MAX, |f| f.source_port == 40001);
+    assert!(frames.len() > 5);
+    let labels: HashSet<u32> = frames.iter().map(|f| f.label).collect();
     assert_eq!(labels.len(), 1, "{labels:x?}");
     assert_eq!(scitag::from_label(*labels.iter().next().unwrap()), TAG);
-    let classes: HashSet<&str> = frames
-        .iter()
-        .map(|line| line.split('\t').nth(1).unwrap())
-        .collect();
-    assert!(
-        classes.iter().all(|class| label(class) & !3 == 0xb8),
-        "{classes:?}"
-    );
+    assert!(frames.iter().all(|f| f.class & !3 == 0xb8));
     daemon.stop();
 }
 
@@ -286,7 +192,7 @@ fn a_thousand_flows_at_once_have_their_own_marks() {
     let bpffs = BpfFs::new();
     let home = home(&bpffs, "targetInterfaces: [veth0]");
     let daemon = home.start(&hosts.here);
-    let capture = Capture::start(&hosts, "ip6 and udp", &["udp.srcport", "ipv6.flow"]);
+    let wire = Wire::listen(&hosts);
     let tag = |port: u16| Tag {
         experiment: 1 + port % 511,
         activity: 1 + port % 63,
@@ -307,45 +213,12 @@ fn a_thousand_flows_at_once_have_their_own_marks() {
             .send_to(b"x", "[2001:db8::2]:5000")
             .unwrap();
     }
-    for _ in 0..COUNT {
-        let line = capture.line();
-        let (port, found) = line.split_once('\t').unwrap();
-        assert_eq!(
-            scitag::from_label(label(found)),
-            tag(port.parse().unwrap()),
-            "{line}"
-        );
+    let frames = wire.frames(COUNT.into(), |f| f.destination_port == 5000);
+    assert_eq!(frames.len(), usize::from(COUNT));
+    for frame in frames {
+        assert_eq!(scitag::from_label(frame.label), tag(frame.source_port));
     }
     daemon.stop();
-}
-
-/// iperf3 from here to there; returns the bytes that arrived.
-fn iperf3(hosts: &Hosts, seconds: &str) -> f64 {
-    let mut server = hosts
-        .there
-        .command("iperf3")
-        .args(["-s", "-1", "-B", "2001:db8::2"])
-        .stdout(Stdio::null())
-        .spawn()
-        .unwrap();
-    let output = wait_for("the iperf3 server", || {
-        let mut client = hosts.here.command("iperf3");
-        client.args([
-            "-6",
-            "-c",
-            "2001:db8::2",
-            "--cport",
-            "40001",
-            "-t",
-            seconds,
-            "-J",
-        ]);
-        let output = client.output().unwrap();
-        output.status.success().then_some(output.stdout)
-    });
-    server.wait().unwrap();
-    let result: serde_json::Value = serde_json::from_slice(&output).unwrap();
-    result["end"]["sum_received"]["bytes"].as_f64().unwrap()
 }
 
 #[test]
@@ -355,81 +228,93 @@ fn bulk_transfers_complete_with_every_strategy_with_offloads_and_without() {
     for offload in ["on", "off"] {
         for ns in [&hosts.here, &hosts.there] {
             for feature in ["tso", "gso", "gro", "tx", "rx"] {
-                let status = ns
-                    .command("ethtool")
-                    .args(["-K", "veth0", feature, offload])
-                    .stderr(Stdio::null())
-                    .status();
-                assert!(status.unwrap().code().is_some());
+                let mut ethtool = ns.command("ethtool");
+                let output = ethtool.args(["-K", "veth0", feature, offload]).output();
+                assert!(output.unwrap().status.code().is_some());
             }
         }
-        for strategy in ["label", "hopByHop", "destination", "hopByHopDestination"] {
+        for strategy in Strategy::ALL {
             let bpffs = BpfFs::new();
+            let word = strategy.as_str();
             let home = home(
                 &bpffs,
-                &format!("targetInterfaces: [veth0], markingStrategy: {strategy}"),
+                &format!("targetInterfaces: [veth0], markingStrategy: {word}"),
             );
             let daemon = home.start(&hosts.here);
-            home.write("start tcp 2001:db8::1 40001 2001:db8::2 5201 atlas Staging\n");
+            let wire = Wire::listen(&hosts);
+            home.write("start tcp 2001:db8::1 40001 2001:db8::2 443 atlas Staging\n");
             entered(&daemon, 1);
-            let fields = [
-                "ipv6.flow",
-                "ipv6.opt.type",
-                "ipv6.plen",
-                "tcp.checksum.status",
-                "frame.len",
-            ];
-            let capture = Capture::start(
-                &hosts,
-                "ip6 and src host 2001:db8::1 and port 40001",
-                &fields,
-            );
-            let bytes = iperf3(&hosts, "0.3");
-            assert!(bytes > 1e6, "{bytes}");
-            let frames = capture.rest();
-            let marked = frames.iter().filter(|line| {
-                let mut fields = line.split('\t');
-                let (flow, options) = (fields.next().unwrap(), fields.next().unwrap());
-                // Option 0x1e, as tshark prints it.
-                if strategy == "label" {
-                    scitag::from_label(label(flow)) == TAG
-                } else {
-                    options.contains("0x1e") || options.contains("30")
-                }
-            });
-            let share = marked.count() as f64 / frames.len() as f64;
-            let largest = frames
-                .iter()
-                .filter_map(|l| l.split('\t').nth(4)?.parse::<u32>().ok())
-                .max()
-                .unwrap();
+            transfer(connection(&hosts, 0), 20 << 20);
+            let frames = wire.frames(usize::MAX, |f| f.source_port == 40001);
+            let marked = |f: &&Frame| match strategy {
+                Strategy::Label => scitag::from_label(f.label) == TAG,
+                Strategy::HopByHop => f.headers == [0, 6],
+                Strategy::Destination => f.headers == [60, 6],
+                Strategy::HopByHopDestination => f.headers == [0, 60, 6],
+            };
+            let share = frames.iter().filter(marked).count() as f64 / frames.len() as f64;
+            let largest = frames.iter().map(|f| f.length).max().unwrap();
             eprintln!(
-                "{strategy}, offloads {offload}: {bytes:.2e} bytes, {} frames, {share:.3} of them marked, largest {largest}",
+                "{word}, offloads {offload}: {} frames, {share:.3} of them marked, largest {largest}",
                 frames.len()
             );
             if offload == "off" {
-                assert!(largest <= 1514, "{largest}");
-                // 0 is bad.
-                let bad = frames
-                    .iter()
-                    .filter(|l| l.split('\t').nth(3) == Some("0"))
-                    .count();
-                assert_eq!(bad, 0, "of {}", frames.len());
+                assert!(largest <= 1514, "{word}: {largest}");
+                assert!(frames.iter().all(Frame::checksum_is_right), "{word}");
             }
-            if strategy == "label" {
+            if strategy == Strategy::Label {
                 assert_eq!(share, 1.0);
             } else {
-                assert!(share > 0.3, "{share}");
+                assert!(share > 0.5, "{word}: {share}");
             }
             let (code, shown, _) = show(&hosts, &bpffs);
             assert_eq!(code, Some(0));
-            assert!(
-                shown.contains(&format!("strategy    {strategy}\n")),
-                "{shown}"
-            );
+            assert!(shown.contains(&format!("strategy    {word}\n")), "{shown}");
             daemon.stop();
         }
     }
+}
+
+/// The label as another decoder reads it.
+#[test]
+#[ignore = "needs root"]
+fn tshark_reads_the_same_label() {
+    let hosts = Hosts::new();
+    let bpffs = BpfFs::new();
+    let home = home(&bpffs, "targetInterfaces: [veth0]");
+    let daemon = home.start(&hosts.here);
+    let wire = Wire::listen(&hosts);
+    home.write("start udp 2001:db8::1 4000 2001:db8::2 5000 atlas Staging\n");
+    entered(&daemon, 1);
+    udp(&hosts.here, "[2001:db8::1]:4000")
+        .send_to(b"data", "[2001:db8::2]:5000")
+        .unwrap();
+    let frame = wire.frames(1, |f| f.source_port == 4000).pop().unwrap();
+    // A capture file of one frame: pcap(5), Ethernet.
+    let length = (frame.bytes.len() as u32).to_ne_bytes();
+    let mut capture = Vec::new();
+    for word in [0xa1b2_c3d4u32, 0x0004_0002, 0, 0, 65535, 1, 0, 0] {
+        capture.extend_from_slice(&word.to_ne_bytes());
+    }
+    capture.extend_from_slice(&length);
+    capture.extend_from_slice(&length);
+    capture.extend_from_slice(&frame.bytes);
+    let file = home.path("frame.pcap");
+    std::fs::write(&file, capture).unwrap();
+    let mut tshark = Command::new("tshark");
+    tshark
+        .arg("-r")
+        .arg(&file)
+        .args(["-T", "fields", "-e", "ipv6.flow", "-e", "ipv6.plen"]);
+    let output = tshark.output().expect("tshark is installed");
+    let text = String::from_utf8(output.stdout).unwrap();
+    let (label, length) = text.trim().split_once('\t').unwrap();
+    assert_eq!(
+        u32::from_str_radix(label.trim_start_matches("0x"), 16),
+        Ok(frame.label)
+    );
+    assert_eq!((scitag::from_label(frame.label), length), (TAG, "12"));
+    daemon.stop();
 }
 
 fn show(hosts: &Hosts, bpffs: &BpfFs) -> (Option<i32>, String, String) {
@@ -457,7 +342,7 @@ fn marking_goes_on_while_the_daemon_is_dead_and_the_next_one_takes_over() {
     let daemon = home.start(&hosts.here);
     home.write("start udp 2001:db8::1 4000 2001:db8::2 5000 atlas Staging\nstart udp 2001:db8::1 4001 2001:db8::2 5000 atlas Staging\n");
     entered(&daemon, 2);
-    let capture = Capture::start(&hosts, "ip6 and udp src port 4000", &["ipv6.flow"]);
+    let wire = Wire::listen(&hosts);
     let socket = udp(&hosts.here, "[2001:db8::1]:4000");
     let stop = std::sync::atomic::AtomicBool::new(false);
     let (sent, labels) = std::thread::scope(|scope| {
@@ -483,7 +368,8 @@ fn marking_goes_on_while_the_daemon_is_dead_and_the_next_one_takes_over() {
         daemon.expect_status("backend_events marker removed 1");
         stop.store(true, std::sync::atomic::Ordering::Relaxed);
         let sent: usize = sender.join().unwrap();
-        let labels: Vec<u32> = capture.rest().iter().map(|line| label(line)).collect();
+        let frames = wire.frames(sent, |f| f.source_port == 4000);
+        let labels: Vec<u32> = frames.iter().map(|f| f.label).collect();
         let (_, shown, _) = show(&hosts, &bpffs);
         assert!(
             shown.contains("flows       1\n") && shown.contains("atlas / Staging"),
@@ -507,14 +393,25 @@ fn others_on_the_qdisc_are_left_alone() {
     let bpffs = BpfFs::new();
     tc(&hosts.here, &["qdisc", "add", "dev", "veth0", "clsact"]);
     let other = [
-        "filter", "add", "dev", "veth0", "egress", "prio", "5", "matchall", "action", "continue",
+        "filter",
+        "add",
+        "dev",
+        "veth0",
+        "egress",
+        "prio",
+        "5",
+        "protocol",
+        "all",
+        "bpf",
+        "bytecode",
+        "1,6 0 0 0",
     ];
     tc(&hosts.here, &other);
     let before = attached(&hosts.here, "veth0");
     let home = home(&bpffs, "targetInterfaces: [veth0]");
     let daemon = home.start(&hosts.here);
     assert!(attached(&hosts.here, "veth0").contains("flowd_mark_l2"));
-    assert!(attached(&hosts.here, "veth0").contains("matchall"));
+    assert!(attached(&hosts.here, "veth0").contains("pref 5 bpf"));
     daemon.stop();
     assert_eq!(attached(&hosts.here, "veth0"), before);
     assert!(qdiscs(&hosts.here).contains("clsact"));
@@ -539,8 +436,13 @@ fn interfaces_that_come_and_go_are_followed() {
     let daemon = home.start(&hosts.here);
     assert!(attached(&hosts.here, "veth0").contains("flowd_mark_l2"));
     assert_eq!(attached(&hosts.here, "lo"), "");
-    hosts.here.ip(&["link", "add", "late", "type", "dummy"]);
-    hosts.here.ip(&["link", "set", "late", "up"]);
+    let add = || {
+        hosts.here.ip(&[
+            "link", "add", "late", "type", "veth", "peer", "name", "peer",
+        ]);
+        hosts.here.ip(&["link", "set", "late", "up"]);
+    };
+    add();
     for _ in 0..2 {
         hosts
             .here
@@ -552,71 +454,80 @@ fn interfaces_that_come_and_go_are_followed() {
         });
         hosts.here.ip(&["link", "del", "late"]);
         home.wait_for_log("late is gone");
-        hosts.here.ip(&["link", "add", "late", "type", "dummy"]);
-        hosts.here.ip(&["link", "set", "late", "up"]);
+        add();
     }
     daemon.stop();
     assert_eq!(attached(&hosts.here, "veth0"), "");
 }
 
+/// A tun device in a namespace: whoever reads the file gets the packets that go out through it.
+fn tun(ns: &NetNs, name: &str) -> std::fs::File {
+    const TUNSETIFF: u64 = 0x4004_54ca;
+    const IFF_TUN_NO_PI: u16 = 0x1001;
+    let mut request = [0u8; 40];
+    request[..name.len()].copy_from_slice(name.as_bytes());
+    request[16..18].copy_from_slice(&IFF_TUN_NO_PI.to_ne_bytes());
+    let file = ns.enter(|| {
+        let file = std::fs::OpenOptions::new()
+            .read(true)
+            .write(true)
+            .open("/dev/net/tun")
+            .unwrap();
+        // SAFETY: TUNSETIFF reads and writes a struct ifreq of 40 bytes.
+        let result = unsafe {
+            nix::libc::ioctl(
+                std::os::fd::AsRawFd::as_raw_fd(&file),
+                TUNSETIFF,
+                request.as_mut_ptr(),
+            )
+        };
+        assert_eq!(result, 0);
+        file
+    });
+    ns.ip(&["addr", "add", "2001:db8:2::1/64", "dev", name, "nodad"]);
+    ns.ip(&["link", "set", name, "up"]);
+    file
+}
+
 #[test]
 #[ignore = "needs root"]
-fn a_tunnel_without_ethernet_headers_is_marked() {
+fn a_device_without_ethernet_headers_is_marked() {
     let hosts = Hosts::new();
-    for (ns, local, remote, inner) in [
-        (&hosts.here, "2001:db8::1", "2001:db8::2", "1"),
-        (&hosts.there, "2001:db8::2", "2001:db8::1", "2"),
-    ] {
-        ns.ip(&[
-            "link",
-            "add",
-            "tunnel",
-            "type",
-            "ip6tnl",
-            "mode",
-            "ip6ip6",
-            "local",
-            local,
-            "remote",
-            remote,
-            "encaplimit",
-            "none",
-        ]);
-        ns.ip(&[
-            "addr",
-            "add",
-            &format!("2001:db8:2::{inner}/64"),
-            "dev",
-            "tunnel",
-            "nodad",
-        ]);
-        ns.ip(&["link", "set", "tunnel", "up"]);
-    }
+    let mut device = tun(&hosts.here, "tun0");
     for strategy in ["label", "hopByHopDestination"] {
         let bpffs = BpfFs::new();
         let home = home(
             &bpffs,
-            &format!("targetInterfaces: [tunnel], markingStrategy: {strategy}"),
+            &format!("targetInterfaces: [tun0], markingStrategy: {strategy}"),
         );
         let daemon = home.start(&hosts.here);
-        assert!(attached(&hosts.here, "tunnel").contains("flowd_mark_l3"));
+        assert!(attached(&hosts.here, "tun0").contains("flowd_mark_l3"));
         home.write("start udp 2001:db8:2::1 4000 2001:db8:2::2 5000 atlas Staging\n");
         entered(&daemon, 1);
-        let receiver = udp(&hosts.there, "[2001:db8:2::2]:5000");
-        receiver
-            .set_read_timeout(Some(Duration::from_millis(100)))
+        udp(&hosts.here, "[2001:db8:2::1]:4000")
+            .send_to(b"hello", "[2001:db8:2::2]:5000")
             .unwrap();
-        let capture = Capture::start(&hosts, "ip6 proto 41", &["ipv6.flow", "ipv6.opt.type"]);
-        let sender = udp(&hosts.here, "[2001:db8:2::1]:4000");
-        wait_for("a datagram through the tunnel", || {
-            sender.send_to(b"hello", "[2001:db8:2::2]:5000").ok()?;
-            receiver.recv(&mut [0; 9]).ok()
-        });
-        let line = capture.line();
-        let inner = line.split('\t').next().unwrap().split(',').nth(1).unwrap();
-        match strategy {
-            "label" => assert_eq!(scitag::from_label(label(inner)), TAG, "{line}"),
-            _ => assert_eq!(line.matches("0x1e").count(), 2, "{line}"),
+        let mut packet = [0; 2048];
+        // Router solicitations and the like go out as well.
+        let length = loop {
+            let length = device.read(&mut packet).unwrap();
+            if packet[..length].ends_with(b"hello") {
+                break length;
+            }
+        };
+        let label = u32::from_be_bytes(packet[..4].try_into().unwrap()) & 0xfffff;
+        if strategy == "label" {
+            assert_eq!((scitag::from_label(label), length), (TAG, 40 + 8 + 5));
+        } else {
+            let [hop, destination] = [
+                scitag::options_header(TAG, 60),
+                scitag::options_header(TAG, 17),
+            ];
+            assert_eq!(
+                (packet[6], &packet[40..48], &packet[48..56]),
+                (0, &hop[..], &destination[..])
+            );
+            assert_eq!((length, packet[5]), (40 + 16 + 8 + 5, 16 + 8 + 5));
         }
         daemon.stop();
     }
@@ -747,7 +658,5 @@ fn a_full_map_leaves_the_rest_marked_and_says_so() {
     home.write(&lines);
     entered(&daemon, 3);
     daemon.expect_status("dispatcher_events refused_table_full 7");
-    let began = Instant::now();
     daemon.stop();
-    assert!(began.elapsed() < Duration::from_secs(10));
 }

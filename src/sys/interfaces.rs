@@ -10,6 +10,7 @@ use crossbeam_channel::{Receiver, TrySendError, bounded};
 use nix::errno::Errno;
 use nix::ifaddrs::getifaddrs;
 use nix::libc;
+use nix::net::if_::if_nametoindex;
 use nix::sys::socket::{
     AddressFamily, MsgFlags, NetlinkAddr, SockFlag, SockProtocol, SockType, bind, recv, socket,
 };
@@ -33,6 +34,19 @@ pub fn list() -> io::Result<(Vec<Interface>, HashSet<IpAddr>)> {
     let mut addresses = HashSet::new();
     let mut global = HashSet::new();
     for entry in getifaddrs()? {
+        let name = entry.interface_name;
+        if !interfaces.iter().any(|known| known.name == name) {
+            // It may have gone since.
+            let Ok(index) = if_nametoindex(name.as_str()) else {
+                continue;
+            };
+            interfaces.push(Interface {
+                name: name.clone(),
+                index,
+                ethernet: false,
+                global_ipv6: false,
+            });
+        }
         let Some(address) = entry.address else {
             continue;
         };
@@ -41,18 +55,16 @@ pub fn list() -> io::Result<(Vec<Interface>, HashSet<IpAddr>)> {
                 link.hatype(),
                 libc::ARPHRD_ETHER | libc::ARPHRD_LOOPBACK | libc::ARPHRD_IEEE802
             );
-            interfaces.push(Interface {
-                name: entry.interface_name,
-                index: link.ifindex() as u32,
-                ethernet,
-                global_ipv6: false,
-            });
+            let known = interfaces.iter_mut().find(|known| known.name == name);
+            known
+                .into_iter()
+                .for_each(|known| known.ethernet = ethernet);
         } else if let Some(ipv4) = address.as_sockaddr_in() {
             addresses.insert(IpAddr::V4(ipv4.ip()));
         } else if let Some(ipv6) = address.as_sockaddr_in6() {
             addresses.insert(IpAddr::V6(ipv6.ip()));
             if is_global(ipv6.ip()) {
-                global.insert(entry.interface_name);
+                global.insert(name);
             }
         }
     }

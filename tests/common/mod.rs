@@ -7,6 +7,7 @@
 pub mod daemon;
 pub mod net;
 pub mod sink;
+pub mod wire;
 
 use std::time::{Duration, Instant};
 
