@@ -22,17 +22,18 @@ mod bpf {
         if Path::new(&multiarch).is_dir() {
             arguments.push(format!("-I{multiarch}"));
         }
-        let object = out.join("marker.bpf.o");
-        let built = SkeletonBuilder::new()
-            .source("bpf/marker.bpf.c")
-            .obj(&object)
-            .clang_args(arguments)
-            .build();
-        if let Err(error) = built {
-            eprintln!(
-                "bpf/marker.bpf.c: {error:#}\nclang, libelf and the kernel's UAPI headers are needed (make deps), or --no-default-features"
-            );
-            std::process::exit(1);
+        for name in ["marker", "empty"] {
+            let built = SkeletonBuilder::new()
+                .source(format!("bpf/{name}.bpf.c"))
+                .obj(out.join(format!("{name}.bpf.o")))
+                .clang_args(&arguments)
+                .build();
+            if let Err(error) = built {
+                eprintln!(
+                    "bpf/{name}.bpf.c: {error:#}\nclang, libelf and the kernel's UAPI headers are needed (make deps), or --no-default-features"
+                );
+                std::process::exit(1);
+            }
         }
     }
 }
