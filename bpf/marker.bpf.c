@@ -132,6 +132,30 @@ static __always_inline int find_ports(struct __sk_buff *skb, struct packet *pack
 	return -1;
 }
 
+/* The plain packet, TCP or UDP right behind IPv6 right behind Ethernet, read in place: a third to a half
+ * of the cost of the general way, as `make bench` showed. It is not written in place: that would make
+ * the kernel copy the linear part of every cloned packet before the program runs. */
+static __always_inline int find_plain(struct __sk_buff *skb, struct packet *packet, int ethernet)
+{
+	void *data = (void *)(long)skb->data, *end = (void *)(long)skb->data_end;
+	struct ethhdr *frame = data;
+	struct ipv6hdr *ip = data + (ethernet ? ETH_HLEN : 0);
+	__be16 *ports = (void *)(ip + 1);
+
+	if ((void *)(ports + 2) > end)
+		return -1;
+	if (ethernet && frame->h_proto != bpf_htons(ETH_P_IPV6))
+		return -1;
+	if (ip->version != 6 || (ip->nexthdr != IPPROTO_TCP && ip->nexthdr != IPPROTO_UDP))
+		return -1;
+	packet->offset = ethernet ? ETH_HLEN : 0;
+	packet->ip = *ip;
+	packet->key.source_port = ports[0];
+	packet->key.destination_port = ports[1];
+	packet->key.protocol = ip->nexthdr;
+	return 0;
+}
+
 /* The entropy bits of a label that is made here; flows have theirs from the daemon. */
 static __always_inline __u32 entropy(const struct packet *packet)
 {
@@ -221,25 +245,24 @@ static __always_inline int mark(struct __sk_buff *skb, int ethernet)
 	struct flow_mark *flow;
 	__u32 segments, bytes = skb->len;
 
-	if (find_ipv6(skb, &packet, ethernet))
-		return TC_ACT_UNSPEC;
+	if (find_plain(skb, &packet, ethernet)) {
+		if (find_ipv6(skb, &packet, ethernet))
+			return TC_ACT_UNSPEC;
+		/* With match_all, a packet without ports (ICMPv6, a later fragment) is one by its addresses. */
+		if (find_ports(skb, &packet) && !settings.match_all)
+			return TC_ACT_UNSPEC;
+	}
 	if (settings.match_all) {
 		struct flow_key all = {};
 
 		flow = bpf_map_lookup_elem(&flows, &all);
-		if (!flow)
-			return TC_ACT_UNSPEC;
-		/* Without ports (ICMPv6, later fragments) the addresses are the flow. */
-		find_ports(skb, &packet);
 	} else {
-		if (find_ports(skb, &packet))
-			return TC_ACT_UNSPEC;
 		__builtin_memcpy(packet.key.source, &packet.ip.saddr, 16);
 		__builtin_memcpy(packet.key.destination, &packet.ip.daddr, 16);
 		flow = bpf_map_lookup_elem(&flows, &packet.key);
-		if (!flow)
-			return TC_ACT_UNSPEC;
 	}
+	if (!flow)
+		return TC_ACT_UNSPEC;
 	segments = skb->gso_segs;
 	if (settings.hop_by_hop || settings.destination) {
 		int reason = add_headers(skb, &packet, flow->tag);
