@@ -7,9 +7,15 @@ DESTDIR ?=
 MANDIR = $(PREFIX)/share/man
 
 # command:Debian package:RHEL package. Only what is missing is installed.
-TOOLS = cc:gcc:gcc ip:iproute2:iproute nsenter:util-linux:util-linux mandoc:mandoc:mandoc
+TOOLS = cc:gcc:gcc clang:clang:clang pkg-config:pkg-config:pkgconf-pkg-config mandoc:mandoc:mandoc \
+	/usr/include/libelf.h:libelf-dev:elfutils-libelf-devel /usr/include/zlib.h:zlib1g-dev:zlib-devel \
+	/usr/include/linux/bpf.h:linux-libc-dev:kernel-headers
+# What tests and benches need beside them.
+TEST_TOOLS = ip:iproute2:iproute tc:iproute2:iproute-tc nsenter:util-linux:util-linux \
+	setpriv:util-linux:util-linux ethtool:ethtool:ethtool tshark:tshark:wireshark-cli \
+	iperf3:iperf3:iperf3
 
-.PHONY: help deps build run test bench lint install
+.PHONY: help deps test-deps build run test bench lint install
 
 help: ## this list
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 10
@@ -17,13 +23,16 @@ help: ## this list
 deps: ## install what is missing (apt or dnf, with sudo unless root)
 	@conf/install-deps $(TOOLS)
 
+test-deps:
+	@conf/install-deps $(TOOLS) $(TEST_TOOLS)
+
 build: deps ## build the release binary
 	$(CARGO) build --release --locked
 
 run: build ## build, run the quick start, and show fireflies arriving; Ctrl-C ends it
 	@conf/quickstart target/release/flowd-rs
 
-test: deps ## all tests; those that need root are skipped, and said to be, without it
+test: test-deps ## all tests; those that need root are skipped, and said to be, without it
 	@if [ "$$(id -u)" = 0 ]; then \
 		$(CARGO) test --locked -- --include-ignored; \
 	elif [ -n "$$CI" ]; then \
@@ -32,13 +41,15 @@ test: deps ## all tests; those that need root are skipped, and said to be, witho
 		$(CARGO) test --locked && echo "Tests marked \"ignored\" need root: sudo make test runs them too."; \
 	fi
 
-bench: deps ## codecs, and the daemon beside the limit of this machine (needs root)
+bench: test-deps ## codecs, and the daemon beside the limit of this machine (needs root)
 	$(CARGO) bench --locked --bench codecs
 	$(CARGO) bench --locked --bench end_to_end
+	$(CARGO) bench --locked --bench marker
 
 lint: deps ## formatting, clippy, manual pages
 	$(CARGO) fmt --check
 	$(CARGO) clippy --locked --all-targets -- -D warnings
+	$(CARGO) clippy --locked --all-targets --no-default-features -- -D warnings
 	mandoc -T lint -W warning man/*.[58]
 
 install: ## install what `make build` built, below DESTDIR

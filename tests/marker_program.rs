@@ -426,3 +426,36 @@ fn a_full_map_says_so_and_what_was_counted_outlives_the_flow() {
     );
     assert_eq!(key.flow(), Some(flow(Protocol::Tcp)));
 }
+
+/// The object that the build made, given by path, and with its trace output.
+#[test]
+#[ignore = "needs root"]
+fn a_program_of_the_users_own_and_debug_output_mark_the_same() {
+    let bpffs = BpfFs::new();
+    let object = bpffs.path().with_extension("o");
+    std::fs::write(
+        &object,
+        include_bytes!(concat!(env!("OUT_DIR"), "/marker.bpf.o")),
+    )
+    .unwrap();
+    let mut settings = settings(&bpffs, Strategy::Label);
+    settings.program_path = Some(object.clone());
+    settings.debug = true;
+    let program = load(&settings);
+    enter(&program);
+    let frame = frame(&[], &plain());
+    check(&program, &frame, &labelled(&frame, 14, label()));
+    drop(program);
+    // One that is no marker is refused by what it lacks.
+    std::fs::write(
+        &object,
+        include_bytes!(concat!(env!("OUT_DIR"), "/empty.bpf.o")),
+    )
+    .unwrap();
+    let error = Program::load(&settings, 1000, &[7; 16])
+        .err()
+        .unwrap()
+        .to_string();
+    assert!(error.contains("lacks the map \"flows\""), "{error}");
+    std::fs::remove_file(object).unwrap();
+}

@@ -450,11 +450,15 @@ impl Program {
         ] {
             let path = directory.join(name);
             if !path.exists() {
-                let mut options = libbpf_sys::bpf_map_create_opts::default();
-                options.sz = size_of::<libbpf_sys::bpf_map_create_opts>() as libbpf_sys::size_t;
-                if kind == MapType::Hash {
-                    options.map_flags = libbpf_sys::BPF_F_NO_PREALLOC;
-                }
+                let options = libbpf_sys::bpf_map_create_opts {
+                    sz: size_of::<libbpf_sys::bpf_map_create_opts>() as libbpf_sys::size_t,
+                    map_flags: if kind == MapType::Hash {
+                        libbpf_sys::BPF_F_NO_PREALLOC
+                    } else {
+                        0
+                    },
+                    ..Default::default()
+                };
                 let made = MapHandle::create(kind, Some(name), key, value, entries, &options);
                 made.and_then(|mut map| map.pin(&path))
                     .map_err(|e| failure(&format!("pinned map {}", path.display()), &e))?;
