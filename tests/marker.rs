@@ -275,6 +275,46 @@ fn bulk_transfers_complete_with_every_strategy_with_offloads_and_without() {
     }
 }
 
+#[test]
+#[ignore = "needs root"]
+fn a_header_never_makes_a_packet_larger_than_the_mtu() {
+    let hosts = Hosts::new();
+    for (strategy, size) in [("hopByHop", 8), ("hopByHopDestination", 16)] {
+        let bpffs = BpfFs::new();
+        let home = home(
+            &bpffs,
+            &format!("targetInterfaces: [veth0], markingStrategy: {strategy}"),
+        );
+        let daemon = home.start(&hosts.here);
+        let wire = Wire::listen(&hosts);
+        home.write("start udp 2001:db8::1 4000 2001:db8::2 5000 atlas Staging\n");
+        entered(&daemon, 1);
+        // 1500 bytes less the headers of IPv6 and UDP, with just room for ours, and a byte more.
+        let room = 1500 - 40 - 8 - size;
+        let socket = udp(&hosts.here, "[2001:db8::1]:4000");
+        for length in [room, room + 1, 1452] {
+            socket
+                .send_to(&vec![7; length], "[2001:db8::2]:5000")
+                .unwrap();
+        }
+        let frames = wire.frames(3, |f| f.source_port == 4000);
+        let seen: Vec<_> = frames
+            .iter()
+            .map(|f| (f.length - 14, f.headers.len() > 1))
+            .collect();
+        assert_eq!(
+            seen,
+            [(1500, true), (1500 - size + 1, false), (1500, false)]
+        );
+        let (_, shown, _) = show(&hosts, &bpffs);
+        assert!(
+            shown.contains("unmarked    2 packets: larger than the MTU\n"),
+            "{shown}"
+        );
+        daemon.stop();
+    }
+}
+
 /// The label as another decoder reads it.
 #[test]
 #[ignore = "needs root"]

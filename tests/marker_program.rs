@@ -48,7 +48,7 @@ fn enter(program: &Program) {
 }
 
 /// An IPv6 packet: traffic class, extension headers as (type, bytes without their first), transport.
-fn packet(class: u8, extensions: &[(u8, Vec<u8>)], protocol: u8, port: u16) -> Vec<u8> {
+fn packet(class: u8, extensions: &[Extension], protocol: u8, port: u16) -> Vec<u8> {
     let mut payload = Vec::new();
     let kinds: Vec<u8> = extensions
         .iter()
@@ -110,7 +110,10 @@ fn options(body: &[u8]) -> Vec<u8> {
     header
 }
 
-fn extensions() -> Vec<(&'static str, Vec<(u8, Vec<u8>)>)> {
+/// An extension header: its type, and its bytes behind the next-header field.
+type Extension = (u8, Vec<u8>);
+
+fn extensions() -> Vec<(&'static str, Vec<Extension>)> {
     let hop = (0u8, options(&[1, 4]));
     let jumbo = (0u8, options(&[0xc2, 4, 0, 1, 0, 0]));
     let destination = (60u8, {
