@@ -17,7 +17,8 @@ use common::wire::Wire;
 use flowd_rs::config::Strategy;
 use flowd_rs::flow::{Flow, Protocol, Tag};
 use flowd_rs::scitag;
-use flowd_rs::sys::marker::{Key, Maps, Mark, Program};
+use flowd_rs::sys::mark_maps::{Key, Maps, Mark};
+use flowd_rs::sys::marker::Program;
 use libbpf_rs::ObjectBuilder;
 use prog_run::{BpfFs, run, settings};
 

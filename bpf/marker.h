@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: Apache-2.0 */
-/* What marker.bpf.c and src/sys/marker.rs both know. Any change of key or value needs a new version in
- * the path of the pinned maps (PIN_DIR in src/sys/marker.rs). */
+/* What marker.bpf.c, src/sys/mark_maps.rs and src/sys/marker.rs know. Any change of key or value needs a new version in
+ * the path of the pinned maps (PIN_DIR in src/sys/mark_maps.rs). */
 #pragma once
 
 #include <linux/types.h>

@@ -104,6 +104,15 @@ impl Flow {
             destination,
         })
     }
+
+    /// The same flow in the other direction.
+    pub fn reversed(&self) -> Flow {
+        Flow {
+            protocol: self.protocol,
+            source: self.destination,
+            destination: self.source,
+        }
+    }
 }
 
 impl fmt::Display for Flow {

@@ -6,6 +6,8 @@ pub mod fifo;
 #[cfg(feature = "bpf")]
 pub mod interfaces;
 #[cfg(feature = "bpf")]
+pub mod mark_maps;
+#[cfg(feature = "bpf")]
 pub mod marker;
 pub mod resolver;
 pub mod state_dir;

@@ -10,7 +10,8 @@ use std::net::Ipv6Addr;
 use flowd_rs::config::Strategy;
 use flowd_rs::flow::{Flow, Protocol, Tag};
 use flowd_rs::scitag;
-use flowd_rs::sys::marker::{Entered, Key, Mark, Program};
+use flowd_rs::sys::mark_maps::{Entered, Key, Mark};
+use flowd_rs::sys::marker::Program;
 use prog_run::{BpfFs, load, run, settings};
 use proptest::prelude::*;
 

@@ -21,7 +21,8 @@ use crate::log_limit::LogLimit;
 use crate::metrics::{Metrics, Outcomes, outcomes};
 use crate::scitag;
 use crate::sys::interfaces::{self, Interface};
-use crate::sys::marker::{Entered, Key, Mark, Program, reversed};
+use crate::sys::mark_maps::{Entered, Key, Mark};
+use crate::sys::marker::Program;
 
 const NAME: &str = "marker";
 
@@ -131,7 +132,7 @@ impl Marker {
     fn outgoing(&self, flow: &Flow) -> Flow {
         let is_local = |address| self.local.contains(&address);
         if is_local(flow.destination.address) && !is_local(flow.source.address) {
-            return reversed(flow);
+            return flow.reversed();
         }
         *flow
     }
@@ -196,7 +197,7 @@ impl Marker {
             self.all == Some(*flow) && self.program.maps.remove(&Key::ALL)
         } else {
             // Whichever way round it was entered: addresses may have come and gone since.
-            [*flow, reversed(flow)]
+            [*flow, flow.reversed()]
                 .iter()
                 .filter_map(Key::new)
                 .any(|key| self.program.maps.remove(&key))

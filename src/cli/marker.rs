@@ -11,7 +11,8 @@ use crate::error::{Context, Error, Result};
 use crate::flow::Tag;
 use crate::registry::Registry;
 use crate::sys::interfaces;
-use crate::sys::marker::{Key, Maps, Mark, Total, UNMARKED, our_filters};
+use crate::sys::mark_maps::{Key, Maps, Mark, Total, UNMARKED};
+use crate::sys::marker::our_filters;
 
 /// Look at packet marking in the kernel, or clean it up.
 #[derive(FromArgs)]

@@ -1,314 +1,41 @@
-//! The eBPF side of packet marking: the program, its pinned maps, and where it is attached. What is
-//! in the maps is laid out as in bpf/marker.h.
+//! The eBPF program of packet marking: how it is loaded, and where it is attached.
 
 use std::fs::{self, DirBuilder, File};
 use std::io;
-use std::net::IpAddr;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::DirBuilderExt;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use libbpf_rs::{
     ErrorKind, MapCore, MapFlags, MapHandle, MapType, ObjectBuilder, ProgramType, TC_EGRESS,
     TC_INGRESS, TcHookBuilder, libbpf_sys,
 };
 use nix::fcntl::{Flock, FlockArg};
-use nix::libc;
 use nix::mount::{MsFlags, mount};
 use nix::sys::statfs::{BPF_FS_MAGIC, statfs};
 
 use super::clsact;
 use super::interfaces::Interface;
+use super::mark_maps::{Maps, PIN_DIR, UNMARKED, failure, io_error};
 use crate::config::{Marker as Settings, Strategy};
 use crate::error::{Context, Error, Result};
-use crate::flow::{Endpoint, Flow, Protocol, Tag};
 
-/// Below the bpffs; the version is that of keys and values in bpf/marker.h.
-const PIN_DIR: &str = "flowd-rs/v1";
 /// Ours among the filters of one priority.
 const HANDLE: u32 = 0x5c17;
 /// What the names of our programs begin with, in the object and on the filters.
 const PROGRAM: &str = "flowd_mark_l";
 const OBJECT: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/marker.bpf.o"));
 
-/// A flow as its packets leave this host.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub struct Key([u8; 40]);
-
-impl Key {
-    /// What every packet matches with `matchAll`.
-    pub const ALL: Key = Key([0; 40]);
-
-    /// The key of an IPv6 flow in its own direction.
-    pub fn new(flow: &Flow) -> Option<Key> {
-        let (IpAddr::V6(source), IpAddr::V6(destination)) =
-            (flow.source.address, flow.destination.address)
-        else {
-            return None;
-        };
-        let mut key = [0; 40];
-        key[..16].copy_from_slice(&source.octets());
-        key[16..32].copy_from_slice(&destination.octets());
-        key[32..34].copy_from_slice(&flow.source.port.to_be_bytes());
-        key[34..36].copy_from_slice(&flow.destination.port.to_be_bytes());
-        key[36] = match flow.protocol {
-            Protocol::Tcp => libc::IPPROTO_TCP as u8,
-            Protocol::Udp => libc::IPPROTO_UDP as u8,
-        };
-        Some(Key(key))
-    }
-
-    fn from_bytes(bytes: &[u8]) -> Option<Key> {
-        bytes.try_into().ok().map(Key)
-    }
-
-    /// The flow of a key; `None` for [`Key::ALL`].
-    pub fn flow(&self) -> Option<Flow> {
-        let end = |address: usize, port: usize| {
-            let octets: [u8; 16] = self.0[address..address + 16].try_into().unwrap_or_default();
-            (
-                IpAddr::from(octets),
-                u16::from_be_bytes([self.0[port], self.0[port + 1]]),
-            )
-        };
-        let protocol = match i32::from(self.0[36]) {
-            libc::IPPROTO_TCP => Protocol::Tcp,
-            _ => Protocol::Udp,
-        };
-        Flow::new(protocol, end(0, 32), end(16, 34)).ok()
-    }
-}
-
-/// The same flow in the other direction.
-pub fn reversed(flow: &Flow) -> Flow {
-    let (source, destination): (Endpoint, Endpoint) = (flow.destination, flow.source);
-    Flow {
-        source,
-        destination,
-        ..*flow
-    }
-}
-
-/// What the packets of a flow get, and how many got it.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Mark {
-    /// The flow label, 20 bits.
-    pub label: u32,
-    /// The tag behind it.
-    pub tag: Tag,
-    /// Packets as they go over the wire.
-    pub packets: u64,
-    /// Bytes of frames, the headers of a GSO packet once.
-    pub bytes: u64,
-}
-
-impl Mark {
-    fn to_bytes(self) -> [u8; 24] {
-        let mut bytes = [0; 24];
-        bytes[..4].copy_from_slice(&self.label.to_ne_bytes());
-        bytes[4..8].copy_from_slice(&crate::scitag::option_value(self.tag).to_ne_bytes());
-        bytes[8..16].copy_from_slice(&self.packets.to_ne_bytes());
-        bytes[16..].copy_from_slice(&self.bytes.to_ne_bytes());
-        bytes
-    }
-
-    fn from_bytes(bytes: &[u8]) -> Option<Mark> {
-        let bytes: &[u8; 24] = bytes.try_into().ok()?;
-        let word = |at: usize| {
-            u32::from_ne_bytes([bytes[at], bytes[at + 1], bytes[at + 2], bytes[at + 3]])
-        };
-        let long = |at: usize| bytes[at..at + 8].try_into().map_or(0, u64::from_ne_bytes);
-        Some(Mark {
-            label: word(0),
-            tag: tag(word(4)),
-            packets: long(8),
-            bytes: long(16),
-        })
-    }
-}
-
-fn tag(option: u32) -> Tag {
-    Tag {
-        experiment: (option >> 8) as u16,
-        activity: option as u16 & 0xff,
-    }
-}
-
-/// Sum over the closed flows of a tag.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Total {
-    /// Packets marked.
-    pub packets: u64,
-    /// Bytes marked.
-    pub bytes: u64,
-}
-
-/// Packets of known flows that went out unmarked, by reason, in the order of `enum unmarked`.
-pub const UNMARKED: [&str; 3] = [
-    "larger than the MTU",
-    "headers in the way",
-    "refused by the kernel",
-];
-
-/// The pinned maps.
-pub struct Maps {
-    directory: PathBuf,
-    flows: MapHandle,
-    unmarked: MapHandle,
-    totals: MapHandle,
-    /// Interfaces whose clsact qdisc the daemon made, by index.
-    qdiscs: MapHandle,
-    /// One entry: the strategy, for `flowd-rs marker show`.
-    about: MapHandle,
-}
-
-/// What became of an entry.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Entered {
-    /// It is in the map.
-    Done,
-    /// The map is full.
-    Full,
+/// Our filters on the egress side of an interface.
+pub fn our_filters(interface: u32) -> io::Result<Vec<clsact::Filter>> {
+    let filters = clsact::egress_filters(interface)?;
+    Ok(filters
+        .into_iter()
+        .filter(|f| f.program.starts_with(PROGRAM))
+        .collect())
 }
 
 impl Maps {
-    /// The maps that a daemon has pinned, for looking at them.
-    pub fn pinned(bpffs: &Path) -> Result<Option<Maps>> {
-        let directory = bpffs.join(PIN_DIR);
-        if !directory.join("flows").exists() {
-            return Ok(None);
-        }
-        let map = |name: &str| {
-            let path = directory.join(name);
-            MapHandle::from_pinned_path(&path)
-                .map_err(|e| failure(&format!("pinned map {}", path.display()), &e))
-        };
-        Ok(Some(Maps {
-            flows: map("flows")?,
-            unmarked: map("unmarked")?,
-            totals: map("totals")?,
-            qdiscs: map("qdiscs")?,
-            about: map("about")?,
-            directory,
-        }))
-    }
-
-    /// Every entry of the map of flows.
-    pub fn marks(&self) -> impl Iterator<Item = (Key, Mark)> {
-        let mark = |key: Vec<u8>| {
-            let value = self.flows.lookup(&key, MapFlags::ANY).ok().flatten()?;
-            Some((Key::from_bytes(&key)?, Mark::from_bytes(&value)?))
-        };
-        self.flows.keys().filter_map(mark)
-    }
-
-    /// The entry of a key.
-    pub fn get(&self, key: &Key) -> Option<Mark> {
-        let value = self.flows.lookup(&key.0, MapFlags::ANY).ok().flatten()?;
-        Mark::from_bytes(&value)
-    }
-
-    /// Enters a mark. One that is there is replaced unless it is the same; what it counted goes to the
-    /// total of its tag.
-    pub fn enter(&self, key: &Key, mark: Mark) -> io::Result<Entered> {
-        match self
-            .flows
-            .update(&key.0, &mark.to_bytes(), MapFlags::NO_EXIST)
-        {
-            Ok(()) => return Ok(Entered::Done),
-            Err(error) if error.kind() == ErrorKind::AlreadyExists => {}
-            Err(error) => {
-                let error = io_error(&error);
-                return match error.raw_os_error() {
-                    Some(libc::E2BIG) => Ok(Entered::Full),
-                    _ => Err(error),
-                };
-            }
-        }
-        if let Some(old) = self.get(key) {
-            if (old.label, old.tag) == (mark.label, mark.tag) {
-                return Ok(Entered::Done);
-            }
-            self.add_to_total(old);
-        }
-        let updated = self.flows.update(&key.0, &mark.to_bytes(), MapFlags::ANY);
-        updated.map(|()| Entered::Done).map_err(|e| io_error(&e))
-    }
-
-    /// Removes a mark and adds what it counted to the total of its tag. Returns whether it was there.
-    pub fn remove(&self, key: &Key) -> bool {
-        let Some(old) = self.get(key) else {
-            return false;
-        };
-        if self.flows.delete(&key.0).is_err() {
-            return false;
-        }
-        self.add_to_total(old);
-        true
-    }
-
-    fn add_to_total(&self, mark: Mark) {
-        if mark.packets == 0 {
-            return;
-        }
-        let key = crate::scitag::option_value(mark.tag).to_ne_bytes();
-        let sum = self.total(&key);
-        let mut value = [0; 16];
-        value[..8].copy_from_slice(&(sum.packets + mark.packets).to_ne_bytes());
-        value[8..].copy_from_slice(&(sum.bytes + mark.bytes).to_ne_bytes());
-        if let Err(error) = self.totals.update(&key, &value, MapFlags::ANY) {
-            log::debug!("marker: totals of tag {}: {error}", mark.tag);
-        }
-    }
-
-    fn total(&self, key: &[u8]) -> Total {
-        let value = self
-            .totals
-            .lookup(key, MapFlags::ANY)
-            .ok()
-            .flatten()
-            .unwrap_or_default();
-        let long = |at: usize| {
-            value
-                .get(at..at + 8)
-                .and_then(|b| b.try_into().ok())
-                .map_or(0, u64::from_ne_bytes)
-        };
-        Total {
-            packets: long(0),
-            bytes: long(8),
-        }
-    }
-
-    /// Packets and bytes marked, by tag: of closed flows.
-    pub fn totals(&self) -> Vec<(Tag, Total)> {
-        let entry = |key: Vec<u8>| {
-            let option = u32::from_ne_bytes(key.as_slice().try_into().ok()?);
-            Some((tag(option), self.total(&key)))
-        };
-        self.totals.keys().filter_map(entry).collect()
-    }
-
-    /// How many packets went out unmarked, for each of [`UNMARKED`].
-    pub fn unmarked(&self) -> [u64; 3] {
-        let count = |index: u32| {
-            let values = self
-                .unmarked
-                .lookup_percpu(&index.to_ne_bytes(), MapFlags::ANY)
-                .ok()
-                .flatten();
-            let cpu = |value: &Vec<u8>| value.as_slice().try_into().map_or(0, u64::from_ne_bytes);
-            values.unwrap_or_default().iter().map(cpu).sum()
-        };
-        [count(0), count(1), count(2)]
-    }
-
-    /// The strategy of the daemon that made the maps.
-    pub fn strategy(&self) -> Option<Strategy> {
-        let value = self.about.lookup(&[0; 4], MapFlags::ANY).ok().flatten()?;
-        Strategy::ALL.get(usize::from(*value.first()?)).copied()
-    }
-
     fn made_qdisc(&self, interface: u32) -> bool {
         matches!(
             self.qdiscs.lookup(&interface.to_ne_bytes(), MapFlags::ANY),
@@ -343,28 +70,6 @@ impl Maps {
         }
         Ok(())
     }
-
-    /// Removes the pins; the maps go with their last user.
-    pub fn unpin(&self) -> io::Result<()> {
-        for name in ["flows", "unmarked", "totals", "qdiscs", "about"] {
-            fs::remove_file(self.directory.join(name))?;
-        }
-        // Other versions may have theirs beside them.
-        let _ = fs::remove_dir(&self.directory);
-        if let Some(parent) = self.directory.parent() {
-            let _ = fs::remove_dir(parent);
-        }
-        Ok(())
-    }
-}
-
-/// Our filters on the egress side of an interface.
-pub fn our_filters(interface: u32) -> io::Result<Vec<clsact::Filter>> {
-    let filters = clsact::egress_filters(interface)?;
-    Ok(filters
-        .into_iter()
-        .filter(|f| f.program.starts_with(PROGRAM))
-        .collect())
 }
 
 /// The loaded program, its maps pinned and held against another daemon.
@@ -641,23 +346,4 @@ fn refused(error: &libbpf_rs::Error) -> Error {
         "the marker program cannot be loaded: {}: {hint}",
         io_error(error)
     ))
-}
-
-fn failure(what: &str, error: &libbpf_rs::Error) -> Error {
-    let hint = match error.kind() {
-        ErrorKind::PermissionDenied => {
-            "; CAP_BPF and CAP_NET_ADMIN (before Linux 5.8: CAP_SYS_ADMIN) are needed"
-        }
-        _ => "",
-    };
-    Error::Failed(format!("{what}: {}{hint}", io_error(error)))
-}
-
-/// The system's error in libbpf-rs's, which tells its number in its text only.
-fn io_error(error: &libbpf_rs::Error) -> io::Error {
-    let text = format!("{error:#}");
-    let number = text
-        .rsplit_once("(os error ")
-        .and_then(|(_, rest)| rest.split(')').next()?.parse().ok());
-    number.map_or_else(|| io::Error::other(text), io::Error::from_raw_os_error)
 }
