@@ -13,13 +13,14 @@ use std::os::fd::AsRawFd;
 use std::process::Command;
 use std::time::Duration;
 
-use common::daemon::{Daemon, Home, PROGRAM, run as run_program};
+use common::daemon::{Daemon, Home, PROGRAM, lines, run as run_program};
 use common::net::{Hosts, NetNs};
 use common::wait_for;
 use common::wire::{Frame, Wire};
 use flowd_rs::config::Strategy;
 use flowd_rs::flow::Tag;
 use flowd_rs::scitag;
+use flowd_rs::sys::mark_maps::Maps;
 use nix::sys::socket::{
     AddressFamily, SockFlag, SockType, SockaddrIn6, bind, connect, setsockopt, socket, sockopt,
 };
@@ -424,6 +425,43 @@ fn marking_goes_on_while_the_daemon_is_dead_and_the_next_one_takes_over() {
     let distinct: HashSet<u32> = labels.into_iter().collect();
     assert_eq!(distinct.len(), 1, "{distinct:x?}");
     assert_eq!(scitag::from_label(*distinct.iter().next().unwrap()), TAG);
+}
+
+#[test]
+#[ignore = "needs root"]
+fn a_restart_brings_the_map_in_line_with_the_open_flows() {
+    let hosts = Hosts::new();
+    let bpffs = BpfFs::new();
+    let home = home(&bpffs, "targetInterfaces: [veth0]");
+    let daemon = home.start(&hosts.here);
+    home.write(&lines("start", 0..10, "atlas Staging"));
+    entered(&daemon, 10);
+    daemon.kill();
+    // While nobody looked: one flow has left the journal, one mark the map.
+    let journal = std::fs::read_to_string(home.path("state/journal")).unwrap();
+    let kept: String = journal
+        .lines()
+        .filter(|l| !l.contains("::1 4 2001"))
+        .map(|l| format!("{l}\n"))
+        .collect();
+    std::fs::write(home.path("state/journal"), kept).unwrap();
+    let maps = Maps::pinned(bpffs.path()).unwrap().unwrap();
+    let missing = maps
+        .marks()
+        .find(|(key, _)| key.flow().unwrap().source.port == 7)
+        .unwrap();
+    assert!(maps.remove(&missing.0));
+    let daemon = home.start(&hosts.here);
+    let mut ports: Vec<u16> = maps
+        .marks()
+        .map(|(key, _)| key.flow().unwrap().source.port)
+        .collect();
+    ports.sort_unstable();
+    assert_eq!(ports, [1, 2, 3, 5, 6, 7, 8, 9, 10]);
+    // With the label that it had.
+    assert_eq!(maps.get(&missing.0).unwrap().label, missing.1.label);
+    home.wait_for_log("removed 1 marks of flows that are not open");
+    daemon.stop();
 }
 
 #[test]
