@@ -44,6 +44,7 @@ pub struct NamedPipe {
     mode: u32,
     group: Option<Gid>,
     pipe: Fifo,
+    poll: Poll,
     registry: Arc<Registry>,
     counters: Outcomes<LineOutcome>,
 }
@@ -66,10 +67,14 @@ impl NamedPipe {
                 config.path.display()
             )
         })?;
+        let poll = Poll::new()
+            .and_then(|poll| watch(&poll, pipe.file()).map(|()| poll))
+            .context(poll_loop)?;
         Ok(NamedPipe {
             mode: config.mode,
             group,
             pipe,
+            poll,
             registry: Arc::clone(registry),
             counters: metrics.plugin(NAME),
         })
@@ -88,24 +93,26 @@ fn open(path: &std::path::Path, mode: u32, group: Option<Gid>) -> io::Result<Fif
     Ok(opened.fifo)
 }
 
+fn watch(poll: &Poll, file: &File) -> io::Result<()> {
+    let fd = file.as_raw_fd();
+    poll.registry()
+        .register(&mut SourceFd(&fd), Token(0), Interest::READABLE)
+}
+
+fn poll_loop() -> String {
+    "poll loop of the named pipe".to_owned()
+}
+
 impl Plugin for NamedPipe {
     fn name(&self) -> &'static str {
         NAME
     }
 
     fn run(self: Box<Self>, events: EventSender, mut stop: Stop) -> Result<()> {
-        let mut poll = Poll::new().context(|| "poll loop of the named pipe".to_owned())?;
-        let watch = |poll: &Poll, file: &File| {
-            poll.registry().register(
-                &mut SourceFd(&file.as_raw_fd()),
-                Token(0),
-                Interest::READABLE,
-            )
-        };
+        let mut poll = self.poll;
         poll.registry()
             .register(&mut stop, Token(1), Interest::READABLE)
-            .and_then(|()| watch(&poll, self.pipe.file()))
-            .context(|| "poll loop of the named pipe".to_owned())?;
+            .context(poll_loop)?;
         let mut intake = Intake {
             registry: &self.registry,
             counters: &self.counters,
@@ -123,7 +130,7 @@ impl Plugin for NamedPipe {
             let patience = if more { Duration::ZERO } else { TICK };
             match poll.poll(&mut wakeups, Some(patience)) {
                 Err(error) if error.kind() != io::ErrorKind::Interrupted => {
-                    return Err(error).context(|| "poll loop of the named pipe".to_owned());
+                    return Err(error).context(poll_loop);
                 }
                 _ => {}
             }
