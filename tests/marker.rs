@@ -611,28 +611,49 @@ fn a_device_without_ethernet_headers_is_marked() {
     }
 }
 
+fn run_clean(hosts: &Hosts, bpffs: &BpfFs, arguments: &[&str]) -> (Option<i32>, String) {
+    let mut command = hosts.here.command(PROGRAM);
+    command
+        .args(["marker", "--bpf-fs-path"])
+        .arg(bpffs.path())
+        .arg("clean");
+    let output = command.args(arguments).output().unwrap();
+    (
+        output.status.code(),
+        String::from_utf8(output.stdout).unwrap(),
+    )
+}
+
+#[test]
+#[ignore = "needs root"]
+fn a_filter_that_somebody_removes_is_put_back() {
+    let hosts = Hosts::new();
+    let bpffs = BpfFs::new();
+    let home = home(&bpffs, "targetInterfaces: [veth0]");
+    let daemon = home.start(&hosts.here);
+    // As flowd-go does when it stops.
+    tc(&hosts.here, &["qdisc", "del", "dev", "veth0", "clsact"]);
+    wait_for("the filter", || {
+        attached(&hosts.here, "veth0")
+            .contains("flowd_mark_l2")
+            .then_some(())
+    });
+    home.wait_for_log("the filter on veth0 was removed, attaching again");
+    daemon.stop();
+    assert!(!qdiscs(&hosts.here).contains("clsact"));
+}
+
 #[test]
 #[ignore = "needs root"]
 fn what_a_killed_daemon_left_is_cleaned() {
     let hosts = Hosts::new();
     let bpffs = BpfFs::new();
     let home = home(&bpffs, "targetInterfaces: [veth0]");
-    home.start(&hosts.here).kill();
+    let daemon = home.start(&hosts.here);
+    assert_eq!(run_clean(&hosts, &bpffs, &[]).0, Some(1));
+    daemon.kill();
     assert!(attached(&hosts.here, "veth0").contains("flowd_mark_l2"));
-    let clean = |arguments: &[&str]| {
-        let mut command = hosts.here.command(PROGRAM);
-        let output = command
-            .args(["marker", "--bpf-fs-path"])
-            .arg(bpffs.path())
-            .arg("clean")
-            .args(arguments)
-            .output()
-            .unwrap();
-        (
-            output.status.code(),
-            String::from_utf8(output.stdout).unwrap(),
-        )
-    };
+    let clean = |arguments: &[&str]| run_clean(&hosts, &bpffs, arguments);
     assert_eq!(clean(&["--target-interface", "nowhere"]).0, Some(1));
     assert_eq!(
         clean(&["--remove-qdisc"]),

@@ -22,7 +22,7 @@ use crate::metrics::{Metrics, Outcomes, outcomes};
 use crate::scitag;
 use crate::sys::interfaces::{self, Interface};
 use crate::sys::mark_maps::{Entered, Key, Mark};
-use crate::sys::marker::Program;
+use crate::sys::marker::{Program, our_filters};
 
 const NAME: &str = "marker";
 
@@ -102,11 +102,19 @@ impl Marker {
             None => interface.global_ipv6,
         };
         self.attached.retain(|index, old| {
-            let there = found.iter().any(|i| i.index == *index);
-            if !there {
+            if !found.iter().any(|i| i.index == *index) {
                 log::info!("marker: {} is gone", old.name);
+                return false;
             }
-            there
+            // Others who remove a clsact qdisc remove our filter with it: flowd-go does when it stops.
+            let gone = our_filters(*index).is_ok_and(|filters| filters.is_empty());
+            if gone {
+                log::warn!(
+                    "marker: the filter on {} was removed, attaching again",
+                    old.name
+                );
+            }
+            !gone
         });
         let mut result = Ok(());
         for interface in found.iter().filter(|i| wanted(i)) {

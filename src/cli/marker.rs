@@ -12,7 +12,7 @@ use crate::flow::Tag;
 use crate::registry::Registry;
 use crate::sys::interfaces;
 use crate::sys::mark_maps::{Key, Maps, Mark, Total, UNMARKED};
-use crate::sys::marker::our_filters;
+use crate::sys::marker::{lock, our_filters};
 
 /// Look at packet marking in the kernel, or clean it up.
 #[derive(FromArgs)]
@@ -56,7 +56,11 @@ impl Marker {
         let maps = Maps::pinned(&self.bpf_fs_path)?;
         match self.command {
             Command::Show(_) => show(maps),
-            Command::Clean(clean) => clean.run(maps),
+            Command::Clean(clean) => {
+                // Under a running daemon's feet nothing is cleaned.
+                let _lock = maps.as_ref().map(|_| lock(&self.bpf_fs_path)).transpose()?;
+                clean.run(maps)
+            }
         }
     }
 }

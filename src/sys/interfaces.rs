@@ -78,10 +78,10 @@ fn is_global(address: Ipv6Addr) -> bool {
     address.segments()[0] & 0xe000 == 0x2000
 }
 
-/// A channel that has something in it whenever links or IPv6 addresses have changed since it was last
-/// read. What has changed is seen by [`list`].
+/// A channel that has something in it whenever links, IPv6 addresses or tc filters have changed since it
+/// was last read. What has changed is to be looked up.
 pub fn watch() -> io::Result<Receiver<()>> {
-    const GROUPS: u32 = (libc::RTMGRP_LINK | libc::RTMGRP_IPV6_IFADDR) as u32;
+    const GROUPS: u32 = (libc::RTMGRP_LINK | libc::RTMGRP_IPV6_IFADDR | libc::RTMGRP_TC) as u32;
     let netlink = socket(
         AddressFamily::Netlink,
         SockType::Raw,

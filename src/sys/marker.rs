@@ -87,7 +87,7 @@ impl Program {
     pub fn load(settings: &Settings, max_flows: usize, key: &[u8; 16]) -> Result<Program> {
         ensure_bpffs(&settings.bpf_fs_path)?;
         let directory = settings.bpf_fs_path.join(PIN_DIR);
-        let lock = lock(&directory)?;
+        let lock = lock(&settings.bpf_fs_path)?;
         libbpf_rs::set_print(Some((libbpf_rs::PrintLevel::Debug, |_, text| {
             log::trace!("{}", text.trim_end())
         })));
@@ -317,15 +317,17 @@ fn ensure_bpffs(path: &Path) -> Result<()> {
     Ok(())
 }
 
-fn lock(directory: &Path) -> Result<Flock<File>> {
+/// Keeps everybody else from the pinned maps; held by the daemon as long as it runs.
+pub fn lock(bpffs: &Path) -> Result<Flock<File>> {
+    let directory = bpffs.join(PIN_DIR);
     let shown = directory.display();
     let what = || format!("{shown} (below backends.marker.bpfFsPath)");
     DirBuilder::new()
         .recursive(true)
         .mode(0o755)
-        .create(directory)
+        .create(&directory)
         .context(what)?;
-    let file = File::open(directory).context(what)?;
+    let file = File::open(&directory).context(what)?;
     Flock::lock(file, FlockArg::LockExclusiveNonblock).map_err(|(_, errno)| {
         Error::Failed(format!("{shown} is in use by another flowd-rs ({errno})"))
     })
