@@ -2,7 +2,7 @@
 
 use std::fs::{self, DirBuilder, File};
 use std::io;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::DirBuilderExt;
 use std::path::Path;
 
@@ -35,6 +35,16 @@ pub fn our_filters(interface: u32) -> io::Result<Vec<clsact::Filter>> {
         .collect())
 }
 
+/// libbpf wants a file descriptor for a hook, also where it does not look at it.
+fn detach_filter(any: BorrowedFd<'_>, filter: &clsact::Filter) -> io::Result<()> {
+    let mut hook = TcHookBuilder::new(any)
+        .ifindex(filter.interface as i32)
+        .handle(filter.handle)
+        .priority(filter.priority)
+        .hook(TC_EGRESS);
+    hook.detach().map_err(|e| io_error(&e))
+}
+
 impl Maps {
     fn made_qdisc(&self, interface: u32) -> bool {
         matches!(
@@ -55,12 +65,7 @@ impl Maps {
     /// `remove_qdisc` says so.
     pub fn detach(&self, interface: u32, remove_qdisc: bool) -> io::Result<()> {
         for filter in our_filters(interface)? {
-            let mut hook = TcHookBuilder::new(self.flows.as_fd())
-                .ifindex(interface as i32)
-                .handle(filter.handle)
-                .priority(filter.priority)
-                .hook(TC_EGRESS);
-            hook.detach().map_err(|e| io_error(&e))?;
+            detach_filter(self.flows.as_fd(), &filter)?;
         }
         if remove_qdisc && self.made_qdisc(interface) && !clsact::is_used(interface)? {
             let mut hook = TcHookBuilder::new(self.flows.as_fd());
@@ -92,7 +97,7 @@ impl Program {
             log::trace!("{}", text.trim_end())
         })));
         let mut builder = ObjectBuilder::default();
-        let opened = match &settings.program_path {
+        let mut opened = match &settings.program_path {
             Some(path) => builder.open_file(path).map_err(|e| {
                 failure(
                     &format!("{} (backends.marker.programPath)", path.display()),
@@ -103,7 +108,6 @@ impl Program {
                 .open_memory(OBJECT)
                 .map_err(|e| failure("marker program", &e))?,
         };
-        let mut opened = opened;
         let (mut has_flows, mut has_settings) = (false, false);
         for mut map in opened.maps_mut() {
             match map.name().to_str() {
@@ -230,13 +234,7 @@ impl Program {
             .iter()
             .filter(|f| f.priority != self.priority)
         {
-            let mut hook = TcHookBuilder::new(program.as_fd());
-            let mut hook = hook
-                .ifindex(interface.index as i32)
-                .handle(old.handle)
-                .priority(old.priority)
-                .hook(TC_EGRESS);
-            hook.detach().map_err(|e| io_error(&e))?;
+            detach_filter(program.as_fd(), old)?;
         }
         Ok(())
     }
