@@ -32,8 +32,9 @@ pub trait Backend: Send {
 /// Builds every backend that is configured.
 pub fn build(config: &Config, metrics: &Metrics) -> Result<Vec<Box<dyn Backend>>> {
     let mut backends: Vec<Box<dyn Backend>> = Vec::new();
-    if let Some(config) = &config.firefly {
-        backends.push(Box::new(firefly::Firefly::new(config, metrics)?));
+    let listener = config.firefly_plugin.as_ref().map(|plugin| plugin.bind);
+    if let Some(firefly) = &config.firefly {
+        backends.push(Box::new(firefly::Firefly::new(firefly, listener, metrics)?));
     }
     #[cfg(feature = "bpf")]
     if let Some(marker) = &config.marker {

@@ -8,6 +8,7 @@ mod raw;
 mod yaml;
 
 use std::fmt;
+use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -37,6 +38,8 @@ pub struct Config {
     pub flows: Flows,
     /// `plugins.namedPipe`.
     pub named_pipe: Option<NamedPipe>,
+    /// `plugins.firefly`.
+    pub firefly_plugin: Option<FireflyPlugin>,
     /// `backends.firefly`.
     pub firefly: Option<Firefly>,
     /// `backends.marker`.
@@ -65,15 +68,51 @@ pub struct NamedPipe {
     pub group: Option<String>,
 }
 
+/// The firefly plugin.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct FireflyPlugin {
+    /// `bindAddress` and `bindPort`.
+    pub bind: SocketAddr,
+    /// `bufferSize`: the longest datagram, in bytes.
+    pub buffer_size: usize,
+}
+
 /// The firefly backend.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Firefly {
+    /// `relayed`.
+    pub relayed: Relayed,
     /// `destinationPort`.
     pub destination_port: u16,
     /// `prependSyslog`.
     pub prepend_syslog: bool,
     /// `collectorAddress` and `collectorPort`, with `sendToCollector`.
     pub collector: Option<Collector>,
+}
+
+/// Who is told of flows that the daemon has heard of by a firefly.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Relayed {
+    /// The collector; of flows with an end on this host, the other end as well.
+    Auto,
+    /// The collector alone.
+    Collector,
+    /// The collector, and the other end or the destination.
+    Destination,
+}
+
+impl Relayed {
+    /// Every choice, the default first.
+    pub const ALL: [Relayed; 3] = [Relayed::Auto, Relayed::Collector, Relayed::Destination];
+
+    /// The word in the configuration.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Relayed::Auto => "auto",
+            Relayed::Collector => "collector",
+            Relayed::Destination => "destination",
+        }
+    }
 }
 
 /// The marker backend.

@@ -13,6 +13,7 @@ use signal_hook::iterator::Signals;
 
 use crate::config::Config;
 use crate::dispatcher::{Dispatcher, Heartbeat, Output};
+use crate::echo::EchoFilter;
 use crate::error::{Context, Error, Result};
 use crate::flow_table::FlowTable;
 use crate::journal::Journal;
@@ -82,7 +83,14 @@ pub fn run(config: &Config) -> Result<()> {
         start(backend.name(), Box::new(move || backend.run(events)))?;
     }
     let (channel, events) = bounded(DISPATCHER_QUEUE);
-    let dispatcher = Dispatcher::new(table, journal, outputs, config.flows.max_age, &metrics);
+    let dispatcher = Dispatcher::new(
+        table,
+        journal,
+        outputs,
+        config.flows.max_age,
+        config.firefly_plugin.is_some().then(EchoFilter::default),
+        &metrics,
+    );
     let heartbeat = dispatcher.heartbeat();
     start(
         "dispatcher",

@@ -9,6 +9,7 @@ use jiff::Timestamp;
 use log::Level;
 use prometheus::{IntCounter, IntGauge};
 
+use crate::echo::EchoFilter;
 use crate::flow::FlowEvent;
 use crate::flow_table::{FlowTable, Step};
 use crate::journal::{self, Journal};
@@ -49,6 +50,8 @@ pub struct Dispatcher {
     journal: Journal,
     outputs: Vec<Output>,
     max_age: Duration,
+    /// Where fireflies come in.
+    echoes: Option<EchoFilter>,
     heartbeat: Heartbeat,
     counters: Outcomes<Step>,
     flows_open: IntGauge,
@@ -67,6 +70,7 @@ impl Dispatcher {
         journal: Journal,
         outputs: Vec<Output>,
         max_age: Duration,
+        echoes: Option<EchoFilter>,
         metrics: &Metrics,
     ) -> Dispatcher {
         let dispatcher = Dispatcher {
@@ -74,6 +78,7 @@ impl Dispatcher {
             journal,
             outputs,
             max_age,
+            echoes,
             heartbeat: Heartbeat::default(),
             counters: metrics.dispatcher(),
             flows_open: metrics.flows_open.clone(),
@@ -103,11 +108,10 @@ impl Dispatcher {
             };
             self.queue
                 .observe(events.len() + usize::from(first.is_some()));
-            let time = Timestamp::now();
+            let (time, now) = (Timestamp::now(), Instant::now());
             for event in first.into_iter().chain(events.try_iter()).take(BATCH) {
-                self.step(event, time);
+                self.step(event, time, now);
             }
-            let now = Instant::now();
             if now.duration_since(ticked) >= TICK {
                 ticked = now;
                 self.expire(time);
@@ -120,8 +124,12 @@ impl Dispatcher {
         self.refused.flush();
     }
 
-    fn step(&mut self, mut event: FlowEvent, now: Timestamp) {
-        let step = self.table.step(&mut event, now);
+    fn step(&mut self, mut event: FlowEvent, time: Timestamp, now: Instant) {
+        let echo = |filter: &mut EchoFilter| filter.is_echo(&event, now);
+        let step = match self.echoes.as_mut().is_some_and(echo) {
+            true => Step::Echo,
+            false => self.table.step(&mut event, time),
+        };
         self.note(step, event);
     }
 

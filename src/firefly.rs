@@ -4,140 +4,18 @@
 //! or none, trailing bytes, missing times, keys that it does not know, unescaped quotes in the
 //! application.
 
-use std::fmt::Write as _;
-use std::net::IpAddr;
+mod decode;
+mod encode;
 
-use jiff::Timestamp;
-use jiff::fmt::temporal::DateTimePrinter;
-use jiff::tz::Offset;
-use serde::Deserialize;
-use serde_json::Value;
-
-use crate::flow::{Flow, FlowError, FlowEvent, Origin, Protocol, State, Tag, Usage};
-use crate::metrics::outcomes;
+pub use decode::{DecodeError, Rejection, decode, sender};
+pub use encode::{DATAGRAM_MAX, Encoder};
 
 /// The port that fireflies are sent to.
 pub const PORT: u16 = 10514;
 
-/// Facility local0, severity info.
-const PRIORITY: &str = "<134>1 ";
-/// The longest application that is sent, in bytes: it keeps a datagram under 1452 bytes whatever a
-/// producer calls itself.
+/// The longest application that is sent, in bytes: it keeps a datagram under [`DATAGRAM_MAX`] whatever
+/// a producer calls itself.
 const APPLICATION_MAX: usize = 128;
-
-/// Writes fireflies; keeps the times it last wrote, which often recur within a batch.
-pub struct Encoder {
-    /// What follows the time in the syslog header, if there is to be one.
-    header: Option<String>,
-    /// As JSON.
-    application: String,
-    current: PrintedTime,
-    start: PrintedTime,
-    end: PrintedTime,
-}
-
-impl Encoder {
-    /// `hostname` goes into the syslog header, if there is one; `application` into events without one.
-    pub fn new(hostname: &str, application: &str, syslog_header: bool) -> Encoder {
-        let printable = |c: &char| c.is_ascii_graphic();
-        let hostname: String = hostname.chars().filter(printable).take(255).collect();
-        let hostname = if hostname.is_empty() {
-            "localhost"
-        } else {
-            &hostname
-        };
-        Encoder {
-            header: syslog_header.then(|| format!(" {hostname} flowd-rs - firefly-json - ")),
-            application: escaped(application),
-            current: PrintedTime::default(),
-            start: PrintedTime::default(),
-            end: PrintedTime::default(),
-        }
-    }
-
-    /// Appends the firefly of `event`, sent at `now`, to `out`.
-    ///
-    /// The JSON is written piece by piece, at half the cost of a serializer: only the application can
-    /// hold anything that needs escaping.
-    pub fn encode(&mut self, event: &FlowEvent, now: Timestamp, out: &mut String) {
-        let (flow, tag) = (&event.flow, event.tag());
-        let current = self.current.print(now);
-        let mut put = |text: &str| out.push_str(text);
-        if let Some(header) = &self.header {
-            put(PRIORITY);
-            put(current);
-            put(header);
-        }
-        put("{\"version\":1,\"flow-lifecycle\":{\"state\":\"");
-        put(event.state.as_str());
-        put("\",\"current-time\":\"");
-        put(current);
-        put("\",\"start-time\":\"");
-        put(self.start.print(event.start_time()));
-        if event.state == State::End {
-            put("\",\"end-time\":\"");
-            put(self.end.print(event.time));
-        }
-        put("\"},\"flow-id\":{\"afi\":\"");
-        put(if flow.source.address.is_ipv4() {
-            "ipv4"
-        } else {
-            "ipv6"
-        });
-        // Writing to a String cannot fail, here and below.
-        let _ = write!(out, "\",\"src-ip\":\"{}", flow.source.address);
-        let _ = write!(out, "\",\"dst-ip\":\"{}", flow.destination.address);
-        let mut number = itoa::Buffer::new();
-        let mut put = |text: &str, n: u64| {
-            out.push_str(text);
-            out.push_str(number.format(n));
-        };
-        let protocol = match flow.protocol {
-            Protocol::Tcp => "\",\"protocol\":\"tcp\",\"src-port\":",
-            Protocol::Udp => "\",\"protocol\":\"udp\",\"src-port\":",
-        };
-        put(protocol, flow.source.port.into());
-        put(",\"dst-port\":", flow.destination.port.into());
-        if let Some(usage) = event.usage {
-            put("},\"usage\":{\"received\":", usage.received);
-            put(",\"sent\":", usage.sent);
-        }
-        put("},\"context\":{\"experiment-id\":", tag.experiment.into());
-        put(",\"activity-id\":", tag.activity.into());
-        out.push_str(",\"application\":");
-        match event.application.as_deref() {
-            None => out.push_str(&self.application),
-            Some(application) => out.push_str(&escaped(application)),
-        }
-        out.push_str("}}");
-    }
-}
-
-/// A time as a firefly has it, `2021-09-22T11:12:27.808092+00:00`.
-#[derive(Default)]
-struct PrintedTime {
-    time: Timestamp,
-    text: String,
-}
-
-impl PrintedTime {
-    fn print(&mut self, time: Timestamp) -> &str {
-        const PRINTER: DateTimePrinter = DateTimePrinter::new().precision(Some(6));
-        if time != self.time || self.text.is_empty() {
-            self.time = time;
-            self.text.clear();
-            PRINTER
-                .print_timestamp_with_offset(&time, Offset::UTC, &mut self.text)
-                .expect("a String takes any time");
-        }
-        &self.text
-    }
-}
-
-/// As a JSON string, cut.
-fn escaped(application: &str) -> String {
-    serde_json::to_string(cut(application)).expect("a string serializes")
-}
 
 fn cut(application: &str) -> &str {
     match application
@@ -149,224 +27,15 @@ fn cut(application: &str) -> &str {
     }
 }
 
-outcomes! {
-    /// Why a datagram is no firefly.
-    pub enum Rejection {
-        /// No JSON object in it, or one that does not parse.
-        Json = "json",
-        /// Not version 1.
-        Version = "version",
-        /// Not start, ongoing or end.
-        State = "state",
-        /// A time that does not follow RFC 3339.
-        Time = "time",
-        /// Neither tcp nor udp.
-        Protocol = "protocol",
-        /// No address, or one that is no flow's end.
-        Address = "address",
-        /// No port of 1 to 65535.
-        Port = "port",
-        /// One end is IPv4, the other IPv6.
-        Family = "family",
-        /// No experiment or activity id of 0 to 65535.
-        Tag = "tag",
-    }
-}
-
-/// Why a datagram was rejected; its `Display` says what was expected.
-#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("{detail}")]
-pub struct DecodeError {
-    /// The reason, for the counters.
-    pub reason: Rejection,
-    detail: String,
-}
-
-impl DecodeError {
-    fn new(reason: Rejection, detail: impl Into<String>) -> DecodeError {
-        DecodeError {
-            reason,
-            detail: detail.into(),
-        }
-    }
-}
-
-#[derive(Deserialize)]
-struct Received {
-    #[serde(default)]
-    version: Value,
-    #[serde(default, rename = "flow-lifecycle")]
-    lifecycle: Value,
-    #[serde(default, rename = "flow-id")]
-    flow_id: Value,
-    #[serde(default)]
-    usage: Value,
-    #[serde(default)]
-    context: Value,
-}
-
-#[derive(Deserialize)]
-struct UsageObject {
-    received: u64,
-    sent: u64,
-}
-
-/// Reads a datagram that was received at `now`.
-pub fn decode(datagram: &[u8], now: Timestamp) -> Result<FlowEvent, DecodeError> {
-    let received = parse(datagram)?;
-    if received.version != 1 {
-        let detail = format!("version is {}, expected 1", received.version);
-        return Err(DecodeError::new(Rejection::Version, detail));
-    }
-    let state = received.lifecycle["state"]
-        .as_str()
-        .and_then(State::from_word);
-    let state = state.ok_or_else(|| {
-        let detail = format!(
-            "flow-lifecycle.state is {}, expected start, ongoing or end",
-            received.lifecycle["state"]
-        );
-        DecodeError::new(Rejection::State, detail)
-    })?;
-    let start_time = time(&received.lifecycle, "start-time")?;
-    let happened = match state {
-        State::Start => start_time,
-        State::Ongoing => time(&received.lifecycle, "current-time")?,
-        State::End => time(&received.lifecycle, "end-time")?,
-    };
-    let context = &received.context;
-    Ok(FlowEvent {
-        state,
-        flow: flow(&received.flow_id)?,
-        tag: Some(Tag {
-            experiment: id(context, "experiment-id")?,
-            activity: id(context, "activity-id")?,
-        }),
-        time: happened.unwrap_or(now),
-        start_time,
-        application: context["application"].as_str().map(|a| cut(a).into()),
-        usage: UsageObject::deserialize(&received.usage)
-            .ok()
-            .map(|u| Usage {
-                received: u.received,
-                sent: u.sent,
-            }),
-        origin: Origin::Firefly,
-    })
-}
-
-/// The host that a syslog header names: the word before `flowd`'s place in RFC 5424.
-pub fn sender(datagram: &[u8]) -> Option<&str> {
-    let json = memchr::memchr(b'{', datagram)?;
-    let header = std::str::from_utf8(&datagram[..json]).ok()?;
-    // VERSION TIMESTAMP HOSTNAME APP-NAME PROCID MSGID SD; an empty time leaves two spaces.
-    let mut words = header.trim_end().rsplit(' ');
-    let host = words.nth(4)?;
-    (!host.is_empty() && host != "-").then_some(host)
-}
-
-fn parse(datagram: &[u8]) -> Result<Received, DecodeError> {
-    let error = |detail: String| DecodeError::new(Rejection::Json, detail);
-    let begin = memchr::memchr(b'{', datagram)
-        .ok_or_else(|| error("no JSON object in it, expected a firefly".to_owned()))?;
-    let json = &datagram[begin..];
-    read_json(json).or_else(|e| {
-        escape_application(json)
-            .and_then(|repaired| read_json(&repaired).ok())
-            .ok_or_else(|| error(format!("the JSON does not parse: {e}")))
-    })
-}
-
-/// The first JSON value; what follows it (a NUL, a newline) is ignored.
-fn read_json(json: &[u8]) -> serde_json::Result<Received> {
-    Received::deserialize(&mut serde_json::Deserializer::from_slice(json))
-}
-
-/// XRootD puts the user's application into the JSON as it is: escapes the quotes in it.
-fn escape_application(json: &[u8]) -> Option<Vec<u8>> {
-    let key = memchr::memmem::find(json, b"\"application\"")? + b"\"application\"".len();
-    let begin = key + memchr::memchr(b'"', &json[key..])? + 1;
-    let closes = |&at: &usize| {
-        let rest = json[at + 1..].trim_ascii_start();
-        match rest.first() {
-            Some(b'}') => true,
-            Some(b',') => rest[1..].trim_ascii_start().first() == Some(&b'"'),
-            _ => false,
-        }
-    };
-    let end = memchr::memchr_iter(b'"', &json[begin..])
-        .map(|at| begin + at)
-        .find(closes)?;
-    let mut repaired = json[..begin].to_vec();
-    for &byte in &json[begin..end] {
-        if byte == b'"' && repaired.last() != Some(&b'\\') {
-            repaired.push(b'\\');
-        }
-        repaired.push(byte);
-    }
-    repaired.extend_from_slice(&json[end..]);
-    Some(repaired)
-}
-
-/// A time of the lifecycle. Null, absent, or before 1970 (an unset time of Go) is none.
-fn time(lifecycle: &Value, key: &str) -> Result<Option<Timestamp>, DecodeError> {
-    let value = match &lifecycle[key] {
-        Value::Null => return Ok(None),
-        value => value,
-    };
-    let parsed = value
-        .as_str()
-        .and_then(|text| text.parse::<Timestamp>().ok());
-    let parsed = parsed.ok_or_else(|| {
-        let detail = format!("flow-lifecycle.{key} is {value}, expected a time of RFC 3339");
-        DecodeError::new(Rejection::Time, detail)
-    })?;
-    let micros = Timestamp::from_microsecond(parsed.as_microsecond()).unwrap_or(parsed);
-    Ok((micros > Timestamp::UNIX_EPOCH).then_some(micros))
-}
-
-fn flow(flow_id: &Value) -> Result<Flow, DecodeError> {
-    let invalid = |reason, key: &str, expected: &str| {
-        let detail = format!("flow-id.{key} is {}, expected {expected}", flow_id[key]);
-        DecodeError::new(reason, detail)
-    };
-    let address = |key: &str| {
-        let parsed = flow_id[key]
-            .as_str()
-            .and_then(|text| text.parse::<IpAddr>().ok());
-        parsed.ok_or_else(|| invalid(Rejection::Address, key, "an IPv4 or IPv6 address"))
-    };
-    let port = |key: &str| {
-        let port = flow_id[key].as_u64().and_then(|n| u16::try_from(n).ok());
-        port.ok_or_else(|| invalid(Rejection::Port, key, "a port of 1 to 65535"))
-    };
-    let protocol = flow_id["protocol"].as_str().and_then(Protocol::from_word);
-    let protocol =
-        protocol.ok_or_else(|| invalid(Rejection::Protocol, "protocol", "tcp or udp"))?;
-    let source = (address("src-ip")?, port("src-port")?);
-    let destination = (address("dst-ip")?, port("dst-port")?);
-    Flow::new(protocol, source, destination).map_err(|e| {
-        let reason = match e {
-            FlowError::MixedFamilies => Rejection::Family,
-            FlowError::Unspecified => Rejection::Address,
-            FlowError::PortZero => Rejection::Port,
-        };
-        DecodeError::new(reason, e.to_string())
-    })
-}
-
-fn id(context: &Value, key: &str) -> Result<u16, DecodeError> {
-    let id = context[key].as_u64().and_then(|n| u16::try_from(n).ok());
-    id.ok_or_else(|| {
-        let detail = format!("context.{key} is {}, expected 0 to 65535", context[key]);
-        DecodeError::new(Rejection::Tag, detail)
-    })
-}
-
 #[cfg(test)]
 mod tests {
-    use super::*;
+    use std::net::IpAddr;
+
+    use jiff::Timestamp;
     use proptest::prelude::*;
+
+    use super::*;
+    use crate::flow::{Flow, FlowEvent, Member, Origin, Protocol, State, Tag, Usage};
 
     const NOW: &str = "2026-01-02T03:04:05.000006Z";
 
@@ -382,17 +51,12 @@ mod tests {
             (ip("2001:db8::b"), 443),
         );
         FlowEvent {
-            state,
-            flow: flow.unwrap(),
             tag: Some(Tag {
                 experiment: 2,
                 activity: 16,
             }),
-            time: now(),
             start_time: Some("2026-01-02T03:00:00.5Z".parse().unwrap()),
-            application: None,
-            usage: None,
-            origin: Origin::Firefly,
+            ..FlowEvent::new(state, flow.unwrap(), now(), Origin::Firefly)
         }
     }
 
@@ -406,8 +70,8 @@ mod tests {
     fn the_whole_datagram_of_an_end() {
         let mut event = event(State::End);
         event.usage = Some(Usage {
-            received: 5,
-            sent: 7,
+            received: Some(5),
+            sent: Some(7),
         });
         assert_eq!(
             encode(&event),
@@ -507,8 +171,12 @@ mod tests {
             ("2001:db8::a", "nowhere", Rejection::Address),
             ("2001:db8::a", "::", Rejection::Address),
             ("2001:db8::a", "192.0.2.1", Rejection::Family),
-            ("40001", "0", Rejection::Port),
+            ("40001", "-1", Rejection::Port),
             ("40001", "65536", Rejection::Port),
+            ("40001", "\"443\"", Rejection::Port),
+            ("\"start\"", "\"started\"", Rejection::State),
+            ("2026-01-02T03:00", "yesterday", Rejection::Time),
+            ("2026-01-02T03:04", "2026-13-02T03:04", Rejection::Time),
             (":16,", ":-1,", Rejection::Tag),
             ("{", "(", Rejection::Json),
         ] {
@@ -543,8 +211,8 @@ mod tests {
         event.flow = wide.unwrap();
         event.application = Some("\u{1}".repeat(1000).into());
         event.usage = Some(Usage {
-            received: u64::MAX,
-            sent: u64::MAX,
+            received: Some(u64::MAX),
+            sent: Some(u64::MAX),
         });
         event.tag = Some(Tag {
             experiment: u16::MAX,
@@ -553,7 +221,49 @@ mod tests {
         let header = "h".repeat(64);
         let mut out = String::new();
         Encoder::new(&header, "", true).encode(&event, now(), &mut out);
-        assert!(out.len() <= 1452, "{}", out.len());
+        assert!(out.len() <= DATAGRAM_MAX, "{}", out.len());
+    }
+
+    #[test]
+    fn a_relayed_firefly_keeps_what_it_carried() {
+        let json = r#"{"version":1,"flow-lifecycle":{"state":"ongoing","start-time":"2026-01-02T03:00:00.500000+00:00","current-time":"2026-01-02T03:01:00.000000+00:00"},"flow-id":{"afi":"ipv4","src-ip":"192.0.2.1","dst-ip":"192.0.2.2","protocol":"tcp","src-port":0,"dst-port":2},"usage":{},"netlink":{"rtt": 0.25,"x":[1, {"y":null}]},"context":{"experiment-id":1023,"activity-id":1,"application":"xrootd \"5\""},"storage-stats":{"a":1,"b":"\u00e9"},"skOps":{},"new \"key\"":[true]}"#;
+        let event = decode(json.as_bytes(), now()).unwrap();
+        let relayed = encode(&event);
+        let value = |text: &str| serde_json::from_str::<serde_json::Value>(text).unwrap();
+        assert_eq!(value(&relayed[relayed.find('{').unwrap()..]), value(json));
+        assert!(relayed.contains(r#","netlink":{"rtt": 0.25,"x":[1, {"y":null}]},"#));
+    }
+
+    #[test]
+    fn what_does_not_fit_is_left_out_the_least_known_first() {
+        let member = |key: &str, length: usize| Member {
+            key: key.into(),
+            json: format!("{{\"x\":\"{}\"}}", "x".repeat(length)).into(),
+        };
+        let kept = |members: &[Member]| {
+            let mut event = event(State::End);
+            event.members = members.to_vec();
+            let mut out = String::new();
+            let left_out = Encoder::new("host", "", true).encode(&event, now(), &mut out);
+            assert!(out.len() <= DATAGRAM_MAX, "{}", out.len());
+            let again = decode(out.as_bytes(), now()).unwrap();
+            assert_eq!(again.members.len() + left_out, members.len());
+            again
+                .members
+                .iter()
+                .map(|m| m.key.to_string())
+                .collect::<Vec<_>>()
+        };
+        let all =
+            |length| ["b", "a", "skOps", "storage-stats", "netlink"].map(|k| member(k, length));
+        assert_eq!(
+            kept(&all(50)),
+            ["netlink", "storage-stats", "skOps", "b", "a"]
+        );
+        assert_eq!(kept(&all(300)), ["netlink", "storage-stats", "skOps"]);
+        assert_eq!(kept(&all(900)), ["netlink"]);
+        assert_eq!(kept(&all(2000)), [""; 0]);
+        assert_eq!(kept(&[member("netlink", 2000), member("a", 9)]), ["a"]);
     }
 
     proptest! {
@@ -562,7 +272,9 @@ mod tests {
             state in 0usize..3, udp in any::<bool>(), v6 in any::<bool>(), a in any::<u128>(), b in any::<u128>(),
             ports in (1u16.., 1u16..), tag in (any::<u16>(), any::<u16>()), header in any::<bool>(),
             start in 1i64..4_000_000_000_000_000, lasted in 0i64..1_000_000_000_000,
-            application in ".{0,32}", usage in proptest::option::of((any::<u64>(), any::<u64>())),
+            application in ".{0,32}", usage in proptest::option::of((any::<Option<u64>>(), any::<Option<u64>>())),
+            reported in proptest::option::of(1i64..4_000_000_000_000_000),
+            members in proptest::collection::vec(("[a-z]{1,9}\\PC?", ".{0,9}"), 0..5),
         ) {
             let ip = |n: u128| match v6 {
                 true => IpAddr::from((n | 1 << 127).to_be_bytes()),
@@ -572,18 +284,28 @@ mod tests {
             let state = [State::Start, State::Ongoing, State::End][state];
             let start_time = Timestamp::from_microsecond(start).unwrap();
             let later = Timestamp::from_microsecond(start + lasted).unwrap();
-            let event = FlowEvent {
-                state,
-                flow: Flow::new(protocol, (ip(a), ports.0), (ip(b), ports.1)).unwrap(),
+            let time = match state {
+                State::Start => start_time,
+                State::Ongoing => reported.map_or(later, |at| Timestamp::from_microsecond(at).unwrap()),
+                State::End => later,
+            };
+            let flow = Flow::new(protocol, (ip(a), ports.0), (ip(b), ports.1)).unwrap();
+            let mut event = FlowEvent {
                 tag: Some(Tag { experiment: tag.0, activity: tag.1 }),
-                time: if state == State::Start { start_time } else { later },
                 start_time: Some(start_time),
+                reported: reported.map(|at| Timestamp::from_microsecond(at).unwrap()),
                 application: Some(application.as_str().into()),
                 usage: usage.map(|(received, sent)| Usage { received, sent }),
-                origin: Origin::Firefly,
+                members: members.iter().filter(|(key, _)| key != "usage" && key != "context").map(|(key, text)| Member {
+                    key: key.as_str().into(),
+                    json: serde_json::to_string(text).unwrap().into(),
+                }).collect(),
+                ..FlowEvent::new(state, flow, time, Origin::Firefly)
             };
             let mut out = String::new();
             Encoder::new("host", "none", header).encode(&event, later, &mut out);
+            // An event of our own is reported when it is sent.
+            event.reported.get_or_insert(later);
             prop_assert_eq!(decode(out.as_bytes(), now()).unwrap(), event);
         }
 

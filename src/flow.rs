@@ -32,12 +32,12 @@ impl Protocol {
     }
 }
 
-/// One end of a flow: an address and a port of 1 to 65535.
+/// One end of a flow.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct Endpoint {
     /// The address; never an IPv4-mapped IPv6 one.
     pub address: IpAddr,
-    /// The port, 1 to 65535.
+    /// The port; 0 only where the producer of a firefly did not know it.
     pub port: u16,
 }
 
@@ -51,6 +51,19 @@ impl Endpoint {
 impl fmt::Display for Endpoint {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         self.socket_addr().fmt(f)
+    }
+}
+
+/// Reads an address as people and programs write them: an IPv6 one in brackets or not, with a zone or
+/// not. The zone says nothing that a flow needs.
+pub fn parse_address(text: &str) -> Option<IpAddr> {
+    let bare = text
+        .strip_prefix('[')
+        .and_then(|rest| rest.strip_suffix(']'))
+        .unwrap_or(text);
+    match bare.split_once('%') {
+        Some((address, zone)) if !zone.is_empty() => address.parse().ok().map(IpAddr::V6),
+        _ => bare.parse().ok(),
     }
 }
 
@@ -71,9 +84,6 @@ pub enum FlowError {
     /// One end is IPv4, the other IPv6.
     #[error("source and destination must be of one address family")]
     MixedFamilies,
-    /// An end has port 0.
-    #[error("a port must be 1 to 65535, not 0")]
-    PortZero,
     /// An end is the unspecified address.
     #[error("0.0.0.0 and :: are not the address of a flow's end")]
     Unspecified,
@@ -88,10 +98,9 @@ impl Flow {
     ) -> Result<Flow, FlowError> {
         let end = |(address, port): (IpAddr, u16)| {
             let address = address.to_canonical();
-            match () {
-                () if address.is_unspecified() => Err(FlowError::Unspecified),
-                () if port == 0 => Err(FlowError::PortZero),
-                () => Ok(Endpoint { address, port }),
+            match address.is_unspecified() {
+                true => Err(FlowError::Unspecified),
+                false => Ok(Endpoint { address, port }),
             }
         };
         let (source, destination) = (end(source)?, end(destination)?);
@@ -139,7 +148,7 @@ impl fmt::Display for Tag {
 }
 
 /// What a flow event says of its flow.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum State {
     /// The flow begins.
     Start,
@@ -174,32 +183,45 @@ pub enum Origin {
     NamedPipe,
     /// A firefly datagram.
     Firefly,
+    /// A request to the HTTP API.
+    Api,
 }
 
 impl Origin {
+    const ALL: [Origin; 3] = [Origin::NamedPipe, Origin::Firefly, Origin::Api];
+
     /// The name of the plugin, as in metrics and in the journal.
     pub fn as_str(self) -> &'static str {
         match self {
             Origin::NamedPipe => "named_pipe",
             Origin::Firefly => "firefly",
+            Origin::Api => "api",
         }
     }
 
     /// The inverse of [`Origin::as_str`].
     pub fn from_word(word: &str) -> Option<Origin> {
-        [Origin::NamedPipe, Origin::Firefly]
-            .into_iter()
-            .find(|o| o.as_str() == word)
+        Origin::ALL.into_iter().find(|o| o.as_str() == word)
     }
 }
 
-/// Payload bytes that a flow has carried so far.
+/// Payload bytes that a flow has carried so far, as far as known.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Usage {
     /// Bytes received by the reporting end.
-    pub received: u64,
+    pub received: Option<u64>,
     /// Bytes sent by the reporting end.
-    pub sent: u64,
+    pub sent: Option<u64>,
+}
+
+/// A member of the JSON object of a received firefly that is passed on as it is: `netlink`, `skOps`,
+/// `storage-stats`, and whatever else a producer adds.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Member {
+    /// Its key.
+    pub key: Box<str>,
+    /// Its value, as JSON text.
+    pub json: Box<str>,
 }
 
 /// A flow's start, its end, or news of it while it is open.
@@ -216,17 +238,37 @@ pub struct FlowEvent {
     pub tag: Option<Tag>,
     /// When it happened, to the microsecond.
     pub time: Timestamp,
+    /// When it was reported (`current-time` of a firefly), to the microsecond.
+    pub reported: Option<Timestamp>,
     /// When the flow began.
     pub start_time: Option<Timestamp>,
     /// Name and version of the program that moves the data.
     pub application: Option<Arc<str>>,
     /// Byte counts, when somebody knows them.
     pub usage: Option<Usage>,
+    /// What else a received firefly carried.
+    pub members: Vec<Member>,
     /// Which way the event came in.
     pub origin: Origin,
 }
 
 impl FlowEvent {
+    /// An event of which only the least is known.
+    pub fn new(state: State, flow: Flow, time: Timestamp, origin: Origin) -> FlowEvent {
+        FlowEvent {
+            state,
+            flow,
+            tag: None,
+            time,
+            reported: None,
+            start_time: None,
+            application: None,
+            usage: None,
+            members: Vec::new(),
+            origin,
+        }
+    }
+
     /// The tag, 0/0 (untagged) where there is none.
     pub fn tag(&self) -> Tag {
         self.tag.unwrap_or_default()
@@ -260,9 +302,6 @@ mod tests {
             Err(FlowError::MixedFamilies)
         );
         assert_eq!(flow("::", "2001:db8::1"), Err(FlowError::Unspecified));
-        let ip = IpAddr::from([192, 0, 2, 1]);
-        let zero = Flow::new(Protocol::Udp, (ip, 1), (ip, 0));
-        assert_eq!(zero, Err(FlowError::PortZero));
     }
 
     #[test]

@@ -33,13 +33,18 @@ outcomes! {
         Expired = "expired",
         /// A start beyond `flows.maxFlows`: dropped.
         Refused = "refused_table_full",
+        /// A firefly that went by before: dropped.
+        Echo = "echo",
     }
 }
 
 impl Step {
     /// Whether the backends get the event.
     pub fn passes(self) -> bool {
-        !matches!(self, Step::Duplicate | Step::OngoingUnknown | Step::Refused)
+        !matches!(
+            self,
+            Step::Duplicate | Step::OngoingUnknown | Step::Refused | Step::Echo
+        )
     }
 
     /// Whether the flow is open with a new tag, so that the journal has to say it.
@@ -217,14 +222,10 @@ impl FlowTable {
         let limit = u64::from(seconds(now)).saturating_sub(max_age.as_secs());
         let old = |_: &Flow, open: &mut OpenFlow| u64::from(open.opened) < limit;
         let end = |(flow, open): (Flow, OpenFlow)| FlowEvent {
-            state: State::End,
-            flow,
             tag: Some(open.tag),
-            time: now,
             start_time: Some(open.start_time()),
             application: open.application,
-            usage: None,
-            origin: open.origin,
+            ..FlowEvent::new(State::End, flow, now, open.origin)
         };
         self.flows.extract_if(old).map(end).collect()
     }
@@ -251,18 +252,13 @@ mod tests {
 
     fn event(state: State, port: u16, tag: Option<(u16, u16)>, second: i64) -> FlowEvent {
         let end = |n: u8| ([192, 0, 2, n].into(), port);
+        let flow = Flow::new(Protocol::Tcp, end(1), end(2)).unwrap();
         FlowEvent {
-            state,
-            flow: Flow::new(Protocol::Tcp, end(1), end(2)).unwrap(),
             tag: tag.map(|(experiment, activity)| Tag {
                 experiment,
                 activity,
             }),
-            time: at(second),
-            start_time: None,
-            application: None,
-            usage: None,
-            origin: Origin::NamedPipe,
+            ..FlowEvent::new(state, flow, at(second), Origin::NamedPipe)
         }
     }
 

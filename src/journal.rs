@@ -429,16 +429,8 @@ mod tests {
     fn it_is_rewritten_when_it_has_grown_and_not_before() {
         let dir = tempfile::tempdir().unwrap();
         let (mut journal, mut table) = reopen(dir.path());
-        let mut event = FlowEvent {
-            state: State::Start,
-            flow: flow(7),
-            tag: None,
-            time: Timestamp::UNIX_EPOCH,
-            start_time: None,
-            application: None,
-            usage: None,
-            origin: Origin::NamedPipe,
-        };
+        let epoch = Timestamp::UNIX_EPOCH;
+        let mut event = FlowEvent::new(State::Start, flow(7), epoch, Origin::NamedPipe);
         table.step(&mut event, Timestamp::UNIX_EPOCH);
         let mut lines = String::new();
         while lines.len() < 1 << 20 {

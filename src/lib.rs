@@ -9,6 +9,7 @@ pub mod cli;
 pub mod config;
 pub mod daemon;
 pub mod dispatcher;
+pub mod echo;
 pub mod error;
 pub mod firefly;
 pub mod flow;

@@ -6,7 +6,7 @@ use std::net::IpAddr;
 
 use jiff::Timestamp;
 
-use crate::flow::{Flow, FlowError, FlowEvent, Origin, Protocol, State, Tag};
+use crate::flow::{Flow, FlowError, FlowEvent, Origin, Protocol, State, Tag, parse_address};
 use crate::log_limit::quote;
 use crate::metrics::outcomes;
 use crate::registry::Registry;
@@ -122,7 +122,6 @@ pub fn parse(
         let reason = match e {
             FlowError::MixedFamilies => LineOutcome::Family,
             FlowError::Unspecified => LineOutcome::Address,
-            FlowError::PortZero => LineOutcome::Port,
         };
         LineError::new(reason, e.to_string())
     })?;
@@ -132,14 +131,8 @@ pub fn parse(
         (Err(error), _) => return Err(error),
     };
     Ok(Some(FlowEvent {
-        state,
-        flow,
         tag,
-        time: now,
-        start_time: None,
-        application: None,
-        usage: None,
-        origin: Origin::NamedPipe,
+        ..FlowEvent::new(state, flow, now, Origin::NamedPipe)
     }))
 }
 
@@ -153,18 +146,9 @@ fn text(line: &[u8]) -> Result<&str, LineError> {
     Ok(text)
 }
 
-/// An address, in brackets or not, with a zone or not: the zone says nothing that a flow needs.
 fn address(fields: &[&str; 8], index: usize) -> Result<IpAddr, LineError> {
     let field = fields[index];
-    let bare = field
-        .strip_prefix('[')
-        .and_then(|rest| rest.strip_suffix(']'))
-        .unwrap_or(field);
-    let parsed = match bare.split_once('%') {
-        Some((address, zone)) if !zone.is_empty() => address.parse().ok().map(IpAddr::V6),
-        _ => bare.parse().ok(),
-    };
-    parsed.ok_or_else(|| {
+    parse_address(field).ok_or_else(|| {
         LineError::field(
             LineOutcome::Address,
             index,
@@ -415,15 +399,11 @@ mod tests {
             prop_assume!(ip(a).to_canonical().is_ipv4() == ip(b).to_canonical().is_ipv4());
             prop_assume!(!ip(a).to_canonical().is_unspecified() && !ip(b).to_canonical().is_unspecified());
             let protocol = if udp { Protocol::Udp } else { Protocol::Tcp };
+            let state = if start { State::Start } else { State::End };
+            let flow = Flow::new(protocol, (ip(a), sport), (ip(b), dport)).unwrap();
             let event = FlowEvent {
-                state: if start { State::Start } else { State::End },
-                flow: Flow::new(protocol, (ip(a), sport), (ip(b), dport)).unwrap(),
                 tag: Some(Tag { experiment, activity }),
-                time: Timestamp::UNIX_EPOCH,
-                start_time: None,
-                application: None,
-                usage: None,
-                origin: Origin::NamedPipe,
+                ..FlowEvent::new(state, flow, Timestamp::UNIX_EPOCH, Origin::NamedPipe)
             };
             prop_assert_eq!(read(&line_of(&event, event.tag())), Ok(Some(event)));
         }

@@ -1,10 +1,12 @@
 //! Sources of flow events, one thread each.
 
+pub mod firefly;
 pub mod named_pipe;
 
 use std::sync::Arc;
 
 use crossbeam_channel::Sender;
+use jiff::Timestamp;
 use prometheus::IntCounter;
 
 use crate::config::Config;
@@ -37,7 +39,16 @@ pub fn build(
             config, registry, metrics,
         )?));
     }
+    if let Some(config) = &config.firefly_plugin {
+        plugins.push(Box::new(firefly::Firefly::new(config, metrics)?));
+    }
     Ok(plugins)
+}
+
+/// The time to the microsecond, which is what a firefly and the journal keep.
+fn now() -> Timestamp {
+    let now = Timestamp::now();
+    Timestamp::from_microsecond(now.as_microsecond()).unwrap_or(now)
 }
 
 /// The way to the dispatcher. The channel behind it is bounded.

@@ -13,3 +13,4 @@ pub mod resolver;
 pub mod state_dir;
 pub mod stop;
 pub mod udp;
+pub mod udp_receiver;

@@ -1,4 +1,7 @@
 //! The firefly backend: tells a flow's destination, and a collector, about every flow event.
+//!
+//! Of a flow that was heard of by a firefly, and that comes to this host, the other end is told: a
+//! firefly is to travel the way of the data. Nothing is sent to the daemon's own listener.
 
 use std::io;
 use std::net::{IpAddr, SocketAddr};
@@ -10,12 +13,13 @@ use jiff::Timestamp;
 use log::Level;
 
 use super::Backend;
-use crate::config;
+use crate::config::{self, Relayed};
 use crate::error::{Context, Result};
 use crate::firefly::Encoder;
-use crate::flow::FlowEvent;
+use crate::flow::{FlowEvent, Origin};
 use crate::log_limit::LogLimit;
 use crate::metrics::{Metrics, Outcomes, outcomes};
+use crate::sys::interfaces::LocalAddresses;
 use crate::sys::resolver::Resolver;
 use crate::sys::udp::{BATCH, Batch, Sender};
 
@@ -28,6 +32,9 @@ outcomes! {
         Unreachable = "unreachable",
         Failed = "failed",
         CollectorUnresolved = "collector_unresolved",
+        OwnListener = "own_listener",
+        NotRelayed = "not_relayed",
+        MembersLeftOut = "members_left_out",
     }
 }
 
@@ -35,6 +42,10 @@ outcomes! {
 pub struct Firefly {
     destination_port: u16,
     collector: Option<Collector>,
+    relayed: Relayed,
+    /// Where the firefly plugin listens.
+    listener: Option<SocketAddr>,
+    local: LocalAddresses,
     encoder: Encoder,
     sender: Sender,
     counters: Outcomes<Datagram>,
@@ -48,7 +59,11 @@ enum Collector {
 
 impl Firefly {
     /// Opens the sockets and starts looking up the collector's name, if it is one.
-    pub fn new(config: &config::Firefly, metrics: &Metrics) -> Result<Firefly> {
+    pub fn new(
+        config: &config::Firefly,
+        listener: Option<SocketAddr>,
+        metrics: &Metrics,
+    ) -> Result<Firefly> {
         let sender = Sender::open().context(|| "socket of the firefly backend".to_owned())?;
         let hostname = nix::unistd::gethostname().unwrap_or_default();
         let application = concat!("flowd-rs ", env!("CARGO_PKG_VERSION"));
@@ -64,6 +79,9 @@ impl Firefly {
         Ok(Firefly {
             destination_port: config.destination_port,
             collector,
+            relayed: config.relayed,
+            listener,
+            local: LocalAddresses::watch().context(|| "addresses of this host".to_owned())?,
             encoder: Encoder::new(
                 &hostname.to_string_lossy(),
                 application,
@@ -77,7 +95,7 @@ impl Firefly {
 
     /// Where the firefly of an event goes: the same place only once.
     fn destinations(&mut self, event: &FlowEvent) -> impl Iterator<Item = SocketAddr> + use<> {
-        let destination = SocketAddr::new(event.flow.destination.address, self.destination_port);
+        let destination = self.destination(event);
         let collector = match &mut self.collector {
             None => None,
             Some(Collector::Address(address)) => Some(*address),
@@ -89,9 +107,50 @@ impl Firefly {
                 address
             }
         };
-        [Some(destination), collector.filter(|c| *c != destination)]
+        if destination.is_none() && self.collector.is_none() {
+            self.counters.add(Datagram::NotRelayed);
+        }
+        let collector = collector.filter(|c| Some(*c) != destination);
+        [destination, collector]
+            .map(|to| self.not_own(to))
             .into_iter()
             .flatten()
+    }
+
+    fn destination(&self, event: &FlowEvent) -> Option<SocketAddr> {
+        let (source, destination) = (event.flow.source.address, event.flow.destination.address);
+        let mut end = destination;
+        if event.origin == Origin::Firefly {
+            let here = [source, destination].map(|address| self.local.contains(&address));
+            if here == [false, true] {
+                end = source;
+            }
+            match self.relayed {
+                Relayed::Collector => return None,
+                Relayed::Auto if here == [false, false] => return None,
+                Relayed::Auto | Relayed::Destination => {}
+            }
+        }
+        Some(SocketAddr::new(end, self.destination_port))
+    }
+
+    /// A firefly that this daemon would hear again is not sent.
+    fn not_own(&self, to: Option<SocketAddr>) -> Option<SocketAddr> {
+        let (to, listener) = match (to, self.listener) {
+            (Some(to), Some(listener)) if to.port() == listener.port() => (to, listener.ip()),
+            _ => return to,
+        };
+        let heard = match listener {
+            IpAddr::V4(any) if any.is_unspecified() => {
+                to.is_ipv4() && self.local.contains(&to.ip())
+            }
+            IpAddr::V6(any) if any.is_unspecified() => self.local.contains(&to.ip()),
+            listener => to.ip() == listener,
+        };
+        if heard {
+            self.counters.add(Datagram::OwnListener);
+        }
+        (!heard).then_some(to)
     }
 
     fn send(&mut self, batch: &Batch) {
@@ -132,10 +191,14 @@ impl Backend for Firefly {
                 Err(RecvTimeoutError::Disconnected) => break,
             };
             batch.clear();
+            self.local.refresh();
             let now = Timestamp::now();
             for event in first.into_iter().chain(events.try_iter()) {
                 let destinations = self.destinations(&event);
-                batch.push(destinations, |out| self.encoder.encode(&event, now, out));
+                let left_out =
+                    batch.push(destinations, |out| self.encoder.encode(&event, now, out));
+                self.counters
+                    .add_many(Datagram::MembersLeftOut, left_out as u64);
                 if batch.len() >= BATCH {
                     break;
                 }

@@ -85,8 +85,11 @@ fn describe(event: &FlowEvent, host: &str, now: Timestamp, registry: &Registry) 
         let lasted = event.time.duration_since(event.start_time());
         line += &format!(" after {:.3} s", lasted.as_secs_f64());
     }
-    if let Some(usage) = event.usage {
-        line += &format!(" sent {} received {} bytes", usage.sent, usage.received);
+    let usage = event.usage.unwrap_or_default();
+    for (what, bytes) in [("sent", usage.sent), ("received", usage.received)] {
+        if let Some(bytes) = bytes {
+            line += &format!(" {what} {bytes} bytes");
+        }
     }
     line
 }

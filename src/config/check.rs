@@ -1,5 +1,8 @@
 //! The second step: ranges, defaults, and what goes together.
 
+mod backends;
+mod plugins;
+
 use std::path::PathBuf;
 use std::str::FromStr;
 use std::time::Duration;
@@ -7,19 +10,13 @@ use std::time::Duration;
 use jiff::{Span, SpanRelativeTo};
 use log::LevelFilter;
 
-use super::{BPF_FS_PATH, Collector, Config, Firefly, Flows, Marker, NamedPipe, Strategy, raw};
-use crate::firefly;
+use super::{Config, Flows, raw};
 
 /// flowd-go's.
 const PID_PATH: &str = "/var/run/flowd-go.pid";
 /// flowd-go's.
 const WORK_DIR: &str = "/var/cache/flowd-go";
 const STATE_DIR: &str = "/var/lib/flowd";
-/// flowd's: what storage services write to.
-const PIPE_PATH: &str = "/var/run/flowd";
-const PIPE_MODE: u32 = 0o666;
-/// Early, so that filters which end the chain come after; above what tc(8) gives by itself.
-const MARKER_PRIORITY: i64 = 10;
 const MAX_FLOWS: i64 = 1_000_000;
 const MAX_AGE: Duration = Duration::from_secs(7 * 24 * 3600);
 
@@ -44,7 +41,6 @@ pub fn check(raw: raw::Raw) -> Result<Config> {
     let (plugins, backends) = (raw.plugins, raw.backends);
     for (key, section) in [
         ("plugins.api", &plugins.api),
-        ("plugins.firefly", &plugins.firefly),
         ("plugins.perfsonar", &plugins.perfsonar),
         ("plugins.iperf3", &plugins.iperf3),
         ("plugins.netlink", &plugins.netlink),
@@ -58,16 +54,23 @@ pub fn check(raw: raw::Raw) -> Result<Config> {
     }
     let named_pipe = plugins
         .named_pipe
-        .map(|p| named_pipe(p, &mut notes))
+        .map(|p| plugins::named_pipe(p, &mut notes))
         .transpose()?;
-    if named_pipe.is_none() {
+    let firefly_plugin = plugins
+        .firefly
+        .map(|p| plugins::firefly(p, &mut notes))
+        .transpose()?;
+    if named_pipe.is_none() && firefly_plugin.is_none() {
         return error(
             "plugins",
-            "no plugin is enabled, expected at least one (namedPipe)",
+            "no plugin is enabled, expected at least one (namedPipe, firefly)",
         );
     }
-    let firefly = backends.firefly.map(firefly).transpose()?;
-    let marker = backends.marker.map(|m| marker(m, &mut notes)).transpose()?;
+    let firefly = backends.firefly.map(backends::firefly).transpose()?;
+    let marker = backends
+        .marker
+        .map(|m| backends::marker(m, &mut notes))
+        .transpose()?;
     if firefly.is_none() && marker.is_none() {
         return error(
             "backends",
@@ -100,137 +103,10 @@ pub fn check(raw: raw::Raw) -> Result<Config> {
             },
         },
         named_pipe,
+        firefly_plugin,
         firefly,
         marker,
         notes,
-    })
-}
-
-fn named_pipe(raw: raw::NamedPipe, notes: &mut Vec<String>) -> Result<NamedPipe> {
-    for (key, value) in [("maxReaders", raw.max_readers), ("buffSize", raw.buff_size)] {
-        let key = format!("plugins.namedPipe.{key}");
-        if value.is_some() {
-            let _: u32 = range(&key, value, 1, 1, i64::from(u32::MAX))?;
-            notes.push(format!(
-                "{key} has no effect: the pipe is read in large blocks, lines of any number at once"
-            ));
-        }
-    }
-    let mode = match raw.mode {
-        Some(text) => octal("plugins.namedPipe.mode", &text)?,
-        None => PIPE_MODE,
-    };
-    if raw.group.as_deref() == Some("") {
-        return error(
-            "plugins.namedPipe.group",
-            "empty, expected the name or the id of a group",
-        );
-    }
-    Ok(NamedPipe {
-        path: path("plugins.namedPipe.pipePath", raw.pipe_path, PIPE_PATH)?,
-        mode,
-        group: raw.group,
-    })
-}
-
-fn firefly(raw: raw::Firefly) -> Result<Firefly> {
-    let asked = [
-        ("enrich", raw.enrich == Some(true)),
-        ("enrichmentMode", raw.enrichment_mode.is_some()),
-        ("stun", raw.stun.is_some()),
-    ];
-    if let Some((key, _)) = asked.into_iter().find(|(_, asked)| *asked) {
-        return error(&format!("backends.firefly.{key}"), "not supported yet");
-    }
-    let port = |key: &str, value| {
-        let key = format!("backends.firefly.{key}");
-        range(&key, value, i64::from(firefly::PORT), 1, 65535)
-    };
-    let collector_port = port("collectorPort", raw.collector_port)?;
-    let host = raw
-        .collector_address
-        .unwrap_or_else(|| "127.0.0.1".to_owned());
-    let bare = host
-        .strip_prefix('[')
-        .and_then(|h| h.strip_suffix(']'))
-        .unwrap_or(&host);
-    if bare.is_empty() || bare.contains(|c: char| c.is_whitespace() || c.is_control()) {
-        let message = format!(
-            "\"{}\" is neither an address nor a host name",
-            host.escape_debug()
-        );
-        return error("backends.firefly.collectorAddress", message);
-    }
-    Ok(Firefly {
-        destination_port: port("destinationPort", raw.destination_port)?,
-        prepend_syslog: raw.prepend_syslog.unwrap_or(true),
-        collector: raw.send_to_collector.unwrap_or(false).then(|| Collector {
-            host: bare.to_owned(),
-            port: collector_port,
-        }),
-    })
-}
-
-fn marker(raw: raw::Marker, notes: &mut Vec<String>) -> Result<Marker> {
-    if cfg!(not(feature = "bpf")) {
-        return error(
-            "backends.marker",
-            "this flowd-rs was built without packet marking (feature bpf)",
-        );
-    }
-    let discover = raw.discover_interfaces.unwrap_or(false);
-    if discover && raw.target_interfaces.is_some() {
-        notes.push(
-            "backends.marker.targetInterfaces has no effect: discoverInterfaces is on".to_owned(),
-        );
-    }
-    let names = raw
-        .target_interfaces
-        .unwrap_or_else(|| vec!["lo".to_owned()]);
-    let wrong =
-        |name: &&String| name.is_empty() || name.len() > 15 || name.contains(['/', ' ', '\0']);
-    if let Some(wrong) = names.iter().find(wrong) {
-        let message = format!("\"{}\" is no name of an interface", wrong.escape_debug());
-        return error("backends.marker.targetInterfaces", message);
-    }
-    if names.is_empty() && !discover {
-        return error(
-            "backends.marker.targetInterfaces",
-            "empty, expected names of interfaces, or discoverInterfaces: true",
-        );
-    }
-    let strategy = match raw.marking_strategy.as_deref() {
-        None => Some(Strategy::Label),
-        Some(word) => Strategy::ALL.into_iter().find(|s| s.as_str() == word),
-    };
-    let Some(strategy) = strategy else {
-        let word = raw.marking_strategy.unwrap_or_default();
-        let expected = Strategy::ALL.map(Strategy::as_str).join(", ");
-        let message = format!(
-            "\"{}\" is no strategy, expected one of {expected}",
-            word.escape_debug()
-        );
-        return error("backends.marker.markingStrategy", message);
-    };
-    Ok(Marker {
-        interfaces: (!discover).then_some(names),
-        remove_qdisc: raw.remove_qdisc.unwrap_or(true),
-        program_path: raw
-            .program_path
-            .filter(|path| !path.is_empty())
-            .map(PathBuf::from),
-        strategy,
-        match_all: raw.match_all.unwrap_or(false),
-        debug: raw.debug_mode.unwrap_or(false),
-        priority: range(
-            "backends.marker.priority",
-            raw.priority,
-            MARKER_PRIORITY,
-            1,
-            65535,
-        )?,
-        keep_on_exit: raw.keep_on_exit.unwrap_or(false),
-        bpf_fs_path: path("backends.marker.bpfFsPath", raw.bpf_fs_path, BPF_FS_PATH)?,
     })
 }
 
@@ -370,7 +246,7 @@ mod tests {
         for (text, expected) in [
             (
                 "",
-                "f: plugins: no plugin is enabled, expected at least one (namedPipe)",
+                "f: plugins: no plugin is enabled, expected at least one (namedPipe, firefly)",
             ),
             (
                 "plugins: {namedPipe: }\n",

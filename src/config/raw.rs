@@ -49,7 +49,7 @@ pub struct Plugins {
     #[serde(deserialize_with = "section")]
     pub api: Option<Value>,
     #[serde(deserialize_with = "section")]
-    pub firefly: Option<Value>,
+    pub firefly: Option<FireflyPlugin>,
     #[serde(deserialize_with = "section")]
     pub perfsonar: Option<Value>,
     #[serde(deserialize_with = "section")]
@@ -74,6 +74,22 @@ pub struct NamedPipe {
     pub pipe_path: Option<String>,
     pub mode: Option<String>,
     pub group: Option<String>,
+}
+
+/// `plugins.firefly`
+#[derive(Debug, Default, Deserialize)]
+#[serde(
+    default,
+    deny_unknown_fields,
+    rename_all = "camelCase",
+    expecting = "a mapping"
+)]
+pub struct FireflyPlugin {
+    pub bind_address: Option<String>,
+    pub bind_port: Option<i64>,
+    pub buffer_size: Option<i64>,
+    pub deadline: Option<i64>,
+    pub has_syslog_header: Option<bool>,
 }
 
 /// `backends`
@@ -107,6 +123,7 @@ pub struct Firefly {
     pub send_to_collector: Option<bool>,
     pub collector_address: Option<String>,
     pub collector_port: Option<i64>,
+    pub relayed: Option<String>,
     pub enrich: Option<bool>,
     pub enrichment_mode: Option<Value>,
     pub stun: Option<Value>,

@@ -15,7 +15,7 @@ use mio::unix::SourceFd;
 use mio::{Events, Interest, Poll, Token};
 use nix::unistd::Gid;
 
-use super::{Closed, EventSender, Plugin};
+use super::{Closed, EventSender, Plugin, now};
 use crate::config;
 use crate::error::{Context, Result};
 use crate::line_buffer::{Line, LineBuffer, MAX_LINE};
@@ -338,10 +338,4 @@ impl Lines {
         self.buffer.finish(|line| result = intake.take(line, now));
         result
     }
-}
-
-/// The time to the microsecond, which is what a firefly and the journal keep.
-fn now() -> Timestamp {
-    let now = Timestamp::now();
-    Timestamp::from_microsecond(now.as_microsecond()).unwrap_or(now)
 }

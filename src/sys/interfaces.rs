@@ -78,10 +78,41 @@ fn is_global(address: Ipv6Addr) -> bool {
     address.segments()[0] & 0xe000 == 0x2000
 }
 
-/// A channel that has something in it whenever links, IPv6 addresses or tc filters have changed since it
-/// was last read. What has changed is to be looked up.
+/// The addresses of this host, kept up to date.
+pub struct LocalAddresses {
+    addresses: HashSet<IpAddr>,
+    changes: Receiver<()>,
+}
+
+impl LocalAddresses {
+    /// Looks them up, and watches for changes.
+    pub fn watch() -> io::Result<LocalAddresses> {
+        let changes = watch()?;
+        let (_, addresses) = list()?;
+        Ok(LocalAddresses { addresses, changes })
+    }
+
+    /// Looks them up again if there was a change; to be called now and then.
+    pub fn refresh(&mut self) {
+        if self.changes.try_recv().is_ok()
+            && let Ok((_, addresses)) = list()
+        {
+            self.addresses = addresses;
+        }
+    }
+
+    /// Whether packets to this address stay on this host.
+    pub fn contains(&self, address: &IpAddr) -> bool {
+        address.is_loopback() || self.addresses.contains(address)
+    }
+}
+
+/// A channel that has something in it whenever links, addresses or tc filters have changed since it was
+/// last read. What has changed is to be looked up.
 pub fn watch() -> io::Result<Receiver<()>> {
-    const GROUPS: u32 = (libc::RTMGRP_LINK | libc::RTMGRP_IPV6_IFADDR | libc::RTMGRP_TC) as u32;
+    const GROUPS: u32 =
+        (libc::RTMGRP_LINK | libc::RTMGRP_IPV4_IFADDR | libc::RTMGRP_IPV6_IFADDR | libc::RTMGRP_TC)
+            as u32;
     let netlink = socket(
         AddressFamily::Netlink,
         SockType::Raw,

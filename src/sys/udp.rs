@@ -31,17 +31,18 @@ impl Batch {
         self.datagrams.clear();
     }
 
-    /// Adds what `write` appends, once for each of `destinations`.
-    pub fn push(
+    /// Adds what `write` appends, once for each of `destinations`, and returns what it returns.
+    pub fn push<T>(
         &mut self,
         destinations: impl IntoIterator<Item = SocketAddr>,
-        write: impl FnOnce(&mut String),
-    ) {
+        write: impl FnOnce(&mut String) -> T,
+    ) -> T {
         let begin = self.text.len();
-        write(&mut self.text);
+        let result = write(&mut self.text);
         let end = self.text.len();
         self.datagrams
             .extend(destinations.into_iter().map(|to| (begin..end, to)));
+        result
     }
 
     /// How many datagrams there are.
