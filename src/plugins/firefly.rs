@@ -184,7 +184,7 @@ impl Intake<'_> {
     fn complain(&mut self, datagram: &Datagram<'_>, why: impl FnOnce() -> String) {
         self.complaints.log(Instant::now(), || {
             let from = datagram
-                .from
+                .from()
                 .map_or_else(String::new, |from| format!(" from {from}"));
             let shown = quote(datagram.bytes);
             format!("firefly: rejected datagram{from}: {}: {shown}", why())

@@ -49,8 +49,22 @@ pub struct Datagram<'a> {
     pub bytes: &'a [u8],
     /// Whether it was longer.
     pub cut: bool,
+    from: Option<SockaddrStorage>,
+}
+
+impl Datagram<'_> {
     /// Who sent it.
-    pub from: Option<SockaddrStorage>,
+    pub fn from(&self) -> Option<SocketAddr> {
+        let from = self.from.as_ref()?;
+        let ipv4 = from
+            .as_sockaddr_in()
+            .map(|v4| ((*v4).ip().into(), v4.port()));
+        let (ip, port): (IpAddr, u16) = match from.as_sockaddr_in6() {
+            Some(v6) => (v6.ip().into(), v6.port()),
+            None => ipv4?,
+        };
+        Some(SocketAddr::new(ip.to_canonical(), port))
+    }
 }
 
 impl Receiver {

@@ -188,18 +188,21 @@ impl Daemon<'_> {
         self.child.wait().unwrap();
     }
 
-    /// The status line that SIGUSR1 asks for, once it shows `expected`.
+    /// The status line that SIGUSR1 asks for.
+    pub fn status(&self) -> String {
+        let before = self.home.log().len();
+        self.signal(Signal::SIGUSR1);
+        wait_for("a status line", || {
+            let log = self.home.log();
+            let mut lines = log[before..].lines();
+            lines.find(|l| l.contains("status: ")).map(str::to_owned)
+        })
+    }
+
+    /// The status line, once it shows `expected`.
     pub fn expect_status(&self, expected: &str) -> String {
         wait_for(&format!("status with {expected:?}"), || {
-            let before = self.home.log().len();
-            self.signal(Signal::SIGUSR1);
-            let line = wait_for("a status line", || {
-                let log = self.home.log();
-                log[before..]
-                    .lines()
-                    .find(|l| l.contains("status: "))
-                    .map(str::to_owned)
-            });
+            let line = self.status();
             let words = format!(", {line}, ");
             if words.contains(&format!(", {expected},")) {
                 return Some(line);
