@@ -13,6 +13,7 @@ use crate::error::Result;
 use crate::flow::FlowEvent;
 use crate::flow_table::FlowTable;
 use crate::metrics::Metrics;
+use crate::scitag::Labeller;
 
 /// A consumer of flow events. Building one acquires every resource it needs.
 pub trait Backend: Send {
@@ -30,18 +31,22 @@ pub trait Backend: Send {
 }
 
 /// Builds every backend that is configured.
-pub fn build(config: &Config, metrics: &Metrics) -> Result<Vec<Box<dyn Backend>>> {
+pub fn build(
+    config: &Config,
+    labeller: Option<&Labeller>,
+    metrics: &Metrics,
+) -> Result<Vec<Box<dyn Backend>>> {
     let mut backends: Vec<Box<dyn Backend>> = Vec::new();
     let listener = config.firefly_plugin.as_ref().map(|plugin| plugin.bind);
     if let Some(firefly) = &config.firefly {
         backends.push(Box::new(firefly::Firefly::new(firefly, listener, metrics)?));
     }
     #[cfg(feature = "bpf")]
-    if let Some(marker) = &config.marker {
+    if let (Some(marker), Some(labeller)) = (&config.marker, labeller) {
         backends.push(Box::new(marker::Marker::new(
             marker,
             config.flows.max_flows,
-            &config.state_dir,
+            labeller,
             metrics,
         )?));
     }

@@ -1,11 +1,15 @@
 //! The command line. One file a command.
 
+mod client;
 mod config;
+mod flows;
 mod listen;
 #[cfg(feature = "bpf")]
 mod marker;
 mod registry;
 mod run;
+mod send;
+mod status;
 mod tag;
 
 use std::ffi::OsString;
@@ -41,10 +45,13 @@ struct Arguments {
 enum Command {
     Run(run::Run),
     Config(config::Config),
+    Flows(flows::Flows),
     Listen(listen::Listen),
     #[cfg(feature = "bpf")]
     Marker(marker::Marker),
     Registry(registry::Registry),
+    Send(send::Send),
+    Status(status::Status),
     Tag(tag::Tag),
     Version(Version),
 }
@@ -111,6 +118,9 @@ fn dispatch(arguments: Arguments) -> Result<ExitCode> {
         Some(Command::Version(_)) => version(),
         Some(Command::Run(command)) => command.run(logging)?,
         Some(Command::Config(command)) => command.run()?,
+        Some(Command::Flows(command)) => command.run()?,
+        Some(Command::Send(command)) => command.run()?,
+        Some(Command::Status(command)) => command.run()?,
         Some(Command::Listen(command)) => command.run()?,
         #[cfg(feature = "bpf")]
         Some(Command::Marker(command)) => command.run()?,
@@ -118,7 +128,7 @@ fn dispatch(arguments: Arguments) -> Result<ExitCode> {
         Some(Command::Registry(command)) => command.run(),
         None => {
             eprintln!(
-                "flowd-rs: a command is expected: run, config, listen, marker, registry, tag, version or help"
+                "flowd-rs: a command is expected: run, config, flows, listen, marker, registry, send, status, tag, version or help"
             );
             return Ok(ExitCode::from(2));
         }

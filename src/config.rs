@@ -21,6 +21,11 @@ pub const BPF_FS_PATH: &str = "/sys/fs/bpf";
 /// Where the configuration is looked for unless `-c` says otherwise.
 pub const DEFAULT_PATH: &str = "/etc/flowd/flowd.cfg";
 
+/// The named pipe, unless `pipePath` says otherwise: flowd's, which storage services write to.
+pub const PIPE_PATH: &str = "/var/run/flowd";
+/// Where the control socket is, unless `controlSocket` says otherwise.
+pub const CONTROL_SOCKET: &str = "/run/flowd-rs/control.sock";
+
 /// Settings that the daemon can run with.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Config {
@@ -32,6 +37,8 @@ pub struct Config {
     pub work_dir: PathBuf,
     /// `stateDir`: the journal of open flows and the lock.
     pub state_dir: PathBuf,
+    /// `controlSocket`.
+    pub control_socket: ControlSocket,
     /// `logLevel`.
     pub log_level: LevelFilter,
     /// `flows`.
@@ -46,6 +53,15 @@ pub struct Config {
     pub marker: Option<Marker>,
     /// Settings that are accepted and have no effect, each with the reason.
     pub notes: Vec<String>,
+}
+
+/// The socket that `flowd-rs flows` and `flowd-rs status` ask.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ControlSocket {
+    /// Its path.
+    pub path: PathBuf,
+    /// Whether `controlSocket` stands in the file: then it must be had.
+    pub given: bool,
 }
 
 /// Limits of the table of open flows.
@@ -207,6 +223,30 @@ impl fmt::Display for ConfigError {
 }
 
 impl Config {
+    /// Names of the plugins that are enabled.
+    pub fn plugin_names(&self) -> Vec<&'static str> {
+        let plugins = [
+            ("named_pipe", self.named_pipe.is_some()),
+            ("firefly", self.firefly_plugin.is_some()),
+        ];
+        enabled(&plugins)
+    }
+
+    /// Names of the backends that are enabled.
+    pub fn backend_names(&self) -> Vec<&'static str> {
+        let backends = [
+            ("firefly", self.firefly.is_some()),
+            ("marker", self.marker.is_some()),
+        ];
+        enabled(&backends)
+    }
+
+    /// Whether packets carry their tag in the flow label.
+    pub fn labels_packets(&self) -> bool {
+        let marker = self.marker.as_ref();
+        marker.is_some_and(|marker| marker.strategy == Strategy::Label && !marker.match_all)
+    }
+
     /// Reads and checks a file.
     pub fn load(path: &Path) -> Result<Config, ConfigError> {
         let whole = |message: String| ConfigError {
@@ -244,6 +284,11 @@ impl Config {
             error(yaml::locate(text, &parts), e.key, e.message)
         })
     }
+}
+
+fn enabled(parts: &[(&'static str, bool)]) -> Vec<&'static str> {
+    let enabled = parts.iter().filter(|(_, enabled)| *enabled);
+    enabled.map(|(name, _)| *name).collect()
 }
 
 /// The line of a `KEY=` at the beginning of the first line that says something.

@@ -7,11 +7,13 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, bounded, unbounded};
+use jiff::Timestamp;
 use sd_notify::NotifyState;
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM, SIGUSR1, SIGUSR2};
 use signal_hook::iterator::Signals;
 
 use crate::config::Config;
+use crate::control::Control;
 use crate::dispatcher::{Dispatcher, Heartbeat, Output};
 use crate::echo::EchoFilter;
 use crate::error::{Context, Error, Result};
@@ -20,6 +22,8 @@ use crate::journal::Journal;
 use crate::metrics::Metrics;
 use crate::plugins::EventSender;
 use crate::registry::Registry;
+use crate::routes::{Routes, Sources};
+use crate::scitag::Labeller;
 use crate::sys::state_dir;
 use crate::sys::stop::{StopSwitch, stop};
 use crate::{backends, plugins};
@@ -28,6 +32,8 @@ use crate::{backends, plugins};
 const DISPATCHER_QUEUE: usize = 4096;
 /// Events that wait for a backend.
 const BACKEND_QUEUE: usize = 16384;
+/// Questions that wait for the dispatcher.
+const QUERIES: usize = 16;
 /// How long threads may take to end.
 const STOP_DEADLINE: Duration = Duration::from_secs(10);
 
@@ -63,8 +69,23 @@ pub fn run(config: &Config) -> Result<()> {
             journal.path().display()
         );
     }
-    let mut backends = backends::build(config, &metrics)?;
+    let labeller = match &config.marker {
+        Some(_) => Some(Labeller::new(state_dir::label_key(&config.state_dir)?)),
+        None => None,
+    };
+    let mut backends = backends::build(config, labeller.as_ref(), &metrics)?;
+    let (ask, queries) = bounded(QUERIES);
+    let sources = Sources {
+        queries: ask,
+        registry: Arc::clone(&registry),
+        metrics: metrics.clone(),
+        labeller: labeller.filter(|_| config.labels_packets()),
+        plugins: config.plugin_names(),
+        backends: config.backend_names(),
+        started: Timestamp::now(),
+    };
     let plugins = plugins::build(config, &registry, &metrics)?;
+    let control = Control::new(&config.control_socket, Routes::new(sources))?;
     for backend in &mut backends {
         backend.restore(&table)?;
     }
@@ -95,7 +116,7 @@ pub fn run(config: &Config) -> Result<()> {
     start(
         "dispatcher",
         Box::new(move || {
-            dispatcher.run(&events);
+            dispatcher.run(&events, queries);
             Ok(())
         }),
     )?;
@@ -104,6 +125,10 @@ pub fn run(config: &Config) -> Result<()> {
         start(plugin.name(), Box::new(move || plugin.run(events, stop)))?;
     }
     drop(channel);
+    if let Some(control) = control {
+        let stop = stop.clone();
+        start("control", Box::new(move || control.run(stop)))?;
+    }
 
     log::info!(
         "flowd-rs {} is ready: {}",

@@ -4,14 +4,14 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
-use crossbeam_channel::{Receiver, RecvTimeoutError, Sender};
+use crossbeam_channel::{Receiver, Sender, never, select};
 use jiff::Timestamp;
 use log::Level;
 use prometheus::{IntCounter, IntGauge};
 
 use crate::echo::EchoFilter;
-use crate::flow::FlowEvent;
-use crate::flow_table::{FlowTable, Step};
+use crate::flow::{Flow, FlowEvent};
+use crate::flow_table::{FlowTable, OpenFlow, Step};
 use crate::journal::{self, Journal};
 use crate::log_limit::LogLimit;
 use crate::metrics::{Metrics, Outcomes, Queue};
@@ -27,6 +27,14 @@ pub struct Output {
     pub channel: Sender<Arc<FlowEvent>>,
     /// Depth and high-water mark of the channel.
     pub queue: Queue,
+}
+
+/// A question about the open flows; the answer goes into the channel.
+pub enum Query {
+    /// All of them, in no order.
+    Flows(Sender<Vec<(Flow, OpenFlow)>>),
+    /// One of them.
+    Flow(Flow, Sender<Option<OpenFlow>>),
 }
 
 /// A sign of life that the watchdog looks at.
@@ -98,13 +106,22 @@ impl Dispatcher {
     }
 
     /// Runs until every plugin has dropped its sender and the channel is empty.
-    pub fn run(mut self, events: &Receiver<FlowEvent>) {
+    pub fn run(mut self, events: &Receiver<FlowEvent>, mut queries: Receiver<Query>) {
         let mut ticked = Instant::now();
         loop {
-            let first = match events.recv_timeout(TICK) {
-                Ok(event) => Some(event),
-                Err(RecvTimeoutError::Timeout) => None,
-                Err(RecvTimeoutError::Disconnected) => break,
+            let first = select! {
+                recv(events) -> event => match event {
+                    Ok(event) => Some(event),
+                    Err(_) => break,
+                },
+                recv(queries) -> query => {
+                    match query {
+                        Ok(query) => self.answer(query),
+                        Err(_) => queries = never(),
+                    }
+                    None
+                }
+                default(TICK) => None,
             };
             self.queue
                 .observe(events.len() + usize::from(first.is_some()));
@@ -122,6 +139,19 @@ impl Dispatcher {
             self.heartbeat.beat();
         }
         self.refused.flush();
+    }
+
+    /// Who asked may have gone.
+    fn answer(&self, query: Query) {
+        match query {
+            Query::Flows(reply) => {
+                let flows = self.table.iter().map(|(flow, open)| (*flow, open.clone()));
+                let _ = reply.send(flows.collect());
+            }
+            Query::Flow(flow, reply) => {
+                let _ = reply.send(self.table.get(&flow).cloned());
+            }
+        }
     }
 
     fn step(&mut self, mut event: FlowEvent, time: Timestamp, now: Instant) {

@@ -19,6 +19,9 @@ pub enum Error {
         /// What the system said.
         source: io::Error,
     },
+    /// The command line is wrong.
+    #[error("{0}")]
+    Usage(String),
     /// Anything else that went wrong at run time.
     #[error("{0}")]
     Failed(String),
@@ -31,7 +34,7 @@ impl Error {
     /// 2 for usage or configuration, 1 for a failure at run time.
     pub fn exit_code(&self) -> ExitCode {
         match self {
-            Error::Config(_) => ExitCode::from(2),
+            Error::Config(_) | Error::Usage(_) => ExitCode::from(2),
             _ => ExitCode::from(1),
         }
     }

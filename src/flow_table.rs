@@ -61,6 +61,8 @@ impl Step {
 /// What is kept of an open flow.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct OpenFlow {
+    /// Start, or ongoing once there was news.
+    pub state: State,
     /// Experiment and activity.
     pub tag: Tag,
     /// Which way the flow came in.
@@ -84,6 +86,7 @@ impl OpenFlow {
         application: Option<Arc<str>>,
     ) -> OpenFlow {
         OpenFlow {
+            state: State::Start,
             tag,
             origin,
             opened,
@@ -190,7 +193,8 @@ impl FlowTable {
     }
 
     fn ongoing(&mut self, event: &mut FlowEvent, now: Timestamp) -> Step {
-        if let Some(open) = self.flows.get(&event.flow) {
+        if let Some(open) = self.flows.get_mut(&event.flow) {
+            open.state = State::Ongoing;
             complete(event, open);
             return Step::Ongoing;
         }

@@ -1,11 +1,48 @@
 //! The log: one line a message on standard error, with journal priorities when systemd reads it.
 
+use std::collections::VecDeque;
 use std::io::Write;
 use std::os::unix::fs::MetadataExt;
+use std::sync::{Mutex, PoisonError};
 
 use env_logger::Builder;
 use jiff::Timestamp;
 use log::{Level, LevelFilter};
+
+/// How many warnings and errors are remembered.
+const REMEMBERED: usize = 20;
+
+/// A warning or an error that was logged.
+#[derive(Clone, Debug)]
+pub struct Complaint {
+    /// When.
+    pub time: Timestamp,
+    /// Warn or error.
+    pub level: Level,
+    /// The line.
+    pub message: String,
+}
+
+/// Like standard error, this is every thread's.
+static COMPLAINTS: Mutex<VecDeque<Complaint>> = Mutex::new(VecDeque::new());
+
+/// The last warnings and errors, the latest last.
+pub fn complaints() -> Vec<Complaint> {
+    let complaints = COMPLAINTS.lock().unwrap_or_else(PoisonError::into_inner);
+    complaints.iter().cloned().collect()
+}
+
+fn remember(record: &log::Record<'_>) {
+    let mut complaints = COMPLAINTS.lock().unwrap_or_else(PoisonError::into_inner);
+    if complaints.len() == REMEMBERED {
+        complaints.pop_front();
+    }
+    complaints.push_back(Complaint {
+        time: Timestamp::now(),
+        level: record.level(),
+        message: record.args().to_string(),
+    });
+}
 
 /// Starts logging. `timestamps` puts the time in front of each line.
 pub fn start(level: LevelFilter, timestamps: bool) {
@@ -15,6 +52,9 @@ pub fn start(level: LevelFilter, timestamps: bool) {
     // The netlink library tells of its own threads.
     builder.filter_module("neli", level.min(LevelFilter::Warn));
     builder.format(move |out, record| {
+        if record.level() <= Level::Warn {
+            remember(record);
+        }
         if journal {
             write!(out, "<{}>", priority(record.level()))?;
         }

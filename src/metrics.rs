@@ -174,31 +174,62 @@ impl Metrics {
         }
     }
 
-    /// All values that are not zero, in one line: `family{label values}=value` by spaces.
-    pub fn summary(&self) -> String {
-        let mut line = String::new();
+    /// All values, in the order of their names.
+    pub fn samples(&self) -> Vec<Sample> {
+        let mut samples = Vec::new();
         for family in self.registry.gather() {
             for metric in family.get_metric() {
                 let value = match family.get_field_type() {
                     prometheus::proto::MetricType::COUNTER => metric.get_counter().get_value(),
                     _ => metric.get_gauge().get_value(),
                 };
-                if value == 0.0 {
-                    continue;
-                }
-                let name = family.name();
-                let name = name.strip_prefix("flowd_").unwrap_or(name);
-                let name = name.strip_suffix("_total").unwrap_or(name);
-                let labels: Vec<&str> = metric.get_label().iter().map(|l| l.value()).collect();
-                let separator = if line.is_empty() { "" } else { ", " };
-                // Writing to a String cannot fail.
-                let _ = match labels.is_empty() {
-                    true => write!(line, "{separator}{name} {value}"),
-                    false => write!(line, "{separator}{name} {} {value}", labels.join(" ")),
-                };
+                let label =
+                    |l: &prometheus::proto::LabelPair| (l.name().to_owned(), l.value().to_owned());
+                samples.push(Sample {
+                    name: family.name().to_owned(),
+                    labels: metric.get_label().iter().map(label).collect(),
+                    value: value as i64,
+                });
             }
         }
+        samples
+    }
+
+    /// All values that are not zero, in one line: `family label values value`, by commas.
+    pub fn summary(&self) -> String {
+        let mut line = String::new();
+        for sample in self.samples().iter().filter(|sample| sample.value != 0) {
+            let name = sample.name.strip_prefix("flowd_").unwrap_or(&sample.name);
+            let name = name.strip_suffix("_total").unwrap_or(name);
+            line += if line.is_empty() { "" } else { ", " };
+            line += name;
+            for (_, value) in &sample.labels {
+                line += " ";
+                line += value;
+            }
+            // Writing to a String cannot fail.
+            let _ = write!(line, " {}", sample.value);
+        }
         line
+    }
+}
+
+/// A value of a family.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Sample {
+    /// The name of the family.
+    pub name: String,
+    /// Names and values, in the order of the names.
+    pub labels: Vec<(String, String)>,
+    /// All of the daemon's own are whole numbers.
+    pub value: i64,
+}
+
+impl Sample {
+    /// The value of a label.
+    pub fn label(&self, name: &str) -> Option<&str> {
+        let found = self.labels.iter().find(|(label, _)| label == name);
+        found.map(|(_, value)| value.as_str())
     }
 }
 

@@ -5,6 +5,8 @@
 
 mod builtin;
 
+use serde_json::json;
+
 use crate::flow::Tag;
 
 /// An experiment and its activities.
@@ -54,6 +56,17 @@ impl Registry {
     /// All experiments in the order of their ids.
     pub fn experiments(&self) -> &[Experiment] {
         &self.experiments
+    }
+
+    /// As the registry is published.
+    pub fn to_json(&self) -> serde_json::Value {
+        let activity = |a: &Activity| json!({"activityName": a.name, "activityId": a.id});
+        let experiment = |e: &Experiment| {
+            let activities: Vec<_> = e.activities.iter().map(activity).collect();
+            json!({"expName": e.name, "expId": e.id, "activities": activities})
+        };
+        let experiments: Vec<_> = self.experiments.iter().map(experiment).collect();
+        json!({"version": 1, "experiments": experiments})
     }
 
     /// The experiment with this id.

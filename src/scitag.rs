@@ -69,6 +69,29 @@ pub fn entropy(source_to_destination: &Flow, key: &[u8; 16]) -> u32 {
     (hash & 0b11) | (hash >> 2 & 1) << 8 | (hash >> 3 & 0b11) << 18
 }
 
+/// Gives flows the labels that their packets carry.
+#[derive(Clone, Debug)]
+pub struct Labeller {
+    key: [u8; 16],
+}
+
+impl Labeller {
+    /// `key` is that of the entropy bits.
+    pub fn new(key: [u8; 16]) -> Labeller {
+        Labeller { key }
+    }
+
+    /// The key of the entropy bits.
+    pub fn key(&self) -> &[u8; 16] {
+        &self.key
+    }
+
+    /// The label of the packets that go from source to destination. The tag must fit.
+    pub fn label(&self, source_to_destination: &Flow, tag: Tag) -> u32 {
+        label(tag) | entropy(source_to_destination, &self.key)
+    }
+}
+
 /// The 24 bits of the option: `experiment << 8 | activity`.
 pub fn option_value(tag: Tag) -> u32 {
     u32::from(tag.experiment) << 8 | u32::from(tag.activity)

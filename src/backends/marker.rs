@@ -2,10 +2,8 @@
 //! the interfaces marks packets.
 
 use std::collections::{HashMap, HashSet};
-use std::fs;
-use std::io::{self, Read};
+use std::io;
 use std::net::IpAddr;
-use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -19,7 +17,7 @@ use crate::flow::{Flow, FlowEvent, State, Tag};
 use crate::flow_table::FlowTable;
 use crate::log_limit::LogLimit;
 use crate::metrics::{Metrics, Outcomes, outcomes};
-use crate::scitag;
+use crate::scitag::{self, Labeller};
 use crate::sys::interfaces::{self, Interface};
 use crate::sys::mark_maps::{Entered, Key, Mark};
 use crate::sys::marker::{Program, our_filters};
@@ -44,8 +42,7 @@ outcomes! {
 pub struct Marker {
     config: config::Marker,
     program: Program,
-    /// Of the entropy bits.
-    key: [u8; 16],
+    labeller: Labeller,
     local: HashSet<IpAddr>,
     attached: HashMap<u32, Interface>,
     changes: Receiver<()>,
@@ -61,7 +58,7 @@ impl Marker {
     pub fn new(
         config: &config::Marker,
         max_flows: usize,
-        state_dir: &Path,
+        labeller: &Labeller,
         metrics: &Metrics,
     ) -> Result<Marker> {
         let changes = interfaces::watch().context(|| "rtnetlink of the marker".to_owned())?;
@@ -78,12 +75,11 @@ impl Marker {
             );
             return Err(Error::Failed(message));
         }
-        let key = entropy_key(state_dir)?;
-        let program = Program::load(config, max_flows, &key)?;
+        let program = Program::load(config, max_flows, labeller.key())?;
         Ok(Marker {
             config: config.clone(),
             program,
-            key,
+            labeller: labeller.clone(),
             local,
             attached: HashMap::new(),
             changes,
@@ -136,18 +132,9 @@ impl Marker {
         result
     }
 
-    /// As its packets leave this host: a flow that comes here is turned round.
-    fn outgoing(&self, flow: &Flow) -> Flow {
-        let is_local = |address| self.local.contains(&address);
-        if is_local(flow.destination.address) && !is_local(flow.source.address) {
-            return flow.reversed();
-        }
-        *flow
-    }
-
     /// The entry of a flow, or why it has none.
     fn entry(&self, flow: &Flow, tag: Tag) -> std::result::Result<(Key, Mark), Outcome> {
-        let outgoing = self.outgoing(flow);
+        let outgoing = interfaces::outgoing(flow, &self.local);
         let key = Key::new(&outgoing).ok_or(Outcome::Ipv4)?;
         if tag.experiment == 0 || tag.activity == 0 {
             return Err(Outcome::Untagged);
@@ -155,7 +142,7 @@ impl Marker {
         if !scitag::fits(tag) {
             return Err(Outcome::TagTooLarge);
         }
-        let label = scitag::label(tag) | scitag::entropy(&outgoing, &self.key);
+        let label = self.labeller.label(&outgoing, tag);
         let key = if self.config.match_all { Key::ALL } else { key };
         Ok((
             key,
@@ -319,25 +306,4 @@ impl Drop for Marker {
             log::warn!("marker: the pinned maps cannot be removed: {error}");
         }
     }
-}
-
-/// Random, and kept in the state directory so that labels survive restarts.
-fn entropy_key(state_dir: &Path) -> Result<[u8; 16]> {
-    let path = state_dir.join("label-key");
-    if let Ok(bytes) = fs::read(&path)
-        && let Ok(key) = bytes.try_into()
-    {
-        return Ok(key);
-    }
-    let mut key = [0; 16];
-    fs::File::open("/dev/urandom")
-        .and_then(|mut random| random.read_exact(&mut key))
-        .context(|| "/dev/urandom".to_owned())?;
-    if let Err(error) = fs::write(&path, key) {
-        log::warn!(
-            "{}: {error}; the entropy bits of labels change with the next start",
-            path.display()
-        );
-    }
-    Ok(key)
 }

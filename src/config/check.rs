@@ -10,7 +10,7 @@ use std::time::Duration;
 use jiff::{Span, SpanRelativeTo};
 use log::LevelFilter;
 
-use super::{Config, Flows, raw};
+use super::{CONTROL_SOCKET, Config, ControlSocket, Flows, raw};
 
 /// flowd-go's.
 const PID_PATH: &str = "/var/run/flowd-go.pid";
@@ -85,6 +85,10 @@ pub fn check(raw: raw::Raw) -> Result<Config> {
         },
         work_dir: path("workDir", raw.work_dir, WORK_DIR)?,
         state_dir: path("stateDir", raw.state_dir, STATE_DIR)?,
+        control_socket: ControlSocket {
+            given: raw.control_socket.is_some(),
+            path: path("controlSocket", raw.control_socket, CONTROL_SOCKET)?,
+        },
         log_level: match raw.log_level {
             Some(level) => log_level(&level).or_else(|message| error("logLevel", message))?,
             None => LevelFilter::Info,

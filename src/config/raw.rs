@@ -15,6 +15,7 @@ pub struct Raw {
     pub pid_path: Option<String>,
     pub work_dir: Option<String>,
     pub state_dir: Option<String>,
+    pub control_socket: Option<String>,
     pub log_level: Option<String>,
     pub flows: Flows,
     pub plugins: Plugins,

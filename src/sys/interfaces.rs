@@ -15,6 +15,8 @@ use nix::sys::socket::{
     AddressFamily, MsgFlags, NetlinkAddr, SockFlag, SockProtocol, SockType, bind, recv, socket,
 };
 
+use crate::flow::Flow;
+
 /// A network interface.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Interface {
@@ -105,6 +107,15 @@ impl LocalAddresses {
     pub fn contains(&self, address: &IpAddr) -> bool {
         address.is_loopback() || self.addresses.contains(address)
     }
+}
+
+/// As the flow's packets leave this host: a flow that comes here is turned round.
+pub fn outgoing(flow: &Flow, local: &HashSet<IpAddr>) -> Flow {
+    let is_local = |address| local.contains(&address);
+    if is_local(flow.destination.address) && !is_local(flow.source.address) {
+        return flow.reversed();
+    }
+    *flow
 }
 
 /// A channel that has something in it whenever links, addresses or tc filters have changed since it was

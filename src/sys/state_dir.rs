@@ -1,6 +1,6 @@
 //! The state directory and its lock: one daemon a directory.
 
-use std::fs::{DirBuilder, File, OpenOptions};
+use std::fs::{self, DirBuilder, File, OpenOptions};
 use std::io::{self, Read, Write};
 use std::os::unix::fs::DirBuilderExt;
 use std::path::Path;
@@ -50,4 +50,25 @@ pub fn lock(directory: &Path) -> Result<Lock> {
     let _ = io::Seek::rewind(&mut *file);
     let _ = writeln!(file, "{}", std::process::id());
     Ok(Lock { _file: file })
+}
+
+/// The key of the entropy bits of flow labels: random, and kept in the state directory so that labels survive restarts.
+pub fn label_key(state_dir: &Path) -> Result<[u8; 16]> {
+    let path = state_dir.join("label-key");
+    if let Ok(bytes) = fs::read(&path)
+        && let Ok(key) = bytes.try_into()
+    {
+        return Ok(key);
+    }
+    let mut key = [0; 16];
+    fs::File::open("/dev/urandom")
+        .and_then(|mut random| random.read_exact(&mut key))
+        .context(|| "/dev/urandom".to_owned())?;
+    if let Err(error) = fs::write(&path, key) {
+        log::warn!(
+            "{}: {error}; the entropy bits of labels change with the next start",
+            path.display()
+        );
+    }
+    Ok(key)
 }

@@ -3,12 +3,10 @@
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 
 use super::{Result, error, octal, path, range};
-use crate::config::{FireflyPlugin, NamedPipe, raw};
+use crate::config::{FireflyPlugin, NamedPipe, PIPE_PATH, raw};
 use crate::firefly;
 use crate::flow::parse_address;
 
-/// flowd's: what storage services write to.
-const PIPE_PATH: &str = "/var/run/flowd";
 const PIPE_MODE: u32 = 0o666;
 /// flowd-go's.
 const FIREFLY_BUFFER: i64 = 4096;

@@ -1,0 +1,301 @@
+//! `flowd-rs flows`: what is open, as a table.
+
+use std::cmp::Ordering;
+use std::io::{IsTerminal, Write, stdout};
+use std::path::PathBuf;
+use std::thread::sleep;
+use std::time::Duration;
+
+use argh::FromArgs;
+use form_urlencoded::Serializer;
+use serde_json::Value;
+use terminal_size::{Width, terminal_size};
+
+use super::client;
+use crate::error::{Error, Result};
+
+const WATCH: Duration = Duration::from_secs(2);
+
+/// Print the open flows of the running daemon.
+#[derive(FromArgs)]
+#[argh(subcommand, name = "flows", help_triggers("-h", "--help", "help"))]
+pub struct Flows {
+    /// configuration file, for its controlSocket (default: /etc/flowd/flowd.cfg)
+    #[argh(option, short = 'c')]
+    config: Option<PathBuf>,
+
+    /// control socket of the daemon
+    #[argh(option)]
+    socket: Option<PathBuf>,
+
+    /// only flows of this experiment, by name or id
+    #[argh(option)]
+    experiment: Option<String>,
+
+    /// only flows with an end at this address or in this prefix
+    #[argh(option)]
+    address: Option<String>,
+
+    /// age, experiment, source or destination (default: age, the oldest first)
+    #[argh(option, default = "Sort::Age", from_str_fn(sort))]
+    sort: Sort,
+
+    /// print JSON
+    #[argh(switch)]
+    json: bool,
+
+    /// print again every two seconds, until Ctrl-C
+    #[argh(switch)]
+    watch: bool,
+}
+
+enum Sort {
+    Age,
+    Experiment,
+    Source,
+    Destination,
+}
+
+fn sort(word: &str) -> std::result::Result<Sort, String> {
+    match word {
+        "age" => Ok(Sort::Age),
+        "experiment" => Ok(Sort::Experiment),
+        "source" => Ok(Sort::Source),
+        "destination" => Ok(Sort::Destination),
+        _ => Err("expected age, experiment, source or destination".to_owned()),
+    }
+}
+
+impl Flows {
+    pub fn run(self) -> Result<()> {
+        let socket = client::socket(self.socket.clone(), self.config.clone())?;
+        let mut query = Serializer::new(String::new());
+        for (key, value) in [("experiment", &self.experiment), ("address", &self.address)] {
+            if let Some(value) = value {
+                query.append_pair(key, value);
+            }
+        }
+        let path = format!("/flows?{}", query.finish());
+        loop {
+            let mut document = client::get(&socket, &path)?;
+            let Some(flows) = document["flows"].as_array_mut() else {
+                return Err(Error::Failed("the answer has no flows in it".to_owned()));
+            };
+            flows.sort_by(|a, b| self.compare(a, b));
+            let text = match self.json {
+                true => format!("{document}\n"),
+                false => table(flows, width()),
+            };
+            let clear = if self.watch && !self.json && stdout().is_terminal() {
+                "\x1b[H\x1b[2J"
+            } else {
+                ""
+            };
+            // A reader that has seen enough (head, less) closes the pipe.
+            let mut out = stdout().lock();
+            let shown = write!(out, "{clear}{text}").and_then(|()| out.flush());
+            if !self.watch || shown.is_err() {
+                return Ok(());
+            }
+            sleep(WATCH);
+        }
+    }
+
+    fn compare(&self, a: &Value, b: &Value) -> Ordering {
+        let text = |key: &str| a[key].as_str().cmp(&b[key].as_str());
+        let end = |ip: &str, port: &str| text(ip).then(a[port].as_u64().cmp(&b[port].as_u64()));
+        let source = || end("src-ip", "src-port");
+        let destination = || end("dst-ip", "dst-port");
+        match self.sort {
+            Sort::Age => text("start-time").then_with(source),
+            Sort::Experiment => text("experiment").then(text("activity")).then_with(source),
+            Sort::Source => source().then_with(destination),
+            Sort::Destination => destination().then_with(source),
+        }
+    }
+}
+
+/// The width of the terminal, if it is one.
+fn width() -> Option<usize> {
+    let (Width(width), _) = terminal_size()?;
+    Some(width.into())
+}
+
+const TITLES: [&str; 9] = [
+    "STATE",
+    "PROTO",
+    "SOURCE",
+    "DESTINATION",
+    "EXPERIMENT",
+    "ACTIVITY",
+    "AGE",
+    "ORIGIN",
+    "LABEL",
+];
+
+/// One line a flow; two where the terminal is too narrow: the destination below the source, the
+/// activity below the experiment, the origin below the age.
+fn table(flows: &[Value], width: Option<usize>) -> String {
+    let rows: Vec<[String; 9]> = flows.iter().map(row).collect();
+    let titles = TITLES.map(str::to_owned);
+    let count = format!("{} flows are open\n", flows.len());
+    if flows.is_empty() {
+        return count;
+    }
+    let wide: Vec<Vec<String>> = [&titles]
+        .into_iter()
+        .chain(&rows)
+        .map(|r| r.to_vec())
+        .collect();
+    let widths = widths(&wide);
+    let total = widths.iter().sum::<usize>() + 2 * (widths.len() - 1);
+    if width.is_none_or(|width| total <= width) {
+        return layout(&wide, &widths, usize::MAX) + &count;
+    }
+    let two = |[
+        state,
+        protocol,
+        source,
+        destination,
+        experiment,
+        activity,
+        age,
+        origin,
+        label,
+    ]: &[String; 9]| {
+        let line = |cells: [&str; 6]| cells.map(str::to_owned).to_vec();
+        [
+            line([state, protocol, source, experiment, age, label]),
+            line(["", "", destination, activity, origin, ""]),
+        ]
+    };
+    let narrow: Vec<Vec<String>> = [&titles].into_iter().chain(&rows).flat_map(two).collect();
+    layout(&narrow, &self::widths(&narrow), width.unwrap_or(usize::MAX)) + &count
+}
+
+fn widths(lines: &[Vec<String>]) -> Vec<usize> {
+    let columns = lines.first().map_or(0, Vec::len);
+    let width = |column: usize| lines.iter().map(|line| line[column].chars().count()).max();
+    (0..columns)
+        .map(|column| width(column).unwrap_or(0))
+        .collect()
+}
+
+/// Pads the columns and cuts the lines.
+fn layout(lines: &[Vec<String>], widths: &[usize], most: usize) -> String {
+    let mut text = String::new();
+    for cells in lines {
+        let mut line = String::new();
+        for (cell, &width) in cells.iter().zip(widths) {
+            line += &format!("{cell:width$}  ");
+        }
+        let line = line.trim_end();
+        if line.chars().count() > most {
+            text.extend(line.chars().take(most.saturating_sub(1)));
+            text.push('…');
+        } else {
+            text += line;
+        }
+        text.push('\n');
+    }
+    text
+}
+
+fn row(flow: &Value) -> [String; 9] {
+    let text = |key: &str| flow[key].as_str().unwrap_or("?").to_owned();
+    let end = |ip: &str, port: &str| {
+        let (ip, port) = (text(ip), &flow[port]);
+        match ip.contains(':') {
+            true => format!("[{ip}]:{port}"),
+            false => format!("{ip}:{port}"),
+        }
+    };
+    [
+        text("state"),
+        text("protocol"),
+        end("src-ip", "src-port"),
+        end("dst-ip", "dst-port"),
+        text("experiment"),
+        text("activity"),
+        age(flow["age"].as_f64().unwrap_or(0.0) as u64),
+        text("origin"),
+        flow["label"]
+            .as_u64()
+            .map_or("-".to_owned(), |label| format!("{label:#07x}")),
+    ]
+}
+
+/// `7s`, `3m05s`, `2h03m`, `4d01h`
+pub fn age(seconds: u64) -> String {
+    let (minutes, hours, days) = (seconds / 60, seconds / 3600, seconds / 86400);
+    match seconds {
+        0..60 => format!("{seconds}s"),
+        60..3600 => format!("{minutes}m{:02}s", seconds % 60),
+        3600..86400 => format!("{hours}h{:02}m", minutes % 60),
+        _ => format!("{days}d{:02}h", hours % 24),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::json;
+
+    fn flow(label: Value) -> Value {
+        json!({
+            "state": "start", "protocol": "tcp", "src-ip": "2001:db8:1111:2222:3333:4444:5555:6666",
+            "src-port": 65535, "dst-ip": "2001:db8:1111:2222:3333:4444:5555:7777", "dst-port": 1094,
+            "experiment": "atlas", "activity": "Data Consolidation", "age": 185.2, "origin": "named_pipe", "label": label,
+        })
+    }
+
+    #[test]
+    fn a_line_a_flow_where_there_is_room() {
+        let text = table(&[flow(json!(65612)), flow(json!(null))], None);
+        let lines: Vec<&str> = text.lines().collect();
+        assert_eq!(lines.len(), 4);
+        assert!(
+            lines[1].ends_with("  atlas       Data Consolidation  3m05s  named_pipe  0x1004c"),
+            "{text}"
+        );
+        assert!(lines[2].ends_with("  -"));
+        assert_eq!(lines[3], "2 flows are open");
+        let narrow = IP_TABLE_WIDTH;
+        assert!(
+            table(&[flow(json!(1))], Some(narrow))
+                .lines()
+                .all(|line| line.chars().count() <= narrow)
+        );
+    }
+
+    const IP_TABLE_WIDTH: usize = 100;
+
+    #[test]
+    fn nothing_is_wider_than_the_terminal() {
+        for width in [20, 80, 100, 120, 200] {
+            let text = table(&[flow(json!(65612))], Some(width));
+            assert!(
+                text.lines().all(|line| line.chars().count() <= width),
+                "{width}\n{text}"
+            );
+        }
+        let text = table(&[flow(json!(65612))], Some(100));
+        assert!(
+            text.contains("\n              [2001:db8:1111:2222:3333:4444:5555:7777]:1094"),
+            "{text}"
+        );
+    }
+
+    #[test]
+    fn ages() {
+        for (seconds, expected) in [
+            (0, "0s"),
+            (59, "59s"),
+            (61, "1m01s"),
+            (7385, "2h03m"),
+            (90_000, "1d01h"),
+        ] {
+            assert_eq!(age(seconds), expected);
+        }
+    }
+}

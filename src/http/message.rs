@@ -1,0 +1,360 @@
+//! Requests and responses as bytes. No I/O.
+
+use jiff::Timestamp;
+use jiff::fmt::rfc2822::DateTimePrinter;
+use serde_json::json;
+
+/// The longest request line with headers, in bytes.
+const HEAD_MAX: usize = 16 << 10;
+/// The longest body of a request, in bytes.
+pub const BODY_MAX: usize = 1 << 20;
+/// The longest body with the sizes of its chunks, in bytes.
+const CHUNKED_MAX: usize = 2 * BODY_MAX;
+const HEADERS: usize = 64;
+
+/// A request that has arrived in full.
+#[derive(Clone, Debug, Default)]
+pub struct Request {
+    /// `GET`, `POST`, …; `GET` for `HEAD`, whose body is not sent.
+    pub method: String,
+    /// The path, without the query and as it was sent.
+    pub path: String,
+    /// What follows the `?`.
+    pub query: String,
+    /// The value of `Authorization`.
+    pub authorization: Option<String>,
+    /// The body.
+    pub body: Vec<u8>,
+}
+
+/// The body of a response.
+pub enum Body {
+    /// All of it.
+    Whole(Vec<u8>),
+    /// One part after the other, made when there is room to send it.
+    Parts(Box<dyn Iterator<Item = Vec<u8>> + Send>),
+}
+
+/// What is answered.
+pub struct Response {
+    /// The status code.
+    pub status: u16,
+    /// `Content-Type`.
+    pub content_type: &'static str,
+    /// Further headers.
+    pub headers: Vec<(&'static str, String)>,
+    /// The body.
+    pub body: Body,
+}
+
+impl Response {
+    /// A JSON document.
+    pub fn json(status: u16, document: &serde_json::Value) -> Response {
+        Response {
+            status,
+            content_type: "application/json",
+            headers: Vec::new(),
+            body: Body::Whole(format!("{document}\n").into_bytes()),
+        }
+    }
+}
+
+/// An error as a JSON object: what was wrong and what was expected.
+pub fn problem(status: u16, error: &str) -> Response {
+    Response::json(status, &json!({ "error": error }))
+}
+
+/// Why a request is answered without being understood; the connection is closed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Refusal {
+    pub status: u16,
+    pub error: &'static str,
+}
+
+const fn refusal(status: u16, error: &'static str) -> Refusal {
+    Refusal { status, error }
+}
+
+/// Request line and headers.
+pub struct Head {
+    pub request: Request,
+    /// Its bytes, with the empty line.
+    pub length: usize,
+    pub framing: Framing,
+    pub expects_continue: bool,
+    /// Whether the client takes another response on the same connection.
+    pub keep_alive: bool,
+    pub http_1_1: bool,
+    pub head_only: bool,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Framing {
+    Length(usize),
+    Chunked,
+}
+
+/// Reads request line and headers; `None` if they are not whole yet.
+pub fn head(input: &[u8]) -> Result<Option<Head>, Refusal> {
+    let mut headers = [httparse::EMPTY_HEADER; HEADERS];
+    let mut parsed = httparse::Request::new(&mut headers);
+    let length = match parsed.parse(input) {
+        Ok(httparse::Status::Complete(length)) if length <= HEAD_MAX => length,
+        Ok(httparse::Status::Partial) if input.len() < HEAD_MAX => return Ok(None),
+        Ok(_) => return Err(refusal(431, "the request's headers are over 16384 bytes")),
+        Err(httparse::Error::TooManyHeaders) => {
+            return Err(refusal(431, "the request has over 64 headers"));
+        }
+        Err(httparse::Error::Version) => {
+            return Err(refusal(505, "expected HTTP/1.1 or HTTP/1.0"));
+        }
+        Err(_) => return Err(refusal(400, "this is not HTTP")),
+    };
+    let method = parsed.method.unwrap_or_default();
+    let target = parsed.path.unwrap_or_default();
+    let (path, query) = target.split_once('?').unwrap_or((target, ""));
+    let http_1_1 = parsed.version == Some(1);
+    let mut head = Head {
+        request: Request {
+            method: if method == "HEAD" { "GET" } else { method }.to_owned(),
+            path: path.to_owned(),
+            query: query.to_owned(),
+            ..Request::default()
+        },
+        length,
+        framing: Framing::Length(0),
+        expects_continue: false,
+        keep_alive: http_1_1,
+        http_1_1,
+        head_only: method == "HEAD",
+    };
+    let (mut lengths, mut chunked, mut hosts) = (Vec::new(), false, 0);
+    for header in parsed.headers.iter() {
+        let value = String::from_utf8_lossy(header.value);
+        let value = value.trim();
+        match header.name.to_ascii_lowercase().as_str() {
+            "content-length" => lengths.push(value.to_owned()),
+            "transfer-encoding" if value.eq_ignore_ascii_case("chunked") && !chunked => {
+                chunked = true;
+            }
+            "transfer-encoding" => {
+                return Err(refusal(501, "the only transfer encoding known is chunked"));
+            }
+            "connection" => {
+                for word in value.split(',').map(str::trim) {
+                    if word.eq_ignore_ascii_case("close") {
+                        head.keep_alive = false;
+                    } else if word.eq_ignore_ascii_case("keep-alive") {
+                        head.keep_alive = true;
+                    }
+                }
+            }
+            "expect" if value.eq_ignore_ascii_case("100-continue") => {
+                head.expects_continue = http_1_1;
+            }
+            "authorization" => head.request.authorization = Some(value.to_owned()),
+            "host" => hosts += 1,
+            _ => {}
+        }
+    }
+    if hosts != 1 && http_1_1 {
+        return Err(refusal(400, "expected one Host header"));
+    }
+    head.framing = match (chunked, lengths.as_slice()) {
+        (true, []) => Framing::Chunked,
+        (true, _) => return Err(refusal(400, "both Content-Length and Transfer-Encoding")),
+        (false, []) => Framing::Length(0),
+        (false, [length, others @ ..]) => {
+            let digits = length.bytes().all(|b| b.is_ascii_digit()) && !length.is_empty();
+            if !digits || others.iter().any(|other| other != length) {
+                return Err(refusal(400, "Content-Length is not one number"));
+            }
+            // What does not fit in a usize is too large as well.
+            match length.parse() {
+                Ok(length) if length <= BODY_MAX => Framing::Length(length),
+                _ => return Err(TOO_LARGE),
+            }
+        }
+    };
+    Ok(Some(head))
+}
+
+const TOO_LARGE: Refusal = refusal(413, "the body is over 1048576 bytes");
+
+/// Takes the body out of what follows the head: the body, and the bytes that it took; `None` if it is
+/// not whole yet.
+pub fn body(input: &[u8], framing: Framing) -> Result<Option<(Vec<u8>, usize)>, Refusal> {
+    match framing {
+        Framing::Length(length) => Ok(input.get(..length).map(|body| (body.to_vec(), length))),
+        Framing::Chunked => chunked(input),
+    }
+}
+
+fn chunked(input: &[u8]) -> Result<Option<(Vec<u8>, usize)>, Refusal> {
+    let wrong = || refusal(400, "the chunked body is malformed");
+    let (mut body, mut at) = (Vec::new(), 0);
+    loop {
+        let (line, size) = match httparse::parse_chunk_size(&input[at..]) {
+            Ok(httparse::Status::Complete(parsed)) => parsed,
+            Ok(httparse::Status::Partial) if input.len() <= CHUNKED_MAX => return Ok(None),
+            Ok(httparse::Status::Partial) => return Err(TOO_LARGE),
+            Err(_) => return Err(wrong()),
+        };
+        at += line;
+        if size == 0 {
+            break;
+        }
+        if size > BODY_MAX as u64 || body.len() + size as usize > BODY_MAX {
+            return Err(TOO_LARGE);
+        }
+        let end = at + size as usize;
+        match input.get(at..end + 2) {
+            Some([chunk @ .., b'\r', b'\n']) => body.extend_from_slice(chunk),
+            Some(_) => return Err(wrong()),
+            None if input.len() > CHUNKED_MAX => return Err(TOO_LARGE),
+            None => return Ok(None),
+        }
+        at = end + 2;
+    }
+    // Trailers, up to the empty line.
+    loop {
+        let rest = &input[at..];
+        match memchr::memmem::find(rest, b"\r\n") {
+            Some(0) => return Ok(Some((body, at + 2))),
+            Some(line) => at += line + 2,
+            None if rest.len() > HEAD_MAX => return Err(wrong()),
+            None => return Ok(None),
+        }
+    }
+}
+
+/// Appends status line and headers, for a body of a known length or in chunks.
+pub fn put_head(out: &mut Vec<u8>, response: &Response, length: Option<usize>, close: bool) {
+    let (status, reason) = (response.status, reason(response.status));
+    let mut text = format!("HTTP/1.1 {status} {reason}\r\n");
+    // The years of a timestamp that RFC 9110 cannot spell are not now.
+    if let Ok(date) = DateTimePrinter::new().timestamp_to_rfc9110_string(&Timestamp::now()) {
+        text += &format!("Date: {date}\r\n");
+    }
+    text += &format!("Content-Type: {}\r\n", response.content_type);
+    for (name, value) in &response.headers {
+        text += &format!("{name}: {value}\r\n");
+    }
+    match length {
+        Some(length) => text += &format!("Content-Length: {length}\r\n"),
+        None if !close => text += "Transfer-Encoding: chunked\r\n",
+        None => {}
+    }
+    text += match close {
+        true => "Connection: close\r\n",
+        false => "Connection: keep-alive\r\n",
+    };
+    out.extend_from_slice(text.as_bytes());
+    out.extend_from_slice(b"\r\n");
+}
+
+fn reason(status: u16) -> &'static str {
+    match status {
+        200 => "OK",
+        400 => "Bad Request",
+        401 => "Unauthorized",
+        404 => "Not Found",
+        405 => "Method Not Allowed",
+        408 => "Request Timeout",
+        413 => "Content Too Large",
+        415 => "Unsupported Media Type",
+        431 => "Request Header Fields Too Large",
+        501 => "Not Implemented",
+        503 => "Service Unavailable",
+        505 => "HTTP Version Not Supported",
+        _ => "Error",
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    fn parsed(text: &str) -> Head {
+        head(text.as_bytes()).ok().flatten().unwrap()
+    }
+
+    fn status(text: &str) -> u16 {
+        head(text.as_bytes()).err().unwrap().status
+    }
+
+    #[test]
+    fn a_request_line_and_headers() {
+        let text = "POST /flow?a=b HTTP/1.1\r\nHost: x\r\nContent-Length: 5\r\nAuthorization: Bearer t\r\n\r\nhello";
+        let head = parsed(text);
+        assert_eq!(
+            (head.request.path.as_str(), head.request.query.as_str()),
+            ("/flow", "a=b")
+        );
+        assert_eq!(head.request.authorization.as_deref(), Some("Bearer t"));
+        assert!(head.keep_alive);
+        let (body, length) = body(&text.as_bytes()[head.length..], head.framing)
+            .unwrap()
+            .unwrap();
+        assert_eq!((body.as_slice(), length), (b"hello".as_slice(), 5));
+        for cut in 0..head.length {
+            assert!(super::head(&text.as_bytes()[..cut]).is_ok_and(|head| head.is_none()));
+        }
+    }
+
+    #[test]
+    fn connections_that_are_kept_and_not() {
+        assert!(!parsed("GET / HTTP/1.0\r\n\r\n").keep_alive);
+        assert!(parsed("GET / HTTP/1.0\r\nConnection: Keep-Alive\r\n\r\n").keep_alive);
+        assert!(!parsed("GET / HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n").keep_alive);
+    }
+
+    #[test]
+    fn what_is_refused() {
+        let with = |header: &str| format!("POST / HTTP/1.1\r\nHost: x\r\n{header}\r\n\r\n");
+        assert_eq!(status("GET / HTTP/2.0\r\n\r\n"), 505);
+        assert_eq!(status("\x16\x03\x01\r\n\r\n"), 400);
+        assert_eq!(status("GET / HTTP/1.1\r\n\r\n"), 400);
+        assert_eq!(status(&with("Content-Length: 1073741824")), 413);
+        assert_eq!(
+            status(&with("Content-Length: 99999999999999999999999")),
+            413
+        );
+        assert_eq!(status(&with("Content-Length: -1")), 400);
+        assert_eq!(status(&with("Content-Length: 1\r\nContent-Length: 2")), 400);
+        assert_eq!(
+            status(&with("Content-Length: 1\r\nTransfer-Encoding: chunked")),
+            400
+        );
+        assert_eq!(status(&with("Transfer-Encoding: gzip")), 501);
+        assert_eq!(status(&with(&format!("X: {}", "x".repeat(HEAD_MAX)))), 431);
+        assert_eq!(status(&"GET ".repeat(HEAD_MAX)), 505);
+        assert_eq!(status(&format!("GET /{}", "x".repeat(HEAD_MAX))), 431);
+    }
+
+    #[test]
+    fn chunks() {
+        let whole = b"5;x=y\r\nhello\r\n1\r\n!\r\n0\r\nTrailer: x\r\n\r\nGET";
+        let read = |input: &[u8]| body(input, Framing::Chunked);
+        assert_eq!(read(whole), Ok(Some((b"hello!".to_vec(), whole.len() - 3))));
+        for cut in 0..whole.len() - 3 {
+            assert_eq!(read(&whole[..cut]), Ok(None), "{cut}");
+        }
+        assert_eq!(read(b"zz\r\n").unwrap_err().status, 400);
+        assert_eq!(read(b"1\r\nab\r\n").unwrap_err().status, 400);
+        assert_eq!(read(b"200000\r\n").unwrap_err().status, 413);
+        assert_eq!(
+            read(&b"1\r\nx\r\n".repeat(BODY_MAX)).unwrap_err().status,
+            413
+        );
+    }
+
+    proptest! {
+        #[test]
+        fn any_bytes_make_no_panic(bytes in proptest::collection::vec(any::<u8>(), 0..200)) {
+            let _ = head(&bytes);
+            let _ = body(&bytes, Framing::Chunked);
+        }
+    }
+}

@@ -1,0 +1,146 @@
+//! Listening sockets and streams of either kind.
+
+use std::fs::{self, DirBuilder, Permissions};
+use std::io::{self, Read, Write};
+use std::net::{Shutdown, SocketAddr};
+use std::os::unix::fs::{DirBuilderExt, FileTypeExt, PermissionsExt};
+use std::path::{Path, PathBuf};
+
+use mio::event::Source;
+use mio::net::{TcpListener, TcpStream, UnixListener, UnixStream};
+use mio::{Interest, Registry, Token};
+
+/// A bound socket that clients connect to.
+pub enum Listener {
+    /// TCP.
+    Tcp(TcpListener),
+    /// A Unix socket and its path.
+    Unix(UnixListener, UnixPath),
+}
+
+/// The path of a Unix socket; removed with the value.
+pub struct UnixPath(PathBuf);
+
+impl Drop for UnixPath {
+    fn drop(&mut self) {
+        let _ = fs::remove_file(&self.0);
+    }
+}
+
+impl Listener {
+    /// Listens on a TCP port.
+    pub fn tcp(address: SocketAddr) -> io::Result<Listener> {
+        TcpListener::bind(address).map(Listener::Tcp)
+    }
+
+    /// Listens on a Unix socket with these permissions. The directory is made if it is not there; a
+    /// socket that nobody listens on any more is replaced.
+    pub fn unix(path: &Path, mode: u32) -> io::Result<Listener> {
+        if let Some(directory) = path.parent().filter(|d| !d.as_os_str().is_empty()) {
+            DirBuilder::new()
+                .recursive(true)
+                .mode(0o755)
+                .create(directory)?;
+        }
+        if let Ok(found) = fs::symlink_metadata(path) {
+            if !found.file_type().is_socket() {
+                let message = "there is a file in its place that is no socket";
+                return Err(io::Error::new(io::ErrorKind::AlreadyExists, message));
+            }
+            if std::os::unix::net::UnixStream::connect(path).is_ok() {
+                let message = "another process listens there";
+                return Err(io::Error::new(io::ErrorKind::AddrInUse, message));
+            }
+        }
+        // With its permissions before it has its name, so that nobody connects between.
+        let mut name = path.as_os_str().to_owned();
+        name.push(format!(".{}", std::process::id()));
+        let new = UnixPath(name.into());
+        let _ = fs::remove_file(&new.0);
+        let listener = UnixListener::bind(&new.0)?;
+        fs::set_permissions(&new.0, Permissions::from_mode(mode))?;
+        fs::rename(&new.0, path)?;
+        Ok(Listener::Unix(listener, UnixPath(path.to_owned())))
+    }
+
+    pub(super) fn accept(&self) -> io::Result<Stream> {
+        match self {
+            Listener::Tcp(listener) => {
+                let (stream, _) = listener.accept()?;
+                stream.set_nodelay(true)?;
+                Ok(Stream::Tcp(stream))
+            }
+            Listener::Unix(listener, _) => Ok(Stream::Unix(listener.accept()?.0)),
+        }
+    }
+
+    fn source(&mut self) -> &mut dyn Source {
+        match self {
+            Listener::Tcp(listener) => listener,
+            Listener::Unix(listener, _) => listener,
+        }
+    }
+}
+
+/// A connection to a client.
+pub(super) enum Stream {
+    Tcp(TcpStream),
+    Unix(UnixStream),
+}
+
+impl Stream {
+    /// Says that no more will be sent.
+    pub(super) fn finish(&self) -> io::Result<()> {
+        match self {
+            Stream::Tcp(stream) => stream.shutdown(Shutdown::Write),
+            Stream::Unix(stream) => stream.shutdown(Shutdown::Write),
+        }
+    }
+
+    fn source(&mut self) -> &mut dyn Source {
+        match self {
+            Stream::Tcp(stream) => stream,
+            Stream::Unix(stream) => stream,
+        }
+    }
+}
+
+impl Read for Stream {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        match self {
+            Stream::Tcp(stream) => stream.read(buffer),
+            Stream::Unix(stream) => stream.read(buffer),
+        }
+    }
+}
+
+impl Write for Stream {
+    fn write(&mut self, buffer: &[u8]) -> io::Result<usize> {
+        match self {
+            Stream::Tcp(stream) => stream.write(buffer),
+            Stream::Unix(stream) => stream.write(buffer),
+        }
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+macro_rules! source {
+    ($name:ident) => {
+        impl Source for $name {
+            fn register(&mut self, r: &Registry, t: Token, i: Interest) -> io::Result<()> {
+                self.source().register(r, t, i)
+            }
+            fn reregister(&mut self, r: &Registry, t: Token, i: Interest) -> io::Result<()> {
+                self.source().reregister(r, t, i)
+            }
+            fn deregister(&mut self, r: &Registry) -> io::Result<()> {
+                self.source().deregister(r)
+            }
+        }
+    };
+}
+source!(Listener);
+source!(Stream);

@@ -1,0 +1,482 @@
+//! The read-only routes, of the control socket and of the API: what is open, and how the daemon is doing.
+
+use std::collections::HashSet;
+use std::net::IpAddr;
+use std::sync::{Arc, Weak};
+use std::time::{Duration, Instant};
+
+use crossbeam_channel::{Sender, bounded};
+use form_urlencoded as query;
+use ipnet::IpNet;
+use jiff::Timestamp;
+use percent_encoding::percent_decode_str;
+use serde_json::{Map, Value, json};
+
+use crate::dispatcher::Query;
+use crate::flow::{Endpoint, Flow, Protocol, Tag, parse_address};
+use crate::flow_table::OpenFlow;
+use crate::http::{Body, Request, Response, problem};
+use crate::logging;
+use crate::metrics::{Metrics, Sample};
+use crate::registry::Registry;
+use crate::scitag::{self, Labeller};
+use crate::sys::interfaces;
+
+/// How long the dispatcher may take to answer.
+const PATIENCE: Duration = Duration::from_millis(900);
+/// Listings that may be on their way at once: each holds what it lists.
+const LISTINGS: usize = 8;
+/// Bytes of a part of a listing.
+const PART: usize = 64 << 10;
+
+/// A route, for `GET /`.
+pub const ROUTES: [(&str, &str, &str); 6] = [
+    ("GET", "/", "this list"),
+    (
+        "GET",
+        "/flows",
+        "the open flows; ?experiment= and ?address= select",
+    ),
+    ("GET", "/flows/{id}", "one open flow"),
+    ("GET", "/registry", "the SciTags registry in use"),
+    ("GET", "/status", "the daemon's counters"),
+    ("GET", "/healthz", "whether the daemon works"),
+];
+
+/// What the routes need to know.
+#[derive(Clone)]
+pub struct Sources {
+    /// To the dispatcher.
+    pub queries: Sender<Query>,
+    /// Names of tags.
+    pub registry: Arc<Registry>,
+    /// Counters.
+    pub metrics: Metrics,
+    /// Labels of packets, where they are marked with labels.
+    pub labeller: Option<Labeller>,
+    /// Names of the plugins.
+    pub plugins: Vec<&'static str>,
+    /// Names of the backends.
+    pub backends: Vec<&'static str>,
+    /// When the daemon was started.
+    pub started: Timestamp,
+}
+
+/// Answers requests.
+pub struct Routes {
+    sources: Sources,
+    since: Instant,
+    listings: Vec<Weak<Vec<(Flow, OpenFlow)>>>,
+}
+
+impl Routes {
+    /// Nothing is asked yet.
+    pub fn new(sources: Sources) -> Routes {
+        Routes {
+            sources,
+            since: Instant::now(),
+            listings: Vec::new(),
+        }
+    }
+
+    /// The registry in use.
+    pub fn registry(&self) -> &Registry {
+        &self.sources.registry
+    }
+
+    /// The answer to a request for one of the [`ROUTES`]; `None` if the path is not among them.
+    pub fn answer(&mut self, request: &Request, routes: &[(&str, &str, &str)]) -> Option<Response> {
+        type Answer = fn(&mut Routes, &Request) -> Response;
+        let answer: Answer = match request.path.as_str() {
+            "/" => {
+                let list = |(method, path, what): &(&str, &str, &str)| json!({"method": method, "path": path, "description": what});
+                let list: Vec<Value> = routes.iter().map(list).collect();
+                return Some(get(request, || {
+                    Response::json(200, &json!({ "routes": list }))
+                }));
+            }
+            "/flows" => Routes::flows,
+            "/registry" => |routes, _| Response::json(200, &routes.registry().to_json()),
+            "/status" => |routes, _| Response::json(200, &routes.status()),
+            "/healthz" => |routes, _| routes.health(),
+            path if path.starts_with("/flows/") => Routes::flow,
+            _ => return None,
+        };
+        Some(get(request, || answer(self, request)))
+    }
+
+    fn ask<T>(&self, query: impl FnOnce(Sender<T>) -> Query) -> Option<T> {
+        let (reply, answer) = bounded(1);
+        self.sources
+            .queries
+            .send_timeout(query(reply), PATIENCE)
+            .ok()?;
+        answer.recv_timeout(PATIENCE).ok()
+    }
+
+    fn health(&self) -> Response {
+        let nobody = Flow {
+            protocol: Protocol::Tcp,
+            source: Endpoint {
+                address: [127, 0, 0, 1].into(),
+                port: 0,
+            },
+            destination: Endpoint {
+                address: [127, 0, 0, 1].into(),
+                port: 0,
+            },
+        };
+        match self.ask(|reply| Query::Flow(nobody, reply)) {
+            Some(_) => Response::json(200, &json!({"status": "ok"})),
+            None => busy(),
+        }
+    }
+
+    fn flow(&mut self, request: &Request) -> Response {
+        let id = request.path.strip_prefix("/flows/").unwrap_or_default();
+        let id = percent_decode_str(id).decode_utf8_lossy();
+        let Some(flow) = flow_of_id(&id) else {
+            return problem(
+                404,
+                "no such flow: an id is protocol,source,port,destination,port as in GET /flows",
+            );
+        };
+        match self.ask(|reply| Query::Flow(flow, reply)) {
+            None => busy(),
+            Some(None) => problem(404, "no such flow is open"),
+            Some(Some(open)) => {
+                let describer = self.describer();
+                Response::json(200, &describer.describe(&flow, &open))
+            }
+        }
+    }
+
+    fn flows(&mut self, request: &Request) -> Response {
+        let filter = match Filter::parse(&request.query, self.registry()) {
+            Ok(filter) => filter,
+            Err(error) => return problem(400, &error),
+        };
+        self.listings.retain(|listing| listing.strong_count() > 0);
+        if self.listings.len() >= LISTINGS {
+            return problem(503, "too many listings are on their way, try again");
+        }
+        let Some(flows) = self.ask(Query::Flows) else {
+            return busy();
+        };
+        let flows = Arc::new(flows);
+        self.listings.push(Arc::downgrade(&flows));
+        let listing = Listing {
+            describer: self.describer(),
+            filter,
+            flows,
+            at: 0,
+            state: ListingState::Begin,
+        };
+        Response {
+            status: 200,
+            content_type: "application/json",
+            headers: Vec::new(),
+            body: Body::Parts(Box::new(listing)),
+        }
+    }
+
+    /// With the addresses of this host as they are now: a label depends on which end is here.
+    fn describer(&self) -> Describer {
+        let addresses = interfaces::list().map(|(_, addresses)| addresses);
+        Describer {
+            registry: Arc::clone(&self.sources.registry),
+            labeller: self.sources.labeller.clone(),
+            local: addresses.unwrap_or_default(),
+            now: Timestamp::now(),
+        }
+    }
+
+    fn status(&self) -> Value {
+        let samples = self.sources.metrics.samples();
+        let of_part = |name: &str, key: &str| {
+            let family = format!("flowd_{key}_events_total");
+            outcomes(&samples, |s| s.name == family && s.label(key) == Some(name))
+        };
+        let parts = |key: &'static str, names: &[&str]| -> Vec<Value> {
+            let part = |name: &&str| json!({"name": name, "events": of_part(name, key)});
+            names.iter().map(part).collect()
+        };
+        let value = |name: &str| samples.iter().find(|s| s.name == name).map(|s| s.value);
+        let queues: Vec<Value> = samples
+            .iter()
+            .filter(|s| s.name == "flowd_queue_depth")
+            .map(|depth| {
+                let high = samples
+                    .iter()
+                    .find(|s| s.name == "flowd_queue_high_water" && s.labels == depth.labels);
+                json!({
+                    "name": depth.label("queue"), "depth": depth.value, "high-water": high.map(|s| s.value),
+                })
+            })
+            .collect();
+        let complaints: Vec<Value> = logging::complaints()
+            .iter()
+            .map(|complaint| {
+                json!({
+                    "time": format!("{:.3}", complaint.time),
+                    "level": complaint.level.as_str().to_lowercase(),
+                    "message": complaint.message,
+                })
+            })
+            .collect();
+        json!({
+            "version": env!("CARGO_PKG_VERSION"),
+            "pid": std::process::id(),
+            "started": format!("{:.3}", self.sources.started),
+            "uptime": self.since.elapsed().as_secs(),
+            "flows-open": value("flowd_flows_open"),
+            "plugins": parts("plugin", &self.sources.plugins),
+            "backends": parts("backend", &self.sources.backends),
+            "dispatcher": outcomes(&samples, |s| s.name == "flowd_dispatcher_events_total"),
+            "journal": outcomes(&samples, |s| s.name == "flowd_journal_writes_total"),
+            "queues": queues,
+            "ongoing-dropped": value("flowd_ongoing_dropped_total"),
+            "complaints": complaints,
+        })
+    }
+}
+
+/// Outcome to count, of the samples that are wanted.
+fn outcomes(samples: &[Sample], wanted: impl Fn(&Sample) -> bool) -> Map<String, Value> {
+    let wanted = samples.iter().filter(|sample| wanted(sample));
+    wanted
+        .filter_map(|s| Some((s.label("outcome")?.to_owned(), s.value.into())))
+        .collect()
+}
+
+/// For what can be read and nothing else.
+fn get(request: &Request, answer: impl FnOnce() -> Response) -> Response {
+    match request.method.as_str() {
+        "GET" => answer(),
+        _ => method_not_allowed("GET, HEAD"),
+    }
+}
+
+/// 405, with the methods that are.
+pub fn method_not_allowed(allowed: &str) -> Response {
+    let mut response = problem(405, &format!("expected {allowed}"));
+    response.headers.push(("Allow", allowed.to_owned()));
+    response
+}
+
+fn busy() -> Response {
+    problem(503, "the dispatcher does not answer")
+}
+
+/// Which flows are listed.
+#[derive(Default)]
+struct Filter {
+    experiment: Option<u16>,
+    address: Option<IpNet>,
+}
+
+impl Filter {
+    fn parse(text: &str, registry: &Registry) -> Result<Filter, String> {
+        let mut filter = Filter::default();
+        for (key, value) in query::parse(text.as_bytes()) {
+            match &*key {
+                "experiment" => {
+                    let id = registry
+                        .experiment_id(&value)
+                        .or_else(|| value.parse().ok());
+                    let id = id.ok_or_else(|| {
+                        format!("experiment: \"{}\" is neither an id of 0 to 65535 nor a name of the registry", value.escape_debug())
+                    })?;
+                    filter.experiment = Some(id);
+                }
+                "address" => {
+                    let whole = parse_address(&value).map(|a| IpNet::from(a.to_canonical()));
+                    let net = whole.or_else(|| value.parse().ok()).ok_or_else(|| {
+                        format!(
+                            "address: \"{}\" is neither an address nor a prefix",
+                            value.escape_debug()
+                        )
+                    })?;
+                    filter.address = Some(net);
+                }
+                _ => {
+                    return Err(format!(
+                        "unknown parameter \"{}\", expected experiment or address",
+                        key.escape_debug()
+                    ));
+                }
+            }
+        }
+        Ok(filter)
+    }
+
+    fn admits(&self, flow: &Flow, tag: Tag) -> bool {
+        let ends = [flow.source.address, flow.destination.address];
+        self.experiment.is_none_or(|id| id == tag.experiment)
+            && self
+                .address
+                .is_none_or(|net| ends.iter().any(|end| net.contains(end)))
+    }
+}
+
+/// Shows flows as JSON.
+struct Describer {
+    registry: Arc<Registry>,
+    labeller: Option<Labeller>,
+    local: HashSet<IpAddr>,
+    now: Timestamp,
+}
+
+impl Describer {
+    fn describe(&self, flow: &Flow, open: &OpenFlow) -> Value {
+        let (experiment, activity) = self.registry.names(open.tag);
+        let outgoing = interfaces::outgoing(flow, &self.local);
+        let marked = outgoing.source.address.is_ipv6() && scitag::fits(open.tag);
+        let label = self.labeller.as_ref().filter(|_| marked);
+        let age = self.now.duration_since(open.start_time());
+        json!({
+            "id": id(flow),
+            "state": open.state.as_str(),
+            "protocol": flow.protocol.as_str(),
+            "src-ip": flow.source.address,
+            "src-port": flow.source.port,
+            "dst-ip": flow.destination.address,
+            "dst-port": flow.destination.port,
+            "experiment-id": open.tag.experiment,
+            "activity-id": open.tag.activity,
+            "experiment": experiment,
+            "activity": activity,
+            "start-time": format!("{:.6}", open.start_time()),
+            "age": (age.as_secs_f64().max(0.0) * 1000.0).round() / 1000.0,
+            "origin": open.origin.as_str(),
+            "application": open.application.as_deref(),
+            "label": label.map(|labeller| labeller.label(&outgoing, open.tag)),
+        })
+    }
+}
+
+/// What identifies a flow in a path: its 5-tuple by commas.
+fn id(flow: &Flow) -> String {
+    let (source, destination) = (flow.source, flow.destination);
+    format!(
+        "{},{},{},{},{}",
+        flow.protocol.as_str(),
+        source.address,
+        source.port,
+        destination.address,
+        destination.port
+    )
+}
+
+fn flow_of_id(id: &str) -> Option<Flow> {
+    let mut fields = id.split(',');
+    let protocol = Protocol::from_word(fields.next()?)?;
+    let mut end = || Some((fields.next()?.parse().ok()?, fields.next()?.parse().ok()?));
+    let (source, destination) = (end()?, end()?);
+    fields.next().is_none().then_some(())?;
+    Flow::new(protocol, source, destination).ok()
+}
+
+enum ListingState {
+    Begin,
+    First,
+    Later,
+    Done,
+}
+
+/// The body of `GET /flows`, part by part.
+struct Listing {
+    describer: Describer,
+    filter: Filter,
+    flows: Arc<Vec<(Flow, OpenFlow)>>,
+    at: usize,
+    state: ListingState,
+}
+
+impl Iterator for Listing {
+    type Item = Vec<u8>;
+
+    fn next(&mut self) -> Option<Vec<u8>> {
+        let mut part = String::new();
+        match self.state {
+            ListingState::Begin => {
+                part += "{\"flows\":[";
+                self.state = ListingState::First;
+            }
+            ListingState::Done => return None,
+            _ => {}
+        }
+        while let Some((flow, open)) = self.flows.get(self.at) {
+            self.at += 1;
+            if self.filter.admits(flow, open.tag) {
+                part += match std::mem::replace(&mut self.state, ListingState::Later) {
+                    ListingState::Later => ",\n",
+                    _ => "\n",
+                };
+                part += &self.describer.describe(flow, open).to_string();
+            }
+            if part.len() >= PART {
+                return Some(part.into_bytes());
+            }
+        }
+        self.state = ListingState::Done;
+        part += "\n]}\n";
+        Some(part.into_bytes())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_id_leads_back_to_its_flow() {
+        for text in [
+            "tcp,2001:db8::1,40001,2001:db8::2,443",
+            "udp,192.0.2.1,0,192.0.2.2,65535",
+        ] {
+            assert_eq!(id(&flow_of_id(text).unwrap()), text);
+        }
+        for text in [
+            "",
+            "tcp",
+            "tcp,192.0.2.1,1,192.0.2.2",
+            "tcp,192.0.2.1,1,192.0.2.2,2,3",
+            "tcp,192.0.2.1,1,::1,2",
+        ] {
+            assert_eq!(flow_of_id(text), None, "{text}");
+        }
+    }
+
+    #[test]
+    fn filters() {
+        let registry = Registry::builtin();
+        let admits = |query: &str| {
+            let flow = flow_of_id("tcp,2001:db8::1,1,2001:db8::2,2").unwrap();
+            let tag = Tag {
+                experiment: 2,
+                activity: 9,
+            };
+            Filter::parse(query, &registry).map(|filter| filter.admits(&flow, tag))
+        };
+        for good in [
+            "",
+            "experiment=2",
+            "experiment=ATLAS",
+            "address=2001:db8::2",
+            "address=2001%3Adb8::/32&experiment=atlas",
+        ] {
+            assert_eq!(admits(good), Ok(true), "{good}");
+        }
+        for other in [
+            "experiment=cms",
+            "address=192.0.2.1",
+            "address=2001:db8:1::/48",
+        ] {
+            assert_eq!(admits(other), Ok(false), "{other}");
+        }
+        for wrong in ["experiment=nobody", "address=host", "address=", "limit=3"] {
+            assert!(admits(wrong).is_err(), "{wrong}");
+        }
+    }
+}
