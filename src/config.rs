@@ -14,6 +14,8 @@ use std::time::Duration;
 
 use log::LevelFilter;
 
+use crate::flow::Tag;
+
 pub use check::log_level;
 
 /// Where the pinned maps of the marker lie, unless `bpfFsPath` says otherwise.
@@ -47,12 +49,18 @@ pub struct Config {
     pub named_pipe: Option<NamedPipe>,
     /// `plugins.firefly`.
     pub firefly_plugin: Option<FireflyPlugin>,
+    /// `plugins.api`.
+    pub api: Option<Api>,
+    /// `plugins.perfsonar`: the tag of all packets.
+    pub perfsonar: Option<Tag>,
     /// `backends.firefly`.
     pub firefly: Option<Firefly>,
     /// `backends.marker`.
     pub marker: Option<Marker>,
     /// Settings that are accepted and have no effect, each with the reason.
     pub notes: Vec<String>,
+    /// Settings that do something else than they say, each with the reason.
+    pub warnings: Vec<String>,
 }
 
 /// The socket that `flowd-rs flows` and `flowd-rs status` ask.
@@ -91,6 +99,19 @@ pub struct FireflyPlugin {
     pub bind: SocketAddr,
     /// `bufferSize`: the longest datagram, in bytes.
     pub buffer_size: usize,
+}
+
+/// The API plugin.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Api {
+    /// `bindAddress` and `bindPort`; `None` for port 0.
+    pub bind: Option<SocketAddr>,
+    /// `unixSocket` and `unixSocketMode`.
+    pub unix_socket: Option<(PathBuf, u32)>,
+    /// `token`.
+    pub token: Option<String>,
+    /// `tokenFile`.
+    pub token_file: Option<PathBuf>,
 }
 
 /// The firefly backend.
@@ -144,6 +165,8 @@ pub struct Marker {
     pub strategy: Strategy,
     /// `matchAll`.
     pub match_all: bool,
+    /// The tag of all packets, if it is not that of the last flow started.
+    pub all: Option<Tag>,
     /// `debugMode`.
     pub debug: bool,
     /// `priority` of the tc filter.
@@ -228,6 +251,8 @@ impl Config {
         let plugins = [
             ("named_pipe", self.named_pipe.is_some()),
             ("firefly", self.firefly_plugin.is_some()),
+            ("api", self.api.is_some()),
+            ("perfsonar", self.perfsonar.is_some()),
         ];
         enabled(&plugins)
     }

@@ -53,6 +53,9 @@ pub fn run(config: &Config) -> Result<()> {
     listen_for_signals(notices.clone())?;
     let _lock = state_dir::lock(&config.state_dir)?;
     let pid_file = PidFile::write(config)?;
+    for warning in &config.warnings {
+        log::warn!("{warning}");
+    }
     for note in &config.notes {
         log::info!("{note}");
     }
@@ -84,7 +87,7 @@ pub fn run(config: &Config) -> Result<()> {
         backends: config.backend_names(),
         started: Timestamp::now(),
     };
-    let plugins = plugins::build(config, &registry, &metrics)?;
+    let plugins = plugins::build(config, &sources)?;
     let control = Control::new(&config.control_socket, Routes::new(sources))?;
     for backend in &mut backends {
         backend.restore(&table)?;

@@ -21,6 +21,7 @@ pub mod line_buffer;
 pub mod log_limit;
 pub mod logging;
 pub mod metrics;
+pub mod nearest;
 pub mod pipe_line;
 pub mod plugins;
 pub mod queue;

@@ -1,9 +1,9 @@
 //! Sources of flow events, one thread each.
 
+pub mod api;
 pub mod firefly;
 pub mod named_pipe;
-
-use std::sync::Arc;
+pub mod perfsonar;
 
 use crossbeam_channel::Sender;
 use jiff::Timestamp;
@@ -14,7 +14,7 @@ use crate::error::Result;
 use crate::flow::FlowEvent;
 use crate::metrics::Metrics;
 use crate::queue::{Pushed, push};
-use crate::registry::Registry;
+use crate::routes::Sources;
 use crate::sys::stop::Stop;
 
 /// A source of flow events. Building one acquires every resource it needs (socket, pipe, BPF program),
@@ -28,11 +28,8 @@ pub trait Plugin: Send {
 }
 
 /// Builds every plugin that is configured.
-pub fn build(
-    config: &Config,
-    registry: &Arc<Registry>,
-    metrics: &Metrics,
-) -> Result<Vec<Box<dyn Plugin>>> {
+pub fn build(config: &Config, sources: &Sources) -> Result<Vec<Box<dyn Plugin>>> {
+    let (registry, metrics) = (&sources.registry, &sources.metrics);
     let mut plugins: Vec<Box<dyn Plugin>> = Vec::new();
     if let Some(config) = &config.named_pipe {
         plugins.push(Box::new(named_pipe::NamedPipe::new(
@@ -41,6 +38,12 @@ pub fn build(
     }
     if let Some(config) = &config.firefly_plugin {
         plugins.push(Box::new(firefly::Firefly::new(config, metrics)?));
+    }
+    if let Some(config) = &config.api {
+        plugins.push(Box::new(api::Api::new(config, sources.clone())?));
+    }
+    if let Some(tag) = config.perfsonar {
+        plugins.push(Box::new(perfsonar::Perfsonar::new(tag)?));
     }
     Ok(plugins)
 }

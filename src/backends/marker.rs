@@ -29,6 +29,7 @@ outcomes! {
         Entered = "entered",
         Removed = "removed",
         Ipv4 = "ipv4",
+        PortUnknown = "port_unknown",
         Untagged = "untagged",
         TagTooLarge = "tag_too_large",
         MapFull = "map_full",
@@ -136,6 +137,9 @@ impl Marker {
     fn entry(&self, flow: &Flow, tag: Tag) -> std::result::Result<(Key, Mark), Outcome> {
         let outgoing = interfaces::outgoing(flow, &self.local);
         let key = Key::new(&outgoing).ok_or(Outcome::Ipv4)?;
+        if flow.source.port == 0 || flow.destination.port == 0 {
+            return Err(Outcome::PortUnknown);
+        }
         if tag.experiment == 0 || tag.activity == 0 {
             return Err(Outcome::Untagged);
         }
@@ -182,7 +186,7 @@ impl Marker {
             Outcome::MapFull => self.trouble.log(Instant::now(), || {
                 format!("marker: {flow}: the map is full, not marked (flows.maxFlows)")
             }),
-            Outcome::Ipv4 | Outcome::Untagged => log::debug!("marker: {flow}: not marked: {outcome:?}"),
+            Outcome::Ipv4 | Outcome::PortUnknown | Outcome::Untagged => log::debug!("marker: {flow}: not marked: {outcome:?}"),
             _ => {}
         }
     }
@@ -202,7 +206,11 @@ impl Marker {
         }
     }
 
+    /// With a tag of its own for all packets, flows say nothing.
     fn take(&mut self, event: &FlowEvent) {
+        if self.config.all.is_some() {
+            return;
+        }
         match event.state {
             State::Start => self.enter(&event.flow, event.tag()),
             // News can open a flow, too.
@@ -225,11 +233,23 @@ impl Backend for Marker {
     /// The map first, then the filter: what the former daemon's filter marks stays marked throughout.
     fn restore(&mut self, table: &FlowTable) -> Result<()> {
         let mut wanted = HashSet::new();
-        for (flow, open) in table.iter() {
-            if let Ok((key, _)) = self.entry(flow, open.tag) {
-                wanted.insert(key);
+        if let Some(tag) = self.config.all {
+            let mark = Mark {
+                label: scitag::label(tag),
+                tag,
+                ..Mark::default()
+            };
+            let entered = self.program.maps.enter(&Key::ALL, mark);
+            entered.context(|| "map of the marker".to_owned())?;
+            self.counters.add(Outcome::Entered);
+            wanted.insert(Key::ALL);
+        } else {
+            for (flow, open) in table.iter() {
+                if let Ok((key, _)) = self.entry(flow, open.tag) {
+                    wanted.insert(key);
+                }
+                self.enter(flow, open.tag);
             }
-            self.enter(flow, open.tag);
         }
         let stale: Vec<Key> = self
             .program

@@ -35,6 +35,9 @@ impl Config {
         let Command::Check(check) = self.command;
         let config = crate::config::Config::load(&check.config)?;
         println!("{}: good", check.config.display());
+        for warning in &config.warnings {
+            println!("warning: {warning}");
+        }
         for note in &config.notes {
             println!("note: {note}");
         }

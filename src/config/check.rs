@@ -37,11 +37,9 @@ fn error<T>(key: &str, message: impl Into<String>) -> Result<T> {
 
 /// Gives every value its default and refuses those out of range.
 pub fn check(raw: raw::Raw) -> Result<Config> {
-    let mut notes = Vec::new();
+    let (mut notes, mut warnings) = (Vec::new(), Vec::new());
     let (plugins, backends) = (raw.plugins, raw.backends);
     for (key, section) in [
-        ("plugins.api", &plugins.api),
-        ("plugins.perfsonar", &plugins.perfsonar),
         ("plugins.iperf3", &plugins.iperf3),
         ("plugins.netlink", &plugins.netlink),
         ("plugins.netstat", &plugins.netstat),
@@ -60,24 +58,31 @@ pub fn check(raw: raw::Raw) -> Result<Config> {
         .firefly
         .map(|p| plugins::firefly(p, &mut notes))
         .transpose()?;
-    if named_pipe.is_none() && firefly_plugin.is_none() {
-        return error(
-            "plugins",
-            "no plugin is enabled, expected at least one (namedPipe, firefly)",
-        );
-    }
+    let api = plugins.api.map(plugins::api).transpose()?;
+    let perfsonar = plugins.perfsonar.map(plugins::perfsonar).transpose()?;
     let firefly = backends.firefly.map(backends::firefly).transpose()?;
-    let marker = backends
+    let mut marker = backends
         .marker
         .map(|m| backends::marker(m, &mut notes))
         .transpose()?;
-    if firefly.is_none() && marker.is_none() {
-        return error(
-            "backends",
-            "no backend is enabled, expected at least one (firefly, marker)",
-        );
+    match (perfsonar, &mut marker) {
+        (None, _) => {}
+        (Some(_), None) => {
+            let message = "expected backends.marker as well: it is what marks the packets";
+            return error("plugins.perfsonar", message);
+        }
+        (Some(_), Some(marker)) => {
+            marker.all = perfsonar;
+            if !marker.match_all {
+                marker.match_all = true;
+                warnings.push(
+                    "backends.marker.matchAll is set to true: plugins.perfsonar marks every packet"
+                        .to_owned(),
+                );
+            }
+        }
     }
-    Ok(Config {
+    let config = Config {
         pid_path_given: raw.pid_path.is_some(),
         pid_path: match raw.pid_path.as_deref() {
             Some("") => None,
@@ -108,10 +113,26 @@ pub fn check(raw: raw::Raw) -> Result<Config> {
         },
         named_pipe,
         firefly_plugin,
+        api,
+        perfsonar,
         firefly,
         marker,
         notes,
-    })
+        warnings,
+    };
+    if config.plugin_names().is_empty() {
+        return error(
+            "plugins",
+            "no plugin is enabled, expected at least one (namedPipe, firefly, api, perfsonar)",
+        );
+    }
+    if config.backend_names().is_empty() {
+        return error(
+            "backends",
+            "no backend is enabled, expected at least one (firefly, marker)",
+        );
+    }
+    Ok(config)
 }
 
 fn range<T: TryFrom<i64>>(
@@ -250,7 +271,7 @@ mod tests {
         for (text, expected) in [
             (
                 "",
-                "f: plugins: no plugin is enabled, expected at least one (namedPipe, firefly)",
+                "f: plugins: no plugin is enabled, expected at least one (namedPipe, firefly, api, perfsonar)",
             ),
             (
                 "plugins: {namedPipe: }\n",
@@ -261,8 +282,8 @@ mod tests {
                 "f:2:3: plugins.marker: unknown key, expected one of namedPipe, api, firefly, perfsonar, iperf3, netlink, netstat",
             ),
             (
-                "plugins:\n  api:\n    bindPort: 3\n",
-                "f:3:5: plugins.api: not supported yet",
+                "plugins:\n  netlink:\n    period: 3\n",
+                "f:3:5: plugins.netlink: not supported yet",
             ),
             (
                 "backends: {prometheus: {}}\n",

@@ -48,11 +48,11 @@ pub struct Plugins {
     #[serde(deserialize_with = "section")]
     pub named_pipe: Option<NamedPipe>,
     #[serde(deserialize_with = "section")]
-    pub api: Option<Value>,
+    pub api: Option<Api>,
     #[serde(deserialize_with = "section")]
     pub firefly: Option<FireflyPlugin>,
     #[serde(deserialize_with = "section")]
-    pub perfsonar: Option<Value>,
+    pub perfsonar: Option<Perfsonar>,
     #[serde(deserialize_with = "section")]
     pub iperf3: Option<Value>,
     #[serde(deserialize_with = "section")]
@@ -91,6 +91,36 @@ pub struct FireflyPlugin {
     pub buffer_size: Option<i64>,
     pub deadline: Option<i64>,
     pub has_syslog_header: Option<bool>,
+}
+
+/// `plugins.api`
+#[derive(Debug, Default, Deserialize)]
+#[serde(
+    default,
+    deny_unknown_fields,
+    rename_all = "camelCase",
+    expecting = "a mapping"
+)]
+pub struct Api {
+    pub bind_address: Option<String>,
+    pub bind_port: Option<i64>,
+    pub unix_socket: Option<String>,
+    pub unix_socket_mode: Option<String>,
+    pub token: Option<String>,
+    pub token_file: Option<String>,
+}
+
+/// `plugins.perfsonar`
+#[derive(Debug, Default, Deserialize)]
+#[serde(
+    default,
+    deny_unknown_fields,
+    rename_all = "camelCase",
+    expecting = "a mapping"
+)]
+pub struct Perfsonar {
+    pub activity_id: Option<i64>,
+    pub experiment_id: Option<i64>,
 }
 
 /// `backends`

@@ -6,6 +6,7 @@ use serde::de::{DeserializeSeed, Error as _, IgnoredAny, MapAccess, Visitor};
 use serde_yaml::{Deserializer, Error, Location};
 
 use super::raw::Raw;
+use crate::nearest::nearest;
 
 /// An error at a place of the file.
 #[derive(Debug, PartialEq, Eq)]
@@ -83,11 +84,7 @@ fn unknown_key(text: &str) -> Option<String> {
         .step_by(2);
     let unknown = quoted.next()?;
     let known: Vec<&str> = quoted.collect();
-    let distance =
-        |key: &&&str| strsim::damerau_levenshtein(&key.to_lowercase(), &unknown.to_lowercase());
-    let nearest = known.iter().min_by_key(distance);
-    let nearest = nearest.filter(|key| distance(key) <= 1 + unknown.len() / 3);
-    Some(match nearest {
+    Some(match nearest(unknown, &known) {
         Some(nearest) => format!("unknown key, did you mean `{nearest}`?"),
         None => format!("unknown key, expected one of {}", known.join(", ")),
     })

@@ -44,6 +44,7 @@ pub fn settings(bpffs: &BpfFs, strategy: Strategy) -> Marker {
         program_path: None,
         strategy,
         match_all: false,
+        all: None,
         debug: false,
         priority: 10,
         keep_on_exit: false,

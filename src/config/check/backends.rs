@@ -111,6 +111,7 @@ pub fn marker(raw: raw::Marker, notes: &mut Vec<String>) -> Result<Marker> {
             .map(PathBuf::from),
         strategy,
         match_all: raw.match_all.unwrap_or(false),
+        all: None,
         debug: raw.debug_mode.unwrap_or(false),
         priority: range(
             "backends.marker.priority",

@@ -3,13 +3,18 @@
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 
 use super::{Result, error, octal, path, range};
-use crate::config::{FireflyPlugin, NamedPipe, PIPE_PATH, raw};
+use crate::config::{Api, FireflyPlugin, NamedPipe, PIPE_PATH, raw};
 use crate::firefly;
-use crate::flow::parse_address;
+use crate::flow::{Tag, parse_address};
+use crate::scitag;
 
 const PIPE_MODE: u32 = 0o666;
 /// flowd-go's.
 const FIREFLY_BUFFER: i64 = 4096;
+/// flowd-go's.
+const API_PORT: i64 = 7777;
+/// Of the API's Unix socket: its owner and its group may write.
+const SOCKET_MODE: u32 = 0o660;
 /// The longest UDP datagram.
 const DATAGRAM_MAX: usize = 65536;
 
@@ -69,6 +74,67 @@ pub fn firefly(raw: raw::FireflyPlugin, notes: &mut Vec<String>) -> Result<Firef
     Ok(FireflyPlugin {
         bind: SocketAddr::new(ip, port),
         buffer_size: buffer.min(DATAGRAM_MAX),
+    })
+}
+
+/// The API plugin.
+pub fn api(raw: raw::Api) -> Result<Api> {
+    let key = |key: &str| format!("plugins.api.{key}");
+    let ip = bind_address(&key("bindAddress"), raw.bind_address)?;
+    let port = range(&key("bindPort"), raw.bind_port, API_PORT, 0, 65535)?;
+    if raw.token.is_some() && raw.token_file.is_some() {
+        return error(
+            &key("tokenFile"),
+            "there is a token as well, expected one of them",
+        );
+    }
+    if let Some(token) = &raw.token
+        && (token.is_empty() || token.contains(|c: char| !c.is_ascii_graphic()))
+    {
+        let message = "expected printable ASCII characters without spaces";
+        return error(&key("token"), message);
+    }
+    let token_file = match raw.token_file {
+        Some(file) => Some(path(&key("tokenFile"), Some(file), "")?),
+        None => None,
+    };
+    if port != 0 && !ip.is_loopback() && raw.token.is_none() && token_file.is_none() {
+        let message = format!(
+            "{ip} is not loopback: expected a token or a tokenFile, so that not everybody can report flows"
+        );
+        return error(&key("bindAddress"), message);
+    }
+    let mode = match raw.unix_socket_mode {
+        Some(text) => octal(&key("unixSocketMode"), &text)?,
+        None => SOCKET_MODE,
+    };
+    let unix_socket = match raw.unix_socket {
+        Some(socket) => Some((path(&key("unixSocket"), Some(socket), "")?, mode)),
+        None => None,
+    };
+    if port == 0 && unix_socket.is_none() {
+        return error(
+            &key("bindPort"),
+            "0 is no port, and there is no unixSocket either",
+        );
+    }
+    Ok(Api {
+        bind: (port != 0).then(|| SocketAddr::new(ip, port)),
+        unix_socket,
+        token: raw.token,
+        token_file,
+    })
+}
+
+/// The perfSONAR plugin: a tag that packets can carry.
+pub fn perfsonar(raw: raw::Perfsonar) -> Result<Tag> {
+    let id = |key: &str, value, most: u16| {
+        let key = format!("plugins.perfsonar.{key}");
+        range(&key, value, 0, 1, most.into())
+    };
+    Ok(Tag {
+        experiment: id("experimentId", raw.experiment_id, scitag::EXPERIMENT_MAX)?,
+        activity: id("activityId", raw.activity_id, scitag::ACTIVITY_MAX)?,
     })
 }
 

@@ -1,0 +1,451 @@
+//! A flow event in the JSON of a request: in our spelling, which is a firefly's without its sections, or
+//! in flowd-go's. No I/O.
+
+use std::net::IpAddr;
+
+use jiff::Timestamp;
+use serde_json::{Map, Value};
+
+use crate::flow::{Flow, FlowEvent, Origin, Protocol, State, Tag, Usage, parse_address};
+use crate::nearest::nearest;
+use crate::registry::Registry;
+
+type Object = Map<String, Value>;
+type Result<T> = std::result::Result<T, String>;
+
+/// Every key of our spelling.
+const KEYS: [&str; 12] = [
+    "state",
+    "protocol",
+    "src-ip",
+    "src-port",
+    "dst-ip",
+    "dst-port",
+    "experiment-id",
+    "activity-id",
+    "start-time",
+    "end-time",
+    "application",
+    "usage",
+];
+
+/// Reads one event or an array of them; an error names the field and what was expected of it.
+pub fn events(document: &Value, registry: &Registry, now: Timestamp) -> Result<Vec<FlowEvent>> {
+    let one = |value: &Value, at: String| {
+        let event = match value {
+            Value::Object(object)
+                if object.keys().any(|key| key.starts_with(char::is_uppercase)) =>
+            {
+                go_event(object, registry, now)
+            }
+            Value::Object(object) => event(object, registry, now),
+            other => Err(format!("a flow is {}, expected an object", kind(other))),
+        };
+        event.map_err(|error| at + &error)
+    };
+    match document {
+        Value::Array(array) => {
+            let numbered = array.iter().enumerate();
+            numbered
+                .map(|(n, value)| one(value, format!("[{n}] ")))
+                .collect()
+        }
+        other => Ok(vec![one(other, String::new())?]),
+    }
+}
+
+fn event(object: &Object, registry: &Registry, now: Timestamp) -> Result<FlowEvent> {
+    if let Some(unknown) = object.keys().find(|key| !KEYS.contains(&key.as_str())) {
+        let near =
+            nearest(unknown, &KEYS).map_or(String::new(), |key| format!(", is {key} meant?"));
+        return Err(format!("{unknown:?}: unknown field{near}"));
+    }
+    let state = text(object, "state", "start, ongoing or end", State::from_word)?;
+    let protocol = text(object, "protocol", "tcp or udp", Protocol::from_word)?;
+    let address = |key| text(object, key, "an IPv4 or IPv6 address", parse_address);
+    let port = |key| number(object, key, 1, 65535);
+    let ends = |ip, at| Ok::<_, String>((address(ip)?, port(at)?));
+    let flow = flow(
+        protocol,
+        ends("src-ip", "src-port")?,
+        ends("dst-ip", "dst-port")?,
+    )?;
+    let experiment = id(object, "experiment-id", |name| registry.experiment_id(name))?;
+    let activity = id(object, "activity-id", |name| {
+        registry.activity_id(experiment, name)
+    })?;
+    let tag = Tag {
+        experiment,
+        activity,
+    };
+    let start_time = time(object, "start-time")?;
+    let end_time = time(object, "end-time")?;
+    let usage = match object.get("usage") {
+        None | Some(Value::Null) => None,
+        Some(Value::Object(usage)) => Some(Usage {
+            received: count(usage, "received")?,
+            sent: count(usage, "sent")?,
+        }),
+        Some(other) => return Err(wrong("usage", other, "an object with received and sent")),
+    };
+    Ok(FlowEvent {
+        usage,
+        ..completed(
+            state,
+            flow,
+            tag,
+            [start_time, end_time],
+            application(object, "application")?,
+            now,
+        )
+    })
+}
+
+/// flowd-go's spelling. What else its structure has says nothing here.
+fn go_event(object: &Object, registry: &Registry, now: Timestamp) -> Result<FlowEvent> {
+    let state = match number(object, "State", 2, 4)? {
+        2 => State::Start,
+        3 => State::End,
+        _ => State::Ongoing,
+    };
+    let protocol = match number(object, "Protocol", 0, 1)? {
+        0 => Protocol::Tcp,
+        _ => Protocol::Udp,
+    };
+    match object.get("Family") {
+        None => {}
+        Some(family) if [Some(2), Some(10)].contains(&family.as_u64()) => {}
+        Some(family) => return Err(wrong("Family", family, "2 (IPv4) or 10 (IPv6)")),
+    }
+    let end = |key| {
+        text(
+            object,
+            key,
+            "address:port, an IPv6 address in brackets",
+            socket_address,
+        )
+    };
+    let flow = flow(protocol, end("Src")?, end("Dst")?)?;
+    let experiment = id(object, "Experiment", |name| registry.experiment_id(name))?;
+    let activity = id(object, "Activity", |name| {
+        registry.activity_id(experiment, name)
+    })?;
+    let tag = Tag {
+        experiment,
+        activity,
+    };
+    let times = [time(object, "StartTs")?, time(object, "EndTs")?];
+    Ok(completed(
+        state,
+        flow,
+        tag,
+        times,
+        application(object, "Application")?,
+        now,
+    ))
+}
+
+fn completed(
+    state: State,
+    flow: Flow,
+    tag: Tag,
+    [start, end]: [Option<Timestamp>; 2],
+    application: Option<&str>,
+    now: Timestamp,
+) -> FlowEvent {
+    let happened = match state {
+        State::Start => start,
+        State::Ongoing => None,
+        State::End => end,
+    };
+    FlowEvent {
+        tag: Some(tag),
+        start_time: start,
+        application: application.map(Into::into),
+        ..FlowEvent::new(state, flow, happened.unwrap_or(now), Origin::Api)
+    }
+}
+
+fn flow(protocol: Protocol, source: (IpAddr, u16), destination: (IpAddr, u16)) -> Result<Flow> {
+    Flow::new(protocol, source, destination).map_err(|error| error.to_string())
+}
+
+fn socket_address(text: &str) -> Option<(IpAddr, u16)> {
+    let (address, port) = text.rsplit_once(':')?;
+    if address.contains(':') && !address.starts_with('[') {
+        return None;
+    }
+    let port = port
+        .bytes()
+        .all(|b| b.is_ascii_digit())
+        .then(|| port.parse().ok())??;
+    (port != 0).then_some((parse_address(address)?, port))
+}
+
+fn wrong(key: &str, found: &Value, expected: &str) -> String {
+    let found = match found {
+        Value::Null => "missing".to_owned(),
+        Value::String(text) => {
+            let cut: String = text.chars().take(100).collect();
+            format!("{cut:?}")
+        }
+        Value::Number(number) => number.to_string(),
+        other => kind(other).to_owned(),
+    };
+    format!("{key} is {found}, expected {expected}")
+}
+
+fn kind(value: &Value) -> &'static str {
+    match value {
+        Value::Null => "null",
+        Value::Bool(_) => "true or false",
+        Value::Number(_) => "a number",
+        Value::String(_) => "a string",
+        Value::Array(_) => "an array",
+        Value::Object(_) => "an object",
+    }
+}
+
+fn text<T>(
+    object: &Object,
+    key: &str,
+    expected: &str,
+    read: impl Fn(&str) -> Option<T>,
+) -> Result<T> {
+    let value = object.get(key).unwrap_or(&Value::Null);
+    let read = value.as_str().and_then(read);
+    read.ok_or_else(|| wrong(key, value, expected))
+}
+
+fn number(object: &Object, key: &str, least: u16, most: u16) -> Result<u16> {
+    let value = object.get(key).unwrap_or(&Value::Null);
+    let number = value.as_u64().and_then(|n| u16::try_from(n).ok());
+    let number = number.filter(|n| (least..=most).contains(n));
+    number.ok_or_else(|| wrong(key, value, &format!("a number of {least} to {most}")))
+}
+
+fn id(object: &Object, key: &str, by_name: impl Fn(&str) -> Option<u16>) -> Result<u16> {
+    let value = object.get(key).unwrap_or(&Value::Null);
+    match value.as_str() {
+        Some(name) => by_name(name).ok_or_else(|| {
+            wrong(
+                key,
+                value,
+                "a number of 0 to 65535 or a name of the registry (GET /registry)",
+            )
+        }),
+        None => number(object, key, 0, 65535),
+    }
+}
+
+fn count(usage: &Object, key: &str) -> Result<Option<u64>> {
+    match usage.get(key) {
+        None | Some(Value::Null) => Ok(None),
+        Some(value) => match value.as_u64() {
+            Some(count) => Ok(Some(count)),
+            None => Err(wrong(&format!("usage.{key}"), value, "a number of bytes")),
+        },
+    }
+}
+
+fn application<'a>(object: &'a Object, key: &str) -> Result<Option<&'a str>> {
+    match object.get(key) {
+        None | Some(Value::Null) => Ok(None),
+        Some(Value::String(application)) if application.is_empty() => Ok(None),
+        Some(Value::String(application)) => Ok(Some(application)),
+        Some(other) => Err(wrong(key, other, "a string")),
+    }
+}
+
+/// The unset time of Go is before 1970.
+fn time(object: &Object, key: &str) -> Result<Option<Timestamp>> {
+    match object.get(key) {
+        None | Some(Value::Null) => Ok(None),
+        Some(value) => {
+            let parsed = value
+                .as_str()
+                .and_then(|text| text.parse::<Timestamp>().ok());
+            let parsed = parsed.ok_or_else(|| wrong(key, value, "a time of RFC 3339"))?;
+            let micros = Timestamp::from_microsecond(parsed.as_microsecond()).unwrap_or(parsed);
+            Ok((micros > Timestamp::UNIX_EPOCH).then_some(micros))
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::json;
+
+    fn read(document: &Value) -> Result<Vec<FlowEvent>> {
+        events(document, &Registry::builtin(), Timestamp::UNIX_EPOCH)
+    }
+
+    fn ours() -> Value {
+        json!({
+            "state": "start", "protocol": "tcp", "src-ip": "::1", "src-port": 2345, "dst-ip": "::1", "dst-port": 5777,
+            "experiment-id": 1, "activity-id": 2,
+        })
+    }
+
+    fn gos() -> Value {
+        json!({
+            "State": 2, "Protocol": 0, "Family": 10, "Src": "[::1]:2345", "Dst": "[::1]:5777", "Experiment": 1, "Activity": 2,
+            "StartTs": "0001-01-01T00:00:00Z", "EndTs": "0001-01-01T00:00:00Z", "Application": "",
+        })
+    }
+
+    #[test]
+    fn both_spellings_mean_the_same() {
+        assert_eq!(read(&ours()).unwrap(), read(&gos()).unwrap());
+        assert_eq!(read(&json!([ours(), gos()])).unwrap().len(), 2);
+        assert_eq!(read(&json!([])).unwrap(), []);
+    }
+
+    #[test]
+    fn names_times_and_counts() {
+        let mut document = ours();
+        for (key, value) in [
+            ("state", json!("end")),
+            ("experiment-id", json!("ATLAS")),
+            ("activity-id", json!("Data Challenge")),
+            ("start-time", json!("2026-01-02T03:04:05Z")),
+            ("end-time", json!("2026-01-02T04:04:05+00:00")),
+            ("application", json!("mover")),
+            ("usage", json!({"sent": 5})),
+        ] {
+            document[key] = value;
+        }
+        let event = &read(&document).unwrap()[0];
+        assert_eq!(
+            event.tag,
+            Some(Tag {
+                experiment: 2,
+                activity: 26
+            })
+        );
+        assert_eq!(
+            event.time - event.start_time(),
+            jiff::Span::new().seconds(3600).fieldwise()
+        );
+        assert_eq!(event.application.as_deref(), Some("mover"));
+        assert_eq!(
+            event.usage,
+            Some(Usage {
+                received: None,
+                sent: Some(5)
+            })
+        );
+    }
+
+    #[test]
+    fn errors_name_the_field_and_what_was_expected() {
+        for (key, value, expected) in [
+            (
+                "state",
+                json!("begin"),
+                "state is \"begin\", expected start, ongoing or end",
+            ),
+            ("protocol", json!(6), "protocol is 6, expected tcp or udp"),
+            (
+                "src-ip",
+                json!("host"),
+                "src-ip is \"host\", expected an IPv4 or IPv6 address",
+            ),
+            (
+                "src-ip",
+                json!("192.0.2.1"),
+                "source and destination must be of one address family",
+            ),
+            (
+                "dst-port",
+                json!(0),
+                "dst-port is 0, expected a number of 1 to 65535",
+            ),
+            (
+                "dst-port",
+                json!("443"),
+                "dst-port is \"443\", expected a number of 1 to 65535",
+            ),
+            (
+                "experiment-id",
+                json!("nobody"),
+                "experiment-id is \"nobody\", expected a number of 0 to 65535 or a name of the registry (GET /registry)",
+            ),
+            (
+                "activity-id",
+                json!(null),
+                "activity-id is missing, expected a number of 0 to 65535",
+            ),
+            (
+                "start-time",
+                json!("soon"),
+                "start-time is \"soon\", expected a time of RFC 3339",
+            ),
+            (
+                "usage",
+                json!({"sent": -1}),
+                "usage.sent is -1, expected a number of bytes",
+            ),
+            (
+                "usage",
+                json!(3),
+                "usage is 3, expected an object with received and sent",
+            ),
+            (
+                "application",
+                json!({}),
+                "application is an object, expected a string",
+            ),
+            (
+                "protocl",
+                json!("tcp"),
+                "\"protocl\": unknown field, is protocol meant?",
+            ),
+        ] {
+            let mut document = ours();
+            document[key] = value;
+            assert_eq!(read(&document).unwrap_err(), expected);
+            assert_eq!(
+                read(&json!([ours(), document])).unwrap_err(),
+                format!("[1] {expected}")
+            );
+        }
+        for (key, value, expected) in [
+            ("State", json!(1), "State is 1, expected a number of 2 to 4"),
+            (
+                "Protocol",
+                json!(6),
+                "Protocol is 6, expected a number of 0 to 1",
+            ),
+            (
+                "Family",
+                json!(4),
+                "Family is 4, expected 2 (IPv4) or 10 (IPv6)",
+            ),
+            (
+                "Src",
+                json!("::1:2345"),
+                "Src is \"::1:2345\", expected address:port, an IPv6 address in brackets",
+            ),
+            (
+                "Dst",
+                json!("[::1]:0"),
+                "Dst is \"[::1]:0\", expected address:port, an IPv6 address in brackets",
+            ),
+            (
+                "Activity",
+                json!(-1),
+                "Activity is -1, expected a number of 0 to 65535",
+            ),
+        ] {
+            let mut document = gos();
+            document[key] = value;
+            assert_eq!(read(&document).unwrap_err(), expected);
+        }
+        assert_eq!(
+            read(&json!("x")).unwrap_err(),
+            "a flow is a string, expected an object"
+        );
+    }
+}
