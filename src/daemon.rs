@@ -44,7 +44,7 @@ const IN_TIME: Duration = Duration::from_secs(2);
 enum Notice {
     Signal(i32),
     /// A thread has ended.
-    Ended(&'static str, Result<()>),
+    Ended(String, Result<()>),
 }
 
 /// Runs the daemon until it is told to stop, or until one of its threads dies, which is an error.
@@ -94,9 +94,9 @@ pub fn run(config: &Config) -> Result<()> {
     }
 
     let (switch, stop) = stop().context(|| "pipe of the stop switch".to_owned())?;
-    let mut names = Vec::new();
-    let mut start = |name: &'static str, work: Box<dyn FnOnce() -> Result<()> + Send>| {
-        names.push(name);
+    let mut running = 0;
+    let mut start = |name: String, work: Box<dyn FnOnce() -> Result<()> + Send>| {
+        running += 1;
         spawn(name, notices.clone(), work)
     };
     let mut outputs = Vec::new();
@@ -104,7 +104,10 @@ pub fn run(config: &Config) -> Result<()> {
         let (channel, events) = bounded(BACKEND_QUEUE);
         let queue = metrics.queue(backend.name());
         outputs.push(Output { channel, queue });
-        start(backend.name(), Box::new(move || backend.run(events)))?;
+        start(
+            format!("backend {}", backend.name()),
+            Box::new(move || backend.run(events)),
+        )?;
     }
     let (channel, events) = bounded(DISPATCHER_QUEUE);
     let dispatcher = Dispatcher::new(
@@ -117,7 +120,7 @@ pub fn run(config: &Config) -> Result<()> {
     );
     let heartbeat = dispatcher.heartbeat();
     start(
-        "dispatcher",
+        "dispatcher".to_owned(),
         Box::new(move || {
             dispatcher.run(&events, queries);
             Ok(())
@@ -125,24 +128,28 @@ pub fn run(config: &Config) -> Result<()> {
     )?;
     for plugin in plugins {
         let (events, stop) = (EventSender::new(channel.clone(), &metrics), stop.clone());
-        start(plugin.name(), Box::new(move || plugin.run(events, stop)))?;
+        start(
+            format!("plugin {}", plugin.name()),
+            Box::new(move || plugin.run(events, stop)),
+        )?;
     }
     drop(channel);
     if let Some(control) = control {
         let stop = stop.clone();
-        start("control", Box::new(move || control.run(stop)))?;
+        start("control".to_owned(), Box::new(move || control.run(stop)))?;
     }
 
     log::info!(
-        "flowd-rs {} is ready: {}",
+        "flowd-rs {} is ready: plugins {}; backends {}",
         env!("CARGO_PKG_VERSION"),
-        names.join(", ")
+        config.plugin_names().join(", "),
+        config.backend_names().join(", ")
     );
     notify(&[NotifyState::Ready]);
     let supervisor = Supervisor {
         inbox,
         switch,
-        running: names.len(),
+        running,
         metrics,
         heartbeat,
         started: Instant::now(),
@@ -214,7 +221,7 @@ impl Supervisor {
                 }
                 Ok(Notice::Ended(name, result)) => {
                     self.running -= 1;
-                    self.thread_ended(name, result, &mut deadline);
+                    self.thread_ended(&name, result, &mut deadline);
                 }
                 Err(RecvTimeoutError::Timeout) if deadline.is_some_and(|d| Instant::now() >= d) => {
                     let message = format!(
@@ -282,10 +289,11 @@ fn listen_for_signals(notices: Sender<Notice>) -> Result<()> {
 }
 
 fn spawn(
-    name: &'static str,
+    name: String,
     notices: Sender<Notice>,
     work: Box<dyn FnOnce() -> Result<()> + Send>,
 ) -> Result<()> {
+    let (thread, what) = (name.clone(), name.clone());
     let work = move || {
         // What a panicking thread leaves behind is dropped, not used: its channels close.
         let result = catch_unwind(AssertUnwindSafe(work));
@@ -293,9 +301,9 @@ fn spawn(
         let _ = notices.send(Notice::Ended(name, result));
     };
     thread::Builder::new()
-        .name(name.to_owned())
+        .name(thread)
         .spawn(work)
-        .context(|| format!("thread {name}"))?;
+        .context(|| format!("thread {what}"))?;
     Ok(())
 }
 

@@ -138,7 +138,10 @@ const TITLES: [&str; 9] = [
 fn table(flows: &[Value], width: Option<usize>) -> String {
     let rows: Vec<[String; 9]> = flows.iter().map(row).collect();
     let titles = TITLES.map(str::to_owned);
-    let count = format!("{} flows are open\n", flows.len());
+    let count = match flows.len() {
+        1 => "1 flow is open\n".to_owned(),
+        count => format!("{count} flows are open\n"),
+    };
     if flows.is_empty() {
         return count;
     }

@@ -114,7 +114,7 @@ fn go_event(object: &Object, registry: &Registry, now: Timestamp) -> Result<Flow
     };
     match object.get("Family") {
         None => {}
-        Some(family) if [Some(2), Some(10)].contains(&family.as_u64()) => {}
+        Some(family) if [Some(2), Some(10)].contains(&whole(family)) => {}
         Some(family) => return Err(wrong("Family", family, "2 (IPv4) or 10 (IPv6)")),
     }
     let end = |key| {
@@ -217,9 +217,16 @@ fn text<T>(
     read.ok_or_else(|| wrong(key, value, expected))
 }
 
+/// In JSON 5.0 is a whole number, too.
+fn whole(value: &Value) -> Option<u64> {
+    let whole = |n: &f64| n.fract() == 0.0 && (0.0..=9_007_199_254_740_992.0).contains(n);
+    let float = || value.as_f64().filter(whole).map(|n| n as u64);
+    value.as_u64().or_else(float)
+}
+
 fn number(object: &Object, key: &str, least: u16, most: u16) -> Result<u16> {
     let value = object.get(key).unwrap_or(&Value::Null);
-    let number = value.as_u64().and_then(|n| u16::try_from(n).ok());
+    let number = whole(value).and_then(|n| u16::try_from(n).ok());
     let number = number.filter(|n| (least..=most).contains(n));
     number.ok_or_else(|| wrong(key, value, &format!("a number of {least} to {most}")))
 }
@@ -241,7 +248,7 @@ fn id(object: &Object, key: &str, by_name: impl Fn(&str) -> Option<u16>) -> Resu
 fn count(usage: &Object, key: &str) -> Result<Option<u64>> {
     match usage.get(key) {
         None | Some(Value::Null) => Ok(None),
-        Some(value) => match value.as_u64() {
+        Some(value) => match whole(value) {
             Some(count) => Ok(Some(count)),
             None => Err(wrong(&format!("usage.{key}"), value, "a number of bytes")),
         },

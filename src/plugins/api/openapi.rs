@@ -167,7 +167,7 @@ fn events(registry: &Registry) -> Vec<Value> {
     for address in [ipv4, ipv6] {
         spellings.push(event(&address, &id, &id));
         for experiment in registry.experiments() {
-            let (experiment, activity) = names(experiment);
+            let (experiment, activity) = names(experiment, &id);
             spellings.push(event(&address, &experiment, &activity));
         }
     }
@@ -180,22 +180,23 @@ fn events(registry: &Registry) -> Vec<Value> {
     spellings
 }
 
-fn names(experiment: &Experiment) -> (Value, Value) {
+/// An experiment by name or id, with its activities by name or any by id.
+fn names(experiment: &Experiment, id: &Value) -> (Value, Value) {
     let activities: Vec<&str> = experiment
         .activities
         .iter()
         .map(|a| a.name.as_str())
         .collect();
     (
-        json!({"const": experiment.name}),
-        json!({"enum": activities}),
+        json!({"enum": [experiment.name, experiment.id]}),
+        json!({"anyOf": [{"enum": activities}, id]}),
     )
 }
 
 fn event(address: &Value, experiment: &Value, activity: &Value) -> Value {
     let port = json!({"type": "integer", "minimum": 1, "maximum": 65535});
-    let time = json!({"type": "string", "format": "date-time"});
-    let bytes = json!({"type": "integer", "minimum": 0, "maximum": u64::MAX});
+    let time = json!({"type": ["string", "null"], "format": "date-time"});
+    let bytes = json!({"type": ["integer", "null"], "minimum": 0, "maximum": u64::MAX});
     json!({
         "type": "object", "additionalProperties": false,
         "required": ["state", "protocol", "src-ip", "src-port", "dst-ip", "dst-port", "experiment-id", "activity-id"],
@@ -205,14 +206,14 @@ fn event(address: &Value, experiment: &Value, activity: &Value) -> Value {
             "src-ip": address, "src-port": port, "dst-ip": address, "dst-port": port,
             "experiment-id": experiment, "activity-id": activity,
             "start-time": time, "end-time": time,
-            "application": {"type": "string", "description": "Sent with the flow's fireflies, up to 128 bytes of it."},
-            "usage": {"type": "object", "properties": {"received": bytes, "sent": bytes}},
+            "application": {"type": ["string", "null"], "description": "Sent with the flow's fireflies, up to 128 bytes of it."},
+            "usage": {"type": ["object", "null"], "properties": {"received": bytes, "sent": bytes}},
         },
     })
 }
 
 fn go_event(end: &Value, id: &Value) -> Value {
-    let time = json!({"type": "string", "format": "date-time"});
+    let time = json!({"type": ["string", "null"], "format": "date-time"});
     json!({
         "type": "object", "description": "flowd-go's spelling.",
         "required": ["State", "Protocol", "Src", "Dst", "Experiment", "Activity"],
@@ -221,7 +222,7 @@ fn go_event(end: &Value, id: &Value) -> Value {
             "Protocol": {"enum": [0, 1], "description": "0 tcp, 1 udp"},
             "Family": {"enum": [2, 10]},
             "Src": end, "Dst": end, "Experiment": id, "Activity": id,
-            "StartTs": time, "EndTs": time, "Application": {"type": "string"},
+            "StartTs": time, "EndTs": time, "Application": {"type": ["string", "null"]},
         },
     })
 }
