@@ -24,7 +24,7 @@ use connection::{Connection, Next};
 /// Connections at once.
 const CONNECTIONS: usize = 256;
 /// Bytes that requests which have not arrived in full may hold together.
-const BUFFERED: usize = 16 << 20;
+const BUFFERED: usize = 8 << 20;
 /// How often deadlines are looked at.
 const TICK: Duration = Duration::from_millis(250);
 /// Tokens of listeners count down from here, those of connections up from 0.
@@ -91,13 +91,9 @@ impl Server {
                     Next::Again => ready.push(key),
                     Next::Close => drop(connections.remove(key)),
                 }
+                bound(&mut connections);
             }
             connections.retain(|_, connection| !connection.is_overdue(now));
-            while connections.iter().map(|(_, c)| c.held()).sum::<usize>() > BUFFERED {
-                let largest = connections.iter().max_by_key(|(_, c)| c.held());
-                let Some((key, _)) = largest else { break };
-                connections.remove(key);
-            }
         }
         Ok(())
     }
@@ -134,6 +130,15 @@ impl Server {
                 ready.push(key);
             }
         }
+    }
+}
+
+/// Closes the connections that hold the most as long as all together hold too much.
+fn bound(connections: &mut Slab<Connection>) {
+    while connections.iter().map(|(_, c)| c.held()).sum::<usize>() > BUFFERED {
+        let largest = connections.iter().max_by_key(|(_, c)| c.held());
+        let Some((key, _)) = largest else { return };
+        connections.remove(key);
     }
 }
 

@@ -42,9 +42,10 @@ impl Home {
     pub fn configure(&self, more: &str) {
         let path = |name| self.path(name).display().to_string();
         let config = format!(
-            "pidPath: {}\nstateDir: {}\nplugins:\n  namedPipe:\n    pipePath: {}\n{more}",
+            "pidPath: {}\nstateDir: {}\ncontrolSocket: {}\nplugins:\n  namedPipe:\n    pipePath: {}\n{more}",
             path("pid"),
             path("state"),
+            path("control.sock"),
             path("pipe")
         );
         fs::write(self.path("flowd.cfg"), config).unwrap();

@@ -5,6 +5,7 @@
 #![allow(dead_code, missing_docs)]
 
 pub mod daemon;
+pub mod http;
 pub mod net;
 pub mod sink;
 pub mod wire;

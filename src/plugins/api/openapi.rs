@@ -195,7 +195,7 @@ fn names(experiment: &Experiment, id: &Value) -> (Value, Value) {
 
 fn event(address: &Value, experiment: &Value, activity: &Value) -> Value {
     let port = json!({"type": "integer", "minimum": 1, "maximum": 65535});
-    let time = json!({"type": ["string", "null"], "format": "date-time"});
+    let time = json!({"anyOf": [{"type": "string", "format": "date-time"}, {"type": "null"}]});
     let bytes = json!({"type": ["integer", "null"], "minimum": 0, "maximum": u64::MAX});
     json!({
         "type": "object", "additionalProperties": false,
@@ -213,7 +213,7 @@ fn event(address: &Value, experiment: &Value, activity: &Value) -> Value {
 }
 
 fn go_event(end: &Value, id: &Value) -> Value {
-    let time = json!({"type": ["string", "null"], "format": "date-time"});
+    let time = json!({"anyOf": [{"type": "string", "format": "date-time"}, {"type": "null"}]});
     json!({
         "type": "object", "description": "flowd-go's spelling.",
         "required": ["State", "Protocol", "Src", "Dst", "Experiment", "Activity"],
