@@ -136,6 +136,7 @@ impl Dispatcher {
             }
             self.pass_on(now);
             self.journal.tend(&self.table, now);
+            self.queue.observe(events.len());
             self.heartbeat.beat();
         }
         self.refused.flush();

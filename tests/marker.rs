@@ -129,7 +129,7 @@ fn connection(hosts: &Hosts, class: i32) -> (TcpStream, TcpStream) {
     let listener = hosts
         .there
         .enter(|| TcpListener::bind("[2001:db8::2]:443").unwrap());
-    let client = hosts.here.enter(|| {
+    let connected = || {
         let socket = socket(
             AddressFamily::Inet6,
             SockType::Stream,
@@ -142,9 +142,13 @@ fn connection(hosts: &Hosts, class: i32) -> (TcpStream, TcpStream) {
         let address =
             |text: &str| SockaddrIn6::from(text.parse::<std::net::SocketAddrV6>().unwrap());
         bind(socket.as_raw_fd(), &address("[2001:db8::1]:40001")).unwrap();
-        connect(socket.as_raw_fd(), &address("[2001:db8::2]:443")).unwrap();
-        TcpStream::from(socket)
-    });
+        connect(socket.as_raw_fd(), &address("[2001:db8::2]:443")).ok()?;
+        Some(TcpStream::from(socket))
+    };
+    // The connection before may wait for its last acknowledgement.
+    let client = hosts
+        .here
+        .enter(|| wait_for("the port to be free", connected));
     let server = listener.accept().unwrap().0;
     (client, server)
 }
@@ -162,6 +166,104 @@ fn transfer((mut client, mut server): (TcpStream, TcpStream), length: usize) {
     // Whoever closes first keeps the port for a minute.
     drop(server);
     assert_eq!(client.read(&mut [0]).unwrap(), 0);
+}
+
+#[test]
+#[ignore = "needs root"]
+fn the_label_that_flows_shows_is_that_of_the_packets() {
+    let hosts = Hosts::new();
+    let bpffs = BpfFs::new();
+    let home = home(&bpffs, "targetInterfaces: [veth0]");
+    let daemon = home.start(&hosts.here);
+    let wire = Wire::listen(&hosts);
+    home.write("start udp 2001:db8::1 4000 2001:db8::2 5000 2 19\nstart udp 2001:db8::2 5001 2001:db8::1 4001 2 19\n");
+    entered(&daemon, 2);
+    let socket = home.path("control.sock");
+    let (_, shown, _) = run_program(&["flows", "--json", "--socket", socket.to_str().unwrap()]);
+    let shown: serde_json::Value = serde_json::from_str(&shown).unwrap();
+    for (port, to) in [(4000, 5000), (4001, 5001)] {
+        let socket = udp(&hosts.here, &format!("[2001:db8::1]:{port}"));
+        socket
+            .send_to(b"data", format!("[2001:db8::2]:{to}"))
+            .unwrap();
+        let frame = wire.frames(1, |f| f.source_port == port).remove(0);
+        let flows = shown["flows"].as_array().unwrap().iter();
+        let flow = flows
+            .into_iter()
+            .find(|f| f["src-port"] == port || f["dst-port"] == port);
+        assert_eq!(flow.unwrap()["label"], frame.label);
+    }
+    daemon.stop();
+}
+
+#[test]
+#[ignore = "needs root"]
+fn perfsonar_marks_every_packet_with_one_tag() {
+    let hosts = Hosts::new();
+    let bpffs = BpfFs::new();
+    let path = bpffs.path().display();
+    let home = Home::with(&format!(
+        "  perfsonar: {{experimentId: 2, activityId: 19}}\nbackends:\n  marker: {{bpfFsPath: {path}, targetInterfaces: [veth0]}}\n"
+    ));
+    let wire = Wire::listen(&hosts);
+    for _ in 0..2 {
+        let daemon = home.start(&hosts.here);
+        // Flows have no say.
+        home.write("start udp 2001:db8::1 4000 2001:db8::2 5000 3 3\n");
+        daemon.expect_status("flows_open 1");
+        let socket = udp(&hosts.here, "[2001:db8::1]:4000");
+        for port in [5000, 5001, 53] {
+            socket
+                .send_to(b"data", format!("[2001:db8::2]:{port}"))
+                .unwrap();
+        }
+        transfer(connection(&hosts, 0), 100_000);
+        let frames = wire.frames(20, |f| [4000, 40001].contains(&f.source_port));
+        assert!(frames.len() > 5);
+        assert!(
+            frames.iter().all(|f| scitag::from_label(f.label) == TAG),
+            "{frames:?}"
+        );
+        // What was sent and not looked at.
+        wire.frames(usize::MAX, |_| true);
+        daemon.stop();
+    }
+    let log = home.log();
+    assert!(
+        log.contains(
+            "warn: backends.marker.matchAll is set to true: plugins.perfsonar marks every packet"
+        ),
+        "{log}"
+    );
+}
+
+#[test]
+fn perfsonar_without_a_marker_or_a_tag_is_a_configuration_error() {
+    for (perfsonar, backend, expected) in [
+        (
+            "{experimentId: 2, activityId: 19}",
+            "firefly: {}",
+            "plugins.perfsonar: expected backends.marker as well",
+        ),
+        (
+            "{activityId: 19}",
+            "marker: {}",
+            "plugins.perfsonar.experimentId: 0 is out of range, expected 1 to 511",
+        ),
+        (
+            "{experimentId: 2, activityId: 64}",
+            "marker: {}",
+            "plugins.perfsonar.activityId: 64 is out of range, expected 1 to 63",
+        ),
+    ] {
+        let home = Home::with(&format!(
+            "  perfsonar: {perfsonar}\nbackends:\n  {backend}\n"
+        ));
+        let config = home.path("flowd.cfg");
+        let (code, _, error) = run_program(&["config", "check", "-c", config.to_str().unwrap()]);
+        assert_eq!(code, 2);
+        assert!(error.contains(expected), "{error}");
+    }
 }
 
 #[test]

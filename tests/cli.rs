@@ -1,0 +1,312 @@
+//! `flows`, `status`, `send` and `listen`, run as a user runs them.
+#![allow(missing_docs)]
+
+mod common;
+
+use std::io::{BufRead, BufReader};
+use std::process::{Command, Stdio};
+
+use common::daemon::{Home, PROGRAM, lines, run};
+use common::net::{Hosts, NetNs};
+use common::wait_for;
+use serde_json::Value;
+
+/// Runs a command with the configuration of a daemon.
+fn ask(home: &Home, command: &str, more: &[&str]) -> (i32, String, String) {
+    let config = home.path("flowd.cfg");
+    run(&[&[command, "-c", config.to_str().unwrap()], more].concat())
+}
+
+#[test]
+#[ignore = "needs root"]
+fn flows_shows_what_is_open() {
+    let hosts = Hosts::new();
+    let home = Home::new("{}");
+    let daemon = home.start(&hosts.here);
+    let (code, out, _) = ask(&home, "flows", &[]);
+    assert_eq!((code, out.as_str()), (0, "0 flows are open\n"));
+    home.write("start tcp 2001:db8::1 40001 2001:db8::2 1094 atlas Data_Challenge\n");
+    home.write("start udp 192.0.2.1 40002 192.0.2.2 443 3333 7\n");
+    home.write("start tcp 2001:db8::1 40003 2001:db8::2 1094 cms Cache\n");
+    daemon.expect_status("flows_open 3");
+    let (_, out, _) = ask(&home, "flows", &["--sort", "experiment"]);
+    let rows: Vec<Vec<&str>> = out
+        .lines()
+        .map(|l| l.split_whitespace().collect())
+        .collect();
+    assert_eq!(
+        rows[0],
+        [
+            "STATE",
+            "PROTO",
+            "SOURCE",
+            "DESTINATION",
+            "EXPERIMENT",
+            "ACTIVITY",
+            "AGE",
+            "ORIGIN",
+            "LABEL"
+        ]
+    );
+    assert_eq!(
+        rows[2][..7],
+        [
+            "start",
+            "tcp",
+            "[2001:db8::1]:40001",
+            "[2001:db8::2]:1094",
+            "atlas",
+            "Data",
+            "Challenge"
+        ]
+    );
+    assert_eq!(
+        rows[1][..6],
+        [
+            "start",
+            "udp",
+            "192.0.2.1:40002",
+            "192.0.2.2:443",
+            "3333",
+            "7"
+        ]
+    );
+    assert_eq!(rows[3][7..], ["named_pipe", "-"]);
+    assert!(out.ends_with("\n3 flows are open\n"));
+
+    for (arguments, expected) in [
+        (&["--experiment", "CMS"][..], 1),
+        (&["--experiment", "3333"], 1),
+        (&["--address", "2001:db8::/64"], 2),
+        (&["--address", "192.0.2.2"], 1),
+        (&["--address", "198.51.100.1"], 0),
+    ] {
+        let (_, out, _) = ask(&home, "flows", &[arguments, &["--json"]].concat());
+        let document: Value = serde_json::from_str(&out).unwrap();
+        assert_eq!(
+            document["flows"].as_array().unwrap().len(),
+            expected,
+            "{arguments:?}"
+        );
+    }
+    let (_, out, _) = ask(&home, "flows", &["--sort", "source"]);
+    assert!(
+        out.find("40002").unwrap() < out.find("40001").unwrap(),
+        "{out}"
+    );
+    let (code, _, error) = ask(&home, "flows", &["--experiment", "nobody"]);
+    assert_eq!(code, 1);
+    assert!(
+        error.contains("\"nobody\" is neither an id of 0 to 65535 nor a name of the registry"),
+        "{error}"
+    );
+    let (code, _, error) = ask(&home, "flows", &["--sort", "colour"]);
+    assert_eq!(code, 2);
+    assert!(
+        error.contains("expected age, experiment, source or destination"),
+        "{error}"
+    );
+
+    // It goes on until it is told to stop.
+    let mut watch = Command::new(PROGRAM)
+        .args(["flows", "--watch", "-c"])
+        .arg(home.path("flowd.cfg"))
+        .stdout(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let mut shown = BufReader::new(watch.stdout.take().unwrap()).lines();
+    let mut next = || {
+        shown
+            .by_ref()
+            .map(Result::unwrap)
+            .find(|line| line.ends_with("open"))
+            .unwrap()
+    };
+    assert_eq!(next(), "3 flows are open");
+    home.write("end tcp 2001:db8::1 40003 2001:db8::2 1094 0 0\n");
+    while next() != "2 flows are open" {}
+    watch.kill().unwrap();
+    watch.wait().unwrap();
+    daemon.stop();
+    let (code, _, error) = ask(&home, "flows", &[]);
+    let socket = home.path("control.sock").display().to_string();
+    assert_eq!(
+        (code, error),
+        (
+            1,
+            format!("flowd-rs: no daemon listens on {socket} (controlSocket)\n")
+        )
+    );
+}
+
+#[test]
+#[ignore = "needs root"]
+fn status_tells_how_the_daemon_is_doing() {
+    let ns = NetNs::new("status");
+    let home = Home::with("  firefly:\n  api:\nbackends:\n  firefly: {}\n");
+    let daemon = home.start(&ns);
+    home.write("start tcp 192.0.2.1 1 192.0.2.2 2 2 9\nrubbish\n");
+    home.wait_for_log("rejected line");
+    daemon.expect_status("backend_events firefly unreachable 1");
+    // The depth of a queue is as of the last second.
+    let out = wait_for("empty queues", || {
+        let (code, out, _) = ask(&home, "status", &[]);
+        assert_eq!(code, 0);
+        (out.matches(" 0 waiting, ").count() == 2).then_some(out)
+    });
+    for expected in [
+        &format!(
+            "flowd-rs {}, process {}, up ",
+            env!("CARGO_PKG_VERSION"),
+            daemon.child.id()
+        ),
+        "open flows  1\n",
+        "plugin named_pipe    accepted 1, fields 1\n",
+        "plugin firefly       nothing yet\n",
+        "plugin api           nothing yet\n",
+        "backend firefly      unreachable 1\n",
+        "dispatcher           started 1\n",
+        "queue dispatcher     0 waiting, ",
+        "warn: named pipe: rejected line \"rubbish\": 1 fields, expected 8",
+    ] {
+        assert!(out.contains(expected), "{expected:?} is not in\n{out}");
+    }
+    let (_, out, _) = ask(&home, "status", &["--json"]);
+    let status: Value = serde_json::from_str(&out).unwrap();
+    assert_eq!(status["flows-open"], 1);
+    daemon.stop();
+}
+
+#[test]
+#[ignore = "needs root"]
+fn send_checks_the_line_and_says_whether_a_daemon_reads_it() {
+    let ns = NetNs::new("send");
+    let home = Home::new("{}");
+    let flow = ["tcp", "2001:db8::1", "40001", "2001:db8::2", "1094"];
+    let send = |state: &str, tag: &[&str]| ask(&home, "send", &[&[state], &flow[..], tag].concat());
+    let pipe = home.pipe().display().to_string();
+    let (code, _, error) = send("end", &[]);
+    assert_eq!(
+        (code, error),
+        (
+            1,
+            format!("flowd-rs: there is no named pipe {pipe}: no daemon is running\n")
+        )
+    );
+    let daemon = home.start(&ns);
+    let (code, out, _) = send("start", &["atlas", "Data Challenge"]);
+    let line = "start tcp 2001:db8::1 40001 2001:db8::2 1094 atlas Data_Challenge";
+    assert_eq!(
+        (code, out),
+        (0, format!("sent to {pipe}, which a daemon reads: {line}\n"))
+    );
+    daemon.expect_status("flows_open 1");
+    for (state, tag, expected) in [
+        (
+            "start",
+            &[][..],
+            "expected an experiment and an activity after the destination's port",
+        ),
+        (
+            "start",
+            &["atlas", "Sleeping"],
+            "field 8 (activity) is \"Sleeping\", expected an activity id",
+        ),
+        (
+            "ongoing",
+            &["2", "9"],
+            "field 1 (state) is \"ongoing\", expected start or end",
+        ),
+    ] {
+        let (code, _, error) = send(state, tag);
+        assert_eq!(code, 2);
+        assert!(error.contains(expected), "{error}");
+    }
+    assert_eq!(send("end", &[]).0, 0);
+    daemon.expect_status("dispatcher_events ended 1");
+    daemon.kill();
+    let (code, _, error) = send("end", &[]);
+    assert_eq!(
+        (code, error),
+        (
+            1,
+            format!("flowd-rs: nobody reads the named pipe {pipe}: no daemon is running\n")
+        )
+    );
+}
+
+#[test]
+#[ignore = "needs root"]
+fn listen_prints_a_line_a_firefly() {
+    let hosts = Hosts::new();
+    let home = Home::new("{}");
+    let listen = |more: &[&str]| {
+        let mut child = hosts
+            .there
+            .command(PROGRAM)
+            .args(["listen", "--port", "10514"])
+            .args(more)
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .spawn()
+            .unwrap();
+        let lines = BufReader::new(child.stdout.take().unwrap()).lines();
+        // Until its port is bound.
+        wait_for("the listener", || {
+            let bound = hosts
+                .there
+                .enter(|| std::net::UdpSocket::bind("[2001:db8::2]:10514"));
+            bound.is_err().then_some(())
+        });
+        (child, lines)
+    };
+    let daemon = home.start(&hosts.here);
+    let (mut child, mut printed) = listen(&[]);
+    home.write("start tcp 2001:db8::1 40001 2001:db8::2 1094 atlas Data_Challenge\n");
+    let line = printed.next().unwrap().unwrap();
+    let host = nix::unistd::gethostname().unwrap().into_string().unwrap();
+    let expected = format!(
+        "{host} start   tcp [2001:db8::1]:40001 > [2001:db8::2]:1094 atlas / Data Challenge by flowd-rs "
+    );
+    assert!(line.contains(&expected), "{line}");
+    home.write("end tcp 2001:db8::1 40001 2001:db8::2 1094 0 0\n");
+    let line = printed.next().unwrap().unwrap();
+    assert!(
+        line.contains(" end     tcp ") && line.contains(" after 0."),
+        "{line}"
+    );
+    // What is no firefly is said so, and does not end it.
+    let stray = hosts
+        .here
+        .enter(|| std::net::UdpSocket::bind("[::]:0").unwrap());
+    stray.send_to(b"hello", "[2001:db8::2]:10514").unwrap();
+    stray
+        .send_to(br#"{"version":1,"flow-lifecycle":{"state":"ongoing"},"flow-id":{"protocol":"udp","src-ip":"192.0.2.1","src-port":1,"dst-ip":"192.0.2.2","dst-port":2},"usage":{"sent":7},"context":{"experiment-id":3333,"activity-id":1}}"#, "[2001:db8::2]:10514")
+        .unwrap();
+    let line = printed.next().unwrap().unwrap();
+    assert!(
+        line.contains("2001:db8::1 ongoing udp 192.0.2.1:1 > 192.0.2.2:2 3333 / 1 sent 7 bytes"),
+        "{line}"
+    );
+    child.kill().unwrap();
+    let output = child.wait_with_output().unwrap();
+    let errors = String::from_utf8(output.stderr).unwrap();
+    assert!(
+        errors.contains("not a firefly, from ") && errors.contains("\"hello\""),
+        "{errors}"
+    );
+
+    let (mut child, mut printed) = listen(&["--json"]);
+    home.write(&lines("start", 5..6, "2 9"));
+    let object: Value = serde_json::from_str(&printed.next().unwrap().unwrap()).unwrap();
+    assert_eq!(object["context"]["experiment-id"], 2);
+    child.kill().unwrap();
+    child.wait().unwrap();
+    let (code, _, error) = run(&["listen", "--address", "192.0.2.99"]);
+    assert_eq!(code, 1);
+    assert!(
+        error.contains("UDP 192.0.2.99:10514: Cannot assign requested address"),
+        "{error}"
+    );
+    daemon.stop();
+}
