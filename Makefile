@@ -13,9 +13,13 @@ TOOLS = cc:gcc:gcc clang:clang:clang pkg-config:pkg-config:pkgconf-pkg-config ma
 # What tests and benches need beside them.
 TEST_TOOLS = ip:iproute2:iproute tc:iproute2:iproute-tc nsenter:util-linux:util-linux \
 	setpriv:util-linux:util-linux ethtool:ethtool:ethtool tshark:tshark:wireshark-cli \
-	iperf3:iperf3:iperf3
+	iperf3:iperf3:iperf3 python3:python3-venv:python3
+# What the benches need beside them.
+BENCH_TOOLS = wrk:wrk:wrk
+# Tries the API by its own description; from PyPI.
+SCHEMATHESIS = target/schemathesis/bin/schemathesis
 
-.PHONY: help deps test-deps build run test bench lint install
+.PHONY: help deps test-deps test-tools build run test bench lint install
 
 help: ## this list
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 10
@@ -23,8 +27,14 @@ help: ## this list
 deps: ## install what is missing (apt or dnf, with sudo unless root)
 	@conf/install-deps $(TOOLS)
 
-test-deps:
+test-deps: test-tools $(SCHEMATHESIS)
+
+test-tools:
 	@conf/install-deps $(TOOLS) $(TEST_TOOLS)
+
+$(SCHEMATHESIS): | test-tools
+	python3 -m venv target/schemathesis
+	target/schemathesis/bin/pip install --quiet --disable-pip-version-check schemathesis==4.32.5
 
 build: deps ## build the release binary
 	$(CARGO) build --release --locked
@@ -42,9 +52,11 @@ test: test-deps ## all tests; those that need root are skipped, and said to be, 
 	fi
 
 bench: test-deps ## codecs, and the daemon beside the limit of this machine (needs root)
+	@conf/install-deps $(BENCH_TOOLS)
 	$(CARGO) bench --locked --bench codecs
 	$(CARGO) bench --locked --bench end_to_end
 	$(CARGO) bench --locked --bench marker
+	$(CARGO) bench --locked --bench inputs
 
 lint: deps ## formatting, clippy, manual pages
 	$(CARGO) fmt --check

@@ -5,21 +5,22 @@
 
 #[path = "../tests/common/mod.rs"]
 mod common;
+mod measure;
 
-use std::fs;
-use std::io::{IoSlice, IoSliceMut, Write};
+use std::io::{IoSlice, Write};
 use std::net::{SocketAddr, UdpSocket};
 use std::os::fd::AsRawFd;
 use std::time::{Duration, Instant};
 
-use common::daemon::{Daemon, Home, PROGRAM, line, lines};
+use common::daemon::{Home, PROGRAM, line, lines};
 use common::net::Hosts;
 use common::sink::Sink;
 use flowd_rs::firefly::Encoder;
 use flowd_rs::pipe_line::parse;
 use flowd_rs::registry::Registry;
 use jiff::Timestamp;
-use nix::sys::socket::{MsgFlags, MultiHeaders, SockaddrIn6, SockaddrStorage, recvmmsg, sendmmsg};
+use measure::{cpu, median, receive, resident, row};
+use nix::sys::socket::{MsgFlags, MultiHeaders, SockaddrStorage, sendmmsg};
 
 const FLOWS: usize = 200_000;
 const ROUNDS: usize = 7;
@@ -38,45 +39,6 @@ fn main() {
     latency(&hosts);
     memory(&hosts);
     start(&hosts);
-}
-
-fn row(what: &str, figure: &str, beside: &str, ratio: &str) {
-    println!("| {what} | {figure} | {beside} | {ratio} |");
-}
-
-fn median(mut values: Vec<f64>) -> f64 {
-    values.sort_by(f64::total_cmp);
-    values[values.len() / 2]
-}
-
-/// Receives until `count` datagrams came or none comes for a second; returns how many, and when the
-/// last one was there.
-fn receive(socket: &UdpSocket, count: usize) -> (usize, Instant) {
-    const AT_ONCE: usize = 64;
-    socket
-        .set_read_timeout(Some(Duration::from_secs(1)))
-        .unwrap();
-    let mut buffers = vec![[0u8; 2048]; AT_ONCE];
-    let mut headers = MultiHeaders::<SockaddrIn6>::preallocate(AT_ONCE, None);
-    let (mut received, mut last) = (0, Instant::now());
-    while received < count {
-        let mut slices: Vec<_> = buffers.iter_mut().map(|b| [IoSliceMut::new(b)]).collect();
-        match recvmmsg(
-            socket.as_raw_fd(),
-            &mut headers,
-            slices.iter_mut(),
-            MsgFlags::MSG_WAITFORONE,
-            None,
-        ) {
-            Ok(messages) => {
-                received += messages.count();
-                last = Instant::now();
-            }
-            Err(nix::errno::Errno::EINTR) => {}
-            Err(_) => break,
-        }
-    }
-    (received, last)
 }
 
 /// Sends and receives at the same time; datagrams a second.
@@ -131,16 +93,6 @@ fn bare_sendmmsg(socket: &UdpSocket, datagrams: &[String]) {
             at += sent.unwrap().count();
         }
     }
-}
-
-/// User and system time of the process, in seconds.
-fn cpu(daemon: &Daemon<'_>) -> (f64, f64) {
-    let stat = fs::read_to_string(format!("/proc/{}/stat", daemon.child.id())).unwrap();
-    let fields: Vec<&str> = stat[stat.rfind(')').unwrap()..]
-        .split_whitespace()
-        .collect();
-    let ticks = |n: usize| fields[n].parse::<f64>().unwrap() / 100.0;
-    (ticks(12), ticks(13))
 }
 
 fn throughput(hosts: &Hosts) {
@@ -257,18 +209,6 @@ fn latency(hosts: &Hosts) {
             &format!("{:.2}", ours / bare),
         );
     }
-}
-
-/// Resident memory in bytes.
-fn resident(daemon: &Daemon<'_>) -> f64 {
-    let status = fs::read_to_string(format!("/proc/{}/status", daemon.child.id())).unwrap();
-    let line = status.lines().find(|l| l.starts_with("VmRSS:")).unwrap();
-    line.split_whitespace()
-        .nth(1)
-        .unwrap()
-        .parse::<f64>()
-        .unwrap()
-        * 1024.0
 }
 
 fn memory(hosts: &Hosts) {

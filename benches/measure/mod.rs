@@ -1,0 +1,73 @@
+//! What the benches share: rows of the table, medians, a fast receiver, CPU time and memory of the daemon.
+#![allow(dead_code, missing_docs)]
+
+use std::fs;
+use std::io::IoSliceMut;
+use std::net::UdpSocket;
+use std::os::fd::AsRawFd;
+use std::time::{Duration, Instant};
+
+use nix::sys::socket::{MsgFlags, MultiHeaders, SockaddrIn6, recvmmsg};
+
+use crate::common::daemon::Daemon;
+
+pub fn row(what: &str, figure: &str, beside: &str, ratio: &str) {
+    println!("| {what} | {figure} | {beside} | {ratio} |");
+}
+
+pub fn median(mut values: Vec<f64>) -> f64 {
+    values.sort_by(f64::total_cmp);
+    values[values.len() / 2]
+}
+
+/// Receives until `count` datagrams came or none comes for a second; returns how many, and when the
+/// last one was there.
+pub fn receive(socket: &UdpSocket, count: usize) -> (usize, Instant) {
+    const AT_ONCE: usize = 64;
+    socket
+        .set_read_timeout(Some(Duration::from_secs(1)))
+        .unwrap();
+    let mut buffers = vec![[0u8; 2048]; AT_ONCE];
+    let mut headers = MultiHeaders::<SockaddrIn6>::preallocate(AT_ONCE, None);
+    let (mut received, mut last) = (0, Instant::now());
+    while received < count {
+        let mut slices: Vec<_> = buffers.iter_mut().map(|b| [IoSliceMut::new(b)]).collect();
+        match recvmmsg(
+            socket.as_raw_fd(),
+            &mut headers,
+            slices.iter_mut(),
+            MsgFlags::MSG_WAITFORONE,
+            None,
+        ) {
+            Ok(messages) => {
+                received += messages.count();
+                last = Instant::now();
+            }
+            Err(nix::errno::Errno::EINTR) => {}
+            Err(_) => break,
+        }
+    }
+    (received, last)
+}
+
+/// User and system time of the process, in seconds.
+pub fn cpu(daemon: &Daemon<'_>) -> (f64, f64) {
+    let stat = fs::read_to_string(format!("/proc/{}/stat", daemon.child.id())).unwrap();
+    let fields: Vec<&str> = stat[stat.rfind(')').unwrap()..]
+        .split_whitespace()
+        .collect();
+    let ticks = |n: usize| fields[n].parse::<f64>().unwrap() / 100.0;
+    (ticks(12), ticks(13))
+}
+
+/// Resident memory in bytes.
+pub fn resident(daemon: &Daemon<'_>) -> f64 {
+    let status = fs::read_to_string(format!("/proc/{}/status", daemon.child.id())).unwrap();
+    let line = status.lines().find(|l| l.starts_with("VmRSS:")).unwrap();
+    line.split_whitespace()
+        .nth(1)
+        .unwrap()
+        .parse::<f64>()
+        .unwrap()
+        * 1024.0
+}
