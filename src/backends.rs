@@ -41,6 +41,8 @@ pub fn build(
     if let Some(firefly) = &config.firefly {
         backends.push(Box::new(firefly::Firefly::new(firefly, listener, metrics)?));
     }
+    #[cfg(not(feature = "bpf"))]
+    let _ = labeller;
     #[cfg(feature = "bpf")]
     if let (Some(marker), Some(labeller)) = (&config.marker, labeller) {
         backends.push(Box::new(marker::Marker::new(

@@ -3,7 +3,6 @@
 #[cfg(feature = "bpf")]
 pub mod clsact;
 pub mod fifo;
-#[cfg(feature = "bpf")]
 pub mod interfaces;
 #[cfg(feature = "bpf")]
 pub mod mark_maps;
