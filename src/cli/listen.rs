@@ -8,7 +8,7 @@ use jiff::Timestamp;
 
 use crate::error::{Context, Result};
 use crate::firefly::{self, PORT};
-use crate::flow::{FlowEvent, State};
+use crate::flow::{FlowEvent, State, Usage};
 use crate::log_limit::quote;
 use crate::registry::Registry;
 
@@ -88,8 +88,11 @@ fn describe(event: &FlowEvent, host: &str, now: Timestamp, registry: &Registry) 
     let usage = event.usage.unwrap_or_default();
     for (what, bytes) in [("sent", usage.sent), ("received", usage.received)] {
         if let Some(bytes) = bytes {
-            line += &format!(" {what} {bytes} bytes");
+            line += &format!(" {what} {bytes}");
         }
+    }
+    if usage != Usage::default() {
+        line += " bytes";
     }
     line
 }
