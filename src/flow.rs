@@ -185,10 +185,23 @@ pub enum Origin {
     Firefly,
     /// A request to the HTTP API.
     Api,
+    /// A connection that the netlink plugin found.
+    Netlink,
+    /// A connection that the netstat plugin found.
+    Netstat,
+    /// A socket that the kernel told of: never the origin of a flow.
+    Socket,
 }
 
 impl Origin {
-    const ALL: [Origin; 3] = [Origin::NamedPipe, Origin::Firefly, Origin::Api];
+    const ALL: [Origin; 6] = [
+        Origin::NamedPipe,
+        Origin::Firefly,
+        Origin::Api,
+        Origin::Netlink,
+        Origin::Netstat,
+        Origin::Socket,
+    ];
 
     /// The name of the plugin, as in metrics and in the journal.
     pub fn as_str(self) -> &'static str {
@@ -196,6 +209,9 @@ impl Origin {
             Origin::NamedPipe => "named_pipe",
             Origin::Firefly => "firefly",
             Origin::Api => "api",
+            Origin::Netlink => "netlink",
+            Origin::Netstat => "netstat",
+            Origin::Socket => "socket",
         }
     }
 

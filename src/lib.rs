@@ -7,6 +7,7 @@
 pub mod backends;
 pub mod cli;
 pub mod config;
+pub mod connections;
 pub mod control;
 pub mod daemon;
 pub mod dispatcher;
@@ -28,4 +29,5 @@ pub mod queue;
 pub mod registry;
 pub mod routes;
 pub mod scitag;
+pub mod special_networks;
 pub mod sys;
