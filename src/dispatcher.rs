@@ -168,6 +168,9 @@ impl Dispatcher {
         for event in self.table.expire(now, self.max_age) {
             self.note(Step::Expired, event);
         }
+        for event in self.table.end_closed(now) {
+            self.note(Step::SocketClosed, event);
+        }
     }
 
     fn note(&mut self, step: Step, event: FlowEvent) {

@@ -215,6 +215,11 @@ impl Origin {
         }
     }
 
+    /// Whether its events are about sockets of this host, whose end nobody knows better.
+    pub fn is_socket(self) -> bool {
+        matches!(self, Origin::Netlink | Origin::Netstat | Origin::Socket)
+    }
+
     /// The inverse of [`Origin::as_str`].
     pub fn from_word(word: &str) -> Option<Origin> {
         Origin::ALL.into_iter().find(|o| o.as_str() == word)

@@ -1,7 +1,7 @@
 //! The table of open flows: what each flow event means, given what is open. No I/O, no clock.
 
-use std::collections::HashMap;
 use std::collections::hash_map::Entry;
+use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -29,6 +29,14 @@ outcomes! {
         Ended = "ended",
         /// The end of a flow that was not open.
         EndedUnmatched = "ended_unmatched",
+        /// A flow whose socket on this host has gone, ended by the daemon.
+        SocketClosed = "ended_socket_closed",
+        /// The same, but the producer may still say so itself: not passed on yet.
+        SocketClosing = "socket_closing",
+        /// The end of a socket that is no open flow's: dropped.
+        SocketUnknown = "socket_unknown",
+        /// The end of a flow that was ended with its socket: dropped.
+        EndedAlready = "ended_already",
         /// A flow older than `flows.maxAge`, ended by the daemon.
         Expired = "expired",
         /// A start beyond `flows.maxFlows`: dropped.
@@ -43,7 +51,13 @@ impl Step {
     pub fn passes(self) -> bool {
         !matches!(
             self,
-            Step::Duplicate | Step::OngoingUnknown | Step::Refused | Step::Echo
+            Step::Duplicate
+                | Step::OngoingUnknown
+                | Step::Refused
+                | Step::Echo
+                | Step::SocketClosing
+                | Step::SocketUnknown
+                | Step::EndedAlready
         )
     }
 
@@ -54,7 +68,7 @@ impl Step {
 
     /// Whether an open flow was closed.
     pub fn closes(self) -> bool {
-        matches!(self, Step::Ended | Step::Expired)
+        matches!(self, Step::Ended | Step::Expired | Step::SocketClosed)
     }
 }
 
@@ -106,10 +120,23 @@ pub fn seconds(time: Timestamp) -> u32 {
     u32::try_from(time.as_second()).unwrap_or(0)
 }
 
+/// How long a producer may take to say itself that a flow has ended, once its socket has gone: it may
+/// know more of the transfer than the kernel.
+const GRACE: Duration = Duration::from_secs(1);
+/// How long the end of a flow that was ended with its socket is no surprise, at least, unless
+/// [`ENDED_MOST`] others end.
+const ENDED_MEMORY: Duration = Duration::from_secs(300);
+const ENDED_MOST: usize = 1 << 16;
+
 /// The open flows, at most `max_flows` of them.
 pub struct FlowTable {
     flows: HashMap<Flow, OpenFlow>,
     max_flows: usize,
+    /// Open flows whose socket has gone, with their end.
+    closing: HashMap<Flow, FlowEvent>,
+    /// Flows that were ended with their socket, lately and before.
+    ended: [HashSet<Flow>; 2],
+    ended_since: Timestamp,
 }
 
 impl FlowTable {
@@ -118,6 +145,9 @@ impl FlowTable {
         FlowTable {
             flows: HashMap::new(),
             max_flows,
+            closing: HashMap::new(),
+            ended: Default::default(),
+            ended_since: Timestamp::UNIX_EPOCH,
         }
     }
 
@@ -208,10 +238,19 @@ impl FlowTable {
     }
 
     fn end(&mut self, event: &mut FlowEvent) -> Step {
+        if event.origin.is_socket() {
+            return self.socket_end(event);
+        }
         match self.flows.remove(&event.flow) {
             Some(open) => {
+                if let Some(closed) = self.closing.remove(&event.flow) {
+                    event.usage = event.usage.or(closed.usage);
+                }
                 complete(event, &open);
                 Step::Ended
+            }
+            None if self.ended.iter_mut().any(|ended| ended.remove(&event.flow)) => {
+                Step::EndedAlready
             }
             None => {
                 event.tag = Some(event.tag());
@@ -219,6 +258,48 @@ impl FlowTable {
                 Step::EndedUnmatched
             }
         }
+    }
+
+    /// A socket has its local end first, its flow may have it last.
+    fn socket_end(&mut self, event: &mut FlowEvent) -> Step {
+        let ways = [event.flow, event.flow.reversed()];
+        let Some(flow) = ways.into_iter().find(|flow| self.flows.contains_key(flow)) else {
+            return Step::SocketUnknown;
+        };
+        event.flow = flow;
+        if self.flows[&flow].origin.is_socket() {
+            self.close(event);
+            return Step::SocketClosed;
+        }
+        self.closing.entry(flow).or_insert_with(|| event.clone());
+        Step::SocketClosing
+    }
+
+    fn close(&mut self, event: &mut FlowEvent) {
+        if let Some(open) = self.flows.remove(&event.flow) {
+            complete(event, &open);
+            event.origin = open.origin;
+            self.ended[0].insert(event.flow);
+        }
+    }
+
+    /// Ends the flows whose socket has been gone for a second and whose producer has said nothing.
+    pub fn end_closed(&mut self, now: Timestamp) -> Vec<FlowEvent> {
+        if self.ended[0].len() >= ENDED_MOST
+            || now.duration_since(self.ended_since) >= ENDED_MEMORY.try_into().unwrap_or_default()
+        {
+            self.ended.swap(0, 1);
+            self.ended[0].clear();
+            self.ended_since = now;
+        }
+        let due = |_: &Flow, end: &mut FlowEvent| {
+            now.duration_since(end.time) >= GRACE.try_into().unwrap_or_default()
+        };
+        let due = self.closing.extract_if(due).map(|(_, end)| end);
+        let mut ends: Vec<FlowEvent> = due.collect();
+        ends.retain(|end| self.flows.contains_key(&end.flow));
+        ends.iter_mut().for_each(|end| self.close(end));
+        ends
     }
 
     /// Ends every flow that was entered more than `max_age` ago.
@@ -247,7 +328,7 @@ fn complete(event: &mut FlowEvent, open: &OpenFlow) {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::flow::Protocol;
+    use crate::flow::{Protocol, Usage};
     use proptest::prelude::*;
 
     fn at(second: i64) -> Timestamp {
@@ -269,6 +350,76 @@ mod tests {
     fn apply(table: &mut FlowTable, mut event: FlowEvent) -> (Step, FlowEvent) {
         let now = event.time;
         (table.step(&mut event, now), event)
+    }
+
+    fn of(origin: Origin, event: FlowEvent) -> FlowEvent {
+        FlowEvent { origin, ..event }
+    }
+
+    fn usage() -> Option<Usage> {
+        Some(Usage {
+            received: Some(1),
+            sent: Some(2),
+        })
+    }
+
+    #[test]
+    fn a_flow_ends_a_second_after_its_socket_and_its_own_end_is_no_surprise() {
+        let mut table = FlowTable::new(10);
+        apply(&mut table, event(State::Start, 1, Some((2, 9)), 5));
+        let mut gone = of(Origin::Socket, event(State::End, 1, None, 7));
+        gone.flow = gone.flow.reversed();
+        gone.usage = usage();
+        assert_eq!(apply(&mut table, gone.clone()).0, Step::SocketClosing);
+        assert_eq!(table.end_closed(at(7)), []);
+        let end = table.end_closed(at(8)).remove(0);
+        assert_eq!(
+            (end.time, end.start_time(), end.usage),
+            (at(7), at(5), usage())
+        );
+        assert_eq!(
+            (end.tag(), end.origin),
+            (
+                Tag {
+                    experiment: 2,
+                    activity: 9
+                },
+                Origin::NamedPipe
+            )
+        );
+        assert!(table.is_empty() && table.end_closed(at(9)).is_empty());
+        let late = event(State::End, 1, None, 9);
+        assert_eq!(apply(&mut table, late.clone()).0, Step::EndedAlready);
+        assert_eq!(apply(&mut table, late).0, Step::EndedUnmatched);
+        assert_eq!(apply(&mut table, gone).0, Step::SocketUnknown);
+    }
+
+    #[test]
+    fn a_producer_that_is_quick_ends_its_flow_itself_with_the_kernels_counts() {
+        let mut table = FlowTable::new(10);
+        apply(&mut table, event(State::Start, 1, Some((2, 9)), 5));
+        let mut gone = of(Origin::Socket, event(State::End, 1, None, 7));
+        gone.usage = usage();
+        apply(&mut table, gone);
+        let (step, end) = apply(&mut table, event(State::End, 1, None, 8));
+        assert_eq!((step, end.time, end.usage), (Step::Ended, at(8), usage()));
+        assert_eq!(table.end_closed(at(20)), []);
+    }
+
+    #[test]
+    fn a_flow_of_the_netlink_plugin_ends_with_its_socket_at_once() {
+        let mut table = FlowTable::new(10);
+        apply(
+            &mut table,
+            of(Origin::Netlink, event(State::Start, 1, Some((2, 9)), 5)),
+        );
+        let (step, end) = apply(
+            &mut table,
+            of(Origin::Socket, event(State::End, 1, None, 7)),
+        );
+        assert_eq!((step, end.origin), (Step::SocketClosed, Origin::Netlink));
+        let again = of(Origin::Netlink, event(State::End, 1, None, 7));
+        assert_eq!(apply(&mut table, again).0, Step::SocketUnknown);
     }
 
     #[test]
