@@ -12,9 +12,11 @@ use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use ipnet::IpNet;
 use log::LevelFilter;
 
-use crate::flow::Tag;
+use crate::connections::Rule;
+use crate::flow::{Protocol, Tag};
 
 pub use check::log_level;
 
@@ -53,6 +55,12 @@ pub struct Config {
     pub api: Option<Api>,
     /// `plugins.perfsonar`: the tag of all packets.
     pub perfsonar: Option<Tag>,
+    /// `plugins.netlink`.
+    pub netlink: Option<Connections>,
+    /// `plugins.netstat`.
+    pub netstat: Option<Connections>,
+    /// `enrichers.netlink`.
+    pub netlink_enricher: Option<NetlinkEnricher>,
     /// `backends.firefly`.
     pub firefly: Option<Firefly>,
     /// `backends.marker`.
@@ -79,6 +87,8 @@ pub struct Flows {
     pub max_flows: usize,
     /// `maxAge`: a flow open for longer is ended.
     pub max_age: Duration,
+    /// `endOnSocketClose`: a flow whose socket on this host has gone is ended.
+    pub end_on_socket_close: bool,
 }
 
 /// The named pipe plugin.
@@ -99,6 +109,43 @@ pub struct FireflyPlugin {
     pub bind: SocketAddr,
     /// `bufferSize`: the longest datagram, in bytes.
     pub buffer_size: usize,
+}
+
+/// The netlink plugin, or the netstat plugin.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Connections {
+    /// `rules`, and `experiment` and `activity` as the last of them.
+    pub rules: Vec<ConnectionRule>,
+    /// `internalNetworks`.
+    pub internal_networks: Vec<IpNet>,
+    /// `period` of scans.
+    pub period: Duration,
+    /// `announceExisting`.
+    pub announce_existing: bool,
+}
+
+/// Which connections get a tag.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct ConnectionRule {
+    /// What does not depend on the host.
+    pub rule: Rule,
+    /// `uid`: a user by name or id.
+    pub user: Option<String>,
+    /// `cgroup`: the path of a cgroup.
+    pub cgroup: Option<PathBuf>,
+}
+
+/// The netlink enricher.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct NetlinkEnricher {
+    /// `enrichers.period`.
+    pub period: Duration,
+    /// `protocol`.
+    pub protocol: Protocol,
+    /// `ext`: what is asked for, as bits of `INET_DIAG_*` less one.
+    pub extensions: u8,
+    /// `state`: the states of sockets, as bits of the kernel's numbers.
+    pub states: u32,
 }
 
 /// The API plugin.
@@ -253,6 +300,8 @@ impl Config {
             ("firefly", self.firefly_plugin.is_some()),
             ("api", self.api.is_some()),
             ("perfsonar", self.perfsonar.is_some()),
+            ("netlink", self.netlink.is_some()),
+            ("netstat", self.netstat.is_some()),
         ];
         enabled(&plugins)
     }

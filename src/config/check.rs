@@ -1,9 +1,10 @@
 //! The second step: ranges, defaults, and what goes together.
 
 mod backends;
+mod connections;
 mod plugins;
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::str::FromStr;
 use std::time::Duration;
 
@@ -39,12 +40,11 @@ fn error<T>(key: &str, message: impl Into<String>) -> Result<T> {
 pub fn check(raw: raw::Raw) -> Result<Config> {
     let (mut notes, mut warnings) = (Vec::new(), Vec::new());
     let (plugins, backends) = (raw.plugins, raw.backends);
+    let enrichers = raw.enrichers.unwrap_or_default();
     for (key, section) in [
         ("plugins.iperf3", &plugins.iperf3),
-        ("plugins.netlink", &plugins.netlink),
-        ("plugins.netstat", &plugins.netstat),
         ("backends.prometheus", &backends.prometheus),
-        ("enrichers", &raw.enrichers),
+        ("enrichers.skops", &enrichers.skops),
     ] {
         if section.is_some() {
             return error(key, "not supported yet");
@@ -59,6 +59,24 @@ pub fn check(raw: raw::Raw) -> Result<Config> {
         .map(|p| plugins::firefly(p, &mut notes))
         .transpose()?;
     let api = plugins.api.map(plugins::api).transpose()?;
+    let netlink = plugins
+        .netlink
+        .map(|p| connections::check("plugins.netlink", p));
+    let netstat = plugins
+        .netstat
+        .map(|p| connections::check("plugins.netstat", p));
+    let (netlink, netstat) = (netlink.transpose()?, netstat.transpose()?);
+    if let Some(rule) = netstat
+        .iter()
+        .flat_map(|n| &n.rules)
+        .find(|r| r.cgroup.is_some())
+    {
+        let path = rule.cgroup.as_deref().unwrap_or(Path::new("")).display();
+        let message = format!(
+            "cgroup {path}: /proc/net/tcp does not tell the cgroup of a socket, the netlink plugin knows it"
+        );
+        return error("plugins.netstat.rules", message);
+    }
     let perfsonar = plugins.perfsonar.map(plugins::perfsonar).transpose()?;
     let firefly = backends.firefly.map(backends::firefly).transpose()?;
     let mut marker = backends
@@ -110,11 +128,18 @@ pub fn check(raw: raw::Raw) -> Result<Config> {
                 Some(text) => duration("flows.maxAge", &text)?,
                 None => MAX_AGE,
             },
+            end_on_socket_close: raw.flows.end_on_socket_close.unwrap_or(true),
         },
         named_pipe,
         firefly_plugin,
         api,
         perfsonar,
+        netlink,
+        netstat,
+        netlink_enricher: match enrichers.netlink {
+            Some(netlink) => Some(connections::enricher(netlink, enrichers.period)?),
+            None => None,
+        },
         firefly,
         marker,
         notes,
@@ -123,7 +148,7 @@ pub fn check(raw: raw::Raw) -> Result<Config> {
     if config.plugin_names().is_empty() {
         return error(
             "plugins",
-            "no plugin is enabled, expected at least one (namedPipe, firefly, api, perfsonar)",
+            "no plugin is enabled, expected at least one (namedPipe, firefly, api, perfsonar, netlink, netstat)",
         );
     }
     if config.backend_names().is_empty() {
@@ -256,7 +281,8 @@ mod tests {
             config.flows,
             Flows {
                 max_flows: 5,
-                max_age: Duration::from_secs(36 * 3600)
+                max_age: Duration::from_secs(36 * 3600),
+                end_on_socket_close: true
             }
         );
         let pipe = config.named_pipe.unwrap();
@@ -271,7 +297,7 @@ mod tests {
         for (text, expected) in [
             (
                 "",
-                "f: plugins: no plugin is enabled, expected at least one (namedPipe, firefly, api, perfsonar)",
+                "f: plugins: no plugin is enabled, expected at least one (namedPipe, firefly, api, perfsonar, netlink, netstat)",
             ),
             (
                 "plugins: {namedPipe: }\n",
@@ -282,8 +308,8 @@ mod tests {
                 "f:2:3: plugins.marker: unknown key, expected one of namedPipe, api, firefly, perfsonar, iperf3, netlink, netstat",
             ),
             (
-                "plugins:\n  netlink:\n    period: 3\n",
-                "f:3:5: plugins.netlink: not supported yet",
+                "plugins:\n  iperf3:\n    period: 3\n",
+                "f:3:5: plugins.iperf3: not supported yet",
             ),
             (
                 "backends: {prometheus: {}}\n",

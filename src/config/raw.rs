@@ -20,7 +20,7 @@ pub struct Raw {
     pub flows: Flows,
     pub plugins: Plugins,
     pub backends: Backends,
-    pub enrichers: Option<Value>,
+    pub enrichers: Option<Enrichers>,
 }
 
 /// `flows`
@@ -34,6 +34,7 @@ pub struct Raw {
 pub struct Flows {
     pub max_flows: Option<i64>,
     pub max_age: Option<String>,
+    pub end_on_socket_close: Option<bool>,
 }
 
 /// `plugins`
@@ -56,9 +57,9 @@ pub struct Plugins {
     #[serde(deserialize_with = "section")]
     pub iperf3: Option<Value>,
     #[serde(deserialize_with = "section")]
-    pub netlink: Option<Value>,
+    pub netlink: Option<Connections>,
     #[serde(deserialize_with = "section")]
-    pub netstat: Option<Value>,
+    pub netstat: Option<Connections>,
 }
 
 /// `plugins.namedPipe`
@@ -121,6 +122,71 @@ pub struct Api {
 pub struct Perfsonar {
     pub activity_id: Option<i64>,
     pub experiment_id: Option<i64>,
+}
+
+/// `plugins.netlink` and `plugins.netstat`
+#[derive(Debug, Default, Deserialize)]
+#[serde(
+    default,
+    deny_unknown_fields,
+    rename_all = "camelCase",
+    expecting = "a mapping"
+)]
+pub struct Connections {
+    pub experiment: Option<String>,
+    pub activity: Option<String>,
+    pub internal_networks: Option<Vec<String>>,
+    pub period: Option<String>,
+    pub announce_existing: Option<bool>,
+    pub rules: Option<Vec<ConnectionRule>>,
+}
+
+/// `plugins.netlink.rules` and `plugins.netstat.rules`
+#[derive(Debug, Default, Deserialize)]
+#[serde(
+    default,
+    deny_unknown_fields,
+    rename_all = "camelCase",
+    expecting = "a mapping"
+)]
+pub struct ConnectionRule {
+    pub remote_networks: Option<Vec<String>>,
+    pub local_ports: Option<Vec<String>>,
+    pub remote_ports: Option<Vec<String>>,
+    pub uid: Option<String>,
+    pub cgroup: Option<String>,
+    pub experiment: Option<String>,
+    pub activity: Option<String>,
+}
+
+/// `enrichers`
+#[derive(Debug, Default, Deserialize)]
+#[serde(
+    default,
+    deny_unknown_fields,
+    rename_all = "camelCase",
+    expecting = "a mapping of enrichers"
+)]
+pub struct Enrichers {
+    pub period: Option<String>,
+    #[serde(deserialize_with = "section")]
+    pub netlink: Option<NetlinkEnricher>,
+    #[serde(deserialize_with = "section")]
+    pub skops: Option<Value>,
+}
+
+/// `enrichers.netlink`
+#[derive(Debug, Default, Deserialize)]
+#[serde(
+    default,
+    deny_unknown_fields,
+    rename_all = "camelCase",
+    expecting = "a mapping"
+)]
+pub struct NetlinkEnricher {
+    pub protocol: Option<i64>,
+    pub ext: Option<i64>,
+    pub state: Option<i64>,
 }
 
 /// `backends`
