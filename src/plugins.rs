@@ -3,6 +3,7 @@
 pub mod api;
 pub mod firefly;
 pub mod named_pipe;
+pub mod netstat;
 pub mod perfsonar;
 
 use crossbeam_channel::Sender;
@@ -41,6 +42,9 @@ pub fn build(config: &Config, sources: &Sources) -> Result<Vec<Box<dyn Plugin>>>
     }
     if let Some(config) = &config.api {
         plugins.push(Box::new(api::Api::new(config, sources.clone())?));
+    }
+    if let Some(config) = &config.netstat {
+        plugins.push(Box::new(netstat::Netstat::new(config, metrics)?));
     }
     if let Some(tag) = config.perfsonar {
         plugins.push(Box::new(perfsonar::Perfsonar::new(tag)?));

@@ -2,6 +2,7 @@
 
 #[cfg(feature = "bpf")]
 pub mod clsact;
+pub mod connection_rules;
 pub mod fifo;
 pub mod interfaces;
 #[cfg(feature = "bpf")]

@@ -1,0 +1,158 @@
+//! The netstat plugin: the TCP connections of this host are flows, as `/proc/net/tcp` and
+//! `/proc/net/tcp6` show them. It needs no privileges, and sees what is there when it looks: a
+//! connection shorter than a period may be missed, and an end is as late as the next scan.
+
+use std::time::Instant;
+
+use log::Level;
+use mio::{Events, Interest, Poll, Token};
+use procfs::net::{TcpNetEntry, TcpState, tcp, tcp6};
+
+use super::{Closed, EventSender, Plugin, now};
+use crate::config;
+use crate::connections::{Connection, Tracker};
+use crate::error::{Context, Error, Result};
+use crate::flow::{Flow, Origin, Protocol};
+use crate::log_limit::LogLimit;
+use crate::metrics::{Metrics, Outcomes, outcomes};
+use crate::sys::connection_rules;
+use crate::sys::interfaces::LocalAddresses;
+use crate::sys::stop::Stop;
+
+const NAME: &str = "netstat";
+
+outcomes! {
+    enum Outcome {
+        Started = "started",
+        Ended = "ended",
+        Scanned = "scanned",
+        ScanFailed = "scan_failed",
+    }
+}
+
+/// The plugin.
+pub struct Netstat {
+    config: config::Connections,
+    tracker: Tracker,
+    local: LocalAddresses,
+    poll: Poll,
+    counters: Outcomes<Outcome>,
+}
+
+impl Netstat {
+    /// Looks once, so that an unreadable `/proc` is an error now.
+    pub fn new(config: &config::Connections, metrics: &Metrics) -> Result<Netstat> {
+        let rules = connection_rules::build(&config.rules)?;
+        let networks = config.internal_networks.clone();
+        connections()?;
+        Ok(Netstat {
+            config: config.clone(),
+            tracker: Tracker::new(Origin::Netstat, rules, networks, config.announce_existing),
+            local: LocalAddresses::watch().context(|| "addresses of this host".to_owned())?,
+            poll: Poll::new().context(poll_loop)?,
+            counters: metrics.plugin(NAME),
+        })
+    }
+
+    fn scan(&mut self, events: &EventSender) -> Result<std::result::Result<(), Closed>> {
+        let found = connections()?;
+        self.local.refresh();
+        let time = now();
+        self.tracker.begin_scan();
+        for connection in &found {
+            let local = |address: &_| self.local.contains(address);
+            if let Some(start) = self.tracker.open(connection, time, local) {
+                self.counters.add(Outcome::Started);
+                if events.send(start).is_err() {
+                    return Ok(Err(Closed));
+                }
+            }
+        }
+        for end in self.tracker.end_scan(time) {
+            self.counters.add(Outcome::Ended);
+            if events.send(end).is_err() {
+                return Ok(Err(Closed));
+            }
+        }
+        self.counters.add(Outcome::Scanned);
+        Ok(Ok(()))
+    }
+}
+
+fn poll_loop() -> String {
+    "poll loop of the netstat plugin".to_owned()
+}
+
+/// The connections of both families that are established, also those that are half closed.
+fn connections() -> Result<Vec<Connection>> {
+    let read = |what: &str, entries: procfs::ProcResult<Vec<TcpNetEntry>>| {
+        entries.map_err(|error| Error::Failed(format!("/proc/net/{what}: {error}")))
+    };
+    let mut entries = read("tcp", tcp())?;
+    match tcp6() {
+        // A host without IPv6.
+        Err(procfs::ProcError::NotFound(_)) => {}
+        found => entries.extend(read("tcp6", found)?),
+    }
+    Ok(entries.iter().filter_map(connection).collect())
+}
+
+fn connection(entry: &TcpNetEntry) -> Option<Connection> {
+    let open = matches!(
+        entry.state,
+        TcpState::Established
+            | TcpState::FinWait1
+            | TcpState::FinWait2
+            | TcpState::CloseWait
+            | TcpState::LastAck
+            | TcpState::Closing
+    );
+    // One without an owner and an inode waits for its last segments: it is closed here.
+    if !open || entry.inode == 0 {
+        return None;
+    }
+    let end = |address: &std::net::SocketAddr| (address.ip(), address.port());
+    let (local, remote) = (end(&entry.local_address), end(&entry.remote_address));
+    Some(Connection {
+        flow: Flow::new(Protocol::Tcp, local, remote).ok()?,
+        uid: entry.uid,
+        cgroup: None,
+        usage: None,
+    })
+}
+
+impl Plugin for Netstat {
+    fn name(&self) -> &'static str {
+        NAME
+    }
+
+    fn run(mut self: Box<Self>, events: EventSender, mut stop: Stop) -> Result<()> {
+        self.poll
+            .registry()
+            .register(&mut stop, Token(0), Interest::READABLE)
+            .context(poll_loop)?;
+        let mut trouble = LogLimit::new(Level::Error, "netstat: failures");
+        let mut wakeups = Events::with_capacity(1);
+        while !stop.is_set() {
+            let began = Instant::now();
+            match self.scan(&events) {
+                Ok(Ok(())) => {}
+                Ok(Err(Closed)) => break,
+                Err(error) => {
+                    self.counters.add(Outcome::ScanFailed);
+                    trouble.log(began, || format!("netstat: {error}"));
+                }
+            }
+            trouble.tick(began);
+            let rest = self.config.period.saturating_sub(began.elapsed());
+            match self.poll.poll(&mut wakeups, Some(rest)) {
+                Err(error) if error.kind() != std::io::ErrorKind::Interrupted => {
+                    return Err(error).context(poll_loop);
+                }
+                _ => {}
+            }
+        }
+        trouble.flush();
+        Ok(())
+    }
+}
