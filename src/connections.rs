@@ -254,7 +254,7 @@ mod tests {
     fn starts_and_ends_between_scans() {
         let mut tracker = tracker(false);
         let [a, b, c] = [1, 2, 3].map(|port| connection("2a02::1", port));
-        assert_eq!(scan(&mut tracker, 0, &[a.clone()]), []);
+        assert_eq!(scan(&mut tracker, 0, std::slice::from_ref(&a)), []);
         assert_eq!(
             scan(&mut tracker, 2, &[a.clone(), b.clone()]),
             [(State::Start, 2)]
@@ -278,7 +278,7 @@ mod tests {
         let [a, b] = [1, 2].map(|port| connection("2a02::1", port));
         assert_eq!(tracker.closed(&a, at(0), |_| false), []);
         scan(&mut tracker, 0, &[]);
-        scan(&mut tracker, 2, &[a.clone()]);
+        scan(&mut tracker, 2, std::slice::from_ref(&a));
         let end = tracker.closed(&a, at(3), |_| false).remove(0);
         assert_eq!(
             (end.state, end.time, end.usage),

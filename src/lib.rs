@@ -29,5 +29,6 @@ pub mod queue;
 pub mod registry;
 pub mod routes;
 pub mod scitag;
+pub mod socket;
 pub mod special_networks;
 pub mod sys;

@@ -10,6 +10,7 @@ pub mod mark_maps;
 #[cfg(feature = "bpf")]
 pub mod marker;
 pub mod resolver;
+pub mod sock_diag;
 pub mod state_dir;
 pub mod stop;
 pub mod udp;

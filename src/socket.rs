@@ -1,0 +1,136 @@
+//! What the kernel knows of a socket: the answers of `sock_diag(7)`. No I/O.
+
+mod message;
+mod tcp_info;
+
+pub use message::{Messages, Parsed, request};
+pub use tcp_info::{Field, TcpInfo};
+
+use crate::connections::Connection;
+use crate::flow::{Flow, Usage};
+
+/// States of a TCP socket, by the kernel's numbers (include/net/tcp_states.h); the names are those of
+/// flowd.
+pub const STATES: [&str; 14] = [
+    "",
+    "established",
+    "syn-sent",
+    "syn-recv",
+    "fin-wait-1",
+    "fin-wait-2",
+    "time-wait",
+    "unconnected",
+    "close-wait",
+    "last-ack",
+    "listening",
+    "closing",
+    "syn-recv",
+    "unconnected",
+];
+
+/// States of a connection that both ends have agreed to, as bits of their numbers: ESTABLISHED, FIN_WAIT1,
+/// FIN_WAIT2, CLOSE_WAIT, LAST_ACK and CLOSING.
+pub const CONNECTED: u32 = 1 << 1 | 1 << 4 | 1 << 5 | 1 << 8 | 1 << 9 | 1 << 11;
+
+/// A socket with two ends.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Socket {
+    /// From the local end to the remote one.
+    pub flow: Flow,
+    /// What else there is to know.
+    pub info: SocketInfo,
+}
+
+/// What `sock_diag` tells of a socket; what was not asked for, or is not known to this kernel, is absent.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct SocketInfo {
+    /// The state, as an index of [`STATES`].
+    pub state: u8,
+    /// Retransmissions of the last segment.
+    pub retransmits: u8,
+    /// The interface that the socket is bound to; 0 for none.
+    pub interface: u32,
+    /// The user who owns it.
+    pub uid: u32,
+    /// Its inode in sockfs; 0 once its owner has closed it.
+    pub inode: u32,
+    /// The cgroup of its owner (Linux 5.9 and later).
+    pub cgroup: Option<u64>,
+    /// `struct tcp_info`.
+    pub tcp: Option<Box<TcpInfo>>,
+    /// The congestion control algorithm.
+    pub congestion: Option<Box<str>>,
+    /// `struct inet_diag_meminfo`, in bytes: rmem, wmem, fmem, tmem.
+    pub memory: Option<[u32; 4]>,
+    /// SKMEMINFO, in bytes: rmem_alloc, rcvbuf, wmem_alloc, sndbuf, fwd_alloc, wmem_queued, optmem,
+    /// backlog, and the count of drops.
+    pub socket_memory: Option<[u32; 9]>,
+    /// Type of service (IPv4).
+    pub tos: Option<u8>,
+    /// Traffic class (IPv6).
+    pub traffic_class: Option<u8>,
+    /// Which directions are shut down: 1 receiving, 2 sending.
+    pub shutdown: Option<u8>,
+    /// TCP Vegas: enabled, rtt count, rtt and minimum rtt in µs.
+    pub vegas: Option<[u32; 4]>,
+    /// DCTCP: enabled, ce_state, alpha, ab_ecn, ab_tot.
+    pub dctcp: Option<[u32; 5]>,
+    /// BBR.
+    pub bbr: Option<Bbr>,
+}
+
+/// `struct tcp_bbr_info`
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Bbr {
+    /// Estimated bandwidth in bytes a second.
+    pub bandwidth: u64,
+    /// Minimum round-trip time in µs.
+    pub min_rtt: u32,
+    /// Pacing gain, times 256.
+    pub pacing_gain: u32,
+    /// Gain of the congestion window, times 256.
+    pub cwnd_gain: u32,
+}
+
+impl SocketInfo {
+    /// Payload bytes so far: sent are those that were sent once, from Linux 4.19 on.
+    pub fn usage(&self) -> Option<Usage> {
+        let tcp = self.tcp.as_deref()?;
+        // What was sent again is in both; without it (before 4.19) what was acknowledged is close, but
+        // counts SYN and FIN too.
+        let resent = tcp.get(Field::BytesRetrans).unwrap_or(0);
+        let sent = tcp
+            .get(Field::BytesSent)
+            .map(|sent| sent.saturating_sub(resent));
+        let acknowledged = || {
+            tcp.get(Field::BytesAcked)
+                .map(|acked| acked.saturating_sub(1))
+        };
+        Some(Usage {
+            received: tcp.get(Field::BytesReceived),
+            sent: sent.or_else(acknowledged),
+        })
+    }
+
+    /// Whether the connection came about: a SYN of ours, at least, was acknowledged.
+    pub fn was_established(&self) -> bool {
+        let count = |tcp: &TcpInfo, field| tcp.get(field).unwrap_or(0);
+        self.tcp.as_deref().is_some_and(|tcp| {
+            count(tcp, Field::BytesAcked) > 0
+                || count(tcp, Field::BytesReceived) > 0
+                || count(tcp, Field::DataSegsOut) > 0
+        })
+    }
+}
+
+impl Socket {
+    /// As the plugins see it.
+    pub fn connection(&self) -> Connection {
+        Connection {
+            flow: self.flow,
+            uid: self.info.uid,
+            cgroup: self.info.cgroup,
+            usage: self.info.usage(),
+        }
+    }
+}

@@ -1,0 +1,302 @@
+//! The messages of `NETLINK_SOCK_DIAG` (include/uapi/linux/inet_diag.h) as bytes. No I/O.
+
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+
+use super::{Bbr, Socket, SocketInfo, TcpInfo};
+use crate::flow::{Flow, Protocol};
+
+/// `SOCK_DIAG_BY_FAMILY`
+const BY_FAMILY: u16 = 20;
+const NLM_F_REQUEST: u16 = 1;
+const NLM_F_DUMP: u16 = 0x300;
+const NLM_F_DUMP_INTR: u16 = 0x10;
+const NLMSG_ERROR: u16 = 2;
+const NLMSG_DONE: u16 = 3;
+/// `struct nlmsghdr`
+const HEADER: usize = 16;
+/// `struct inet_diag_msg`
+const DIAG: usize = 72;
+
+/// Asks for all sockets of a family (`AF_INET` or `AF_INET6`) and protocol in these states, as bits of
+/// their numbers, with these attributes, as bits of `INET_DIAG_*` less one.
+pub fn request(family: u8, protocol: Protocol, states: u32, extensions: u8) -> [u8; HEADER + 56] {
+    let mut bytes = [0; HEADER + 56];
+    let length = bytes.len() as u32;
+    bytes[..4].copy_from_slice(&length.to_ne_bytes());
+    bytes[4..6].copy_from_slice(&BY_FAMILY.to_ne_bytes());
+    bytes[6..8].copy_from_slice(&(NLM_F_REQUEST | NLM_F_DUMP).to_ne_bytes());
+    bytes[HEADER] = family;
+    bytes[HEADER + 1] = match protocol {
+        Protocol::Tcp => 6,
+        Protocol::Udp => 17,
+    };
+    bytes[HEADER + 2] = extensions;
+    bytes[HEADER + 4..HEADER + 8].copy_from_slice(&states.to_ne_bytes());
+    bytes
+}
+
+/// What a message says.
+#[derive(Debug, PartialEq, Eq)]
+pub enum Parsed {
+    /// A socket with two ends.
+    Socket(Box<Socket>),
+    /// One with none or one, or a message of another kind.
+    Nothing,
+    /// The end of a dump.
+    Done,
+    /// The kernel's error, as a positive number.
+    Error(i32),
+    /// The dump was disturbed: what it shows may not be all there is.
+    Interrupted,
+}
+
+/// The messages of a datagram, one after the other.
+pub struct Messages<'a> {
+    rest: &'a [u8],
+    protocol: Protocol,
+}
+
+impl<'a> Messages<'a> {
+    /// Of sockets of this protocol.
+    pub fn new(datagram: &'a [u8], protocol: Protocol) -> Messages<'a> {
+        Messages {
+            rest: datagram,
+            protocol,
+        }
+    }
+}
+
+impl Iterator for Messages<'_> {
+    type Item = Parsed;
+
+    fn next(&mut self) -> Option<Parsed> {
+        let length = u32_at(self.rest, 0)? as usize;
+        let message = self.rest.get(..length).filter(|m| m.len() >= HEADER)?;
+        self.rest = self.rest.get(length.next_multiple_of(4)..).unwrap_or(&[]);
+        let flags = u16_at(message, 6)?;
+        if flags & NLM_F_DUMP_INTR != 0 {
+            return Some(Parsed::Interrupted);
+        }
+        Some(match u16_at(message, 4)? {
+            NLMSG_DONE => Parsed::Done,
+            NLMSG_ERROR => Parsed::Error(u32_at(message, HEADER).map_or(0, |e| -(e as i32))),
+            BY_FAMILY => match socket(&message[HEADER..], self.protocol) {
+                Some(socket) => Parsed::Socket(Box::new(socket)),
+                None => Parsed::Nothing,
+            },
+            _ => Parsed::Nothing,
+        })
+    }
+}
+
+fn socket(message: &[u8], protocol: Protocol) -> Option<Socket> {
+    if message.len() < DIAG {
+        return None;
+    }
+    let end = |port: usize, address: usize| {
+        let port = u16::from_be_bytes(message.get(port..port + 2)?.try_into().ok()?);
+        let bytes: [u8; 16] = message.get(address..address + 16)?.try_into().ok()?;
+        let address: IpAddr = match i32::from(message[0]) {
+            nix::libc::AF_INET => Ipv4Addr::new(bytes[0], bytes[1], bytes[2], bytes[3]).into(),
+            nix::libc::AF_INET6 => Ipv6Addr::from(bytes).into(),
+            _ => return None,
+        };
+        Some((address, port)).filter(|(_, port)| *port != 0)
+    };
+    let flow = Flow::new(protocol, end(4, 8)?, end(6, 24)?).ok()?;
+    let mut info = SocketInfo {
+        state: message[1],
+        retransmits: message[3],
+        interface: u32_at(message, 40)?,
+        uid: u32_at(message, 64)?,
+        inode: u32_at(message, 68)?,
+        ..SocketInfo::default()
+    };
+    let mut rest = &message[DIAG..];
+    while let (Some(length), Some(kind)) = (u16_at(rest, 0), u16_at(rest, 2)) {
+        let length = usize::from(length);
+        let Some(value) = rest.get(4..length) else {
+            break;
+        };
+        attribute(&mut info, kind, value);
+        rest = rest.get(length.next_multiple_of(4)..).unwrap_or(&[]);
+    }
+    Some(Socket { flow, info })
+}
+
+fn attribute(info: &mut SocketInfo, kind: u16, value: &[u8]) {
+    match kind {
+        1 => info.memory = words(value),
+        2 => info.tcp = Some(Box::new(TcpInfo::parse(value))),
+        3 => info.vegas = words(value),
+        4 => {
+            let name = value.split(|&byte| byte == 0).next().unwrap_or_default();
+            info.congestion = Some(String::from_utf8_lossy(name).into());
+        }
+        5 => info.tos = value.first().copied(),
+        6 => info.traffic_class = value.first().copied(),
+        7 => info.socket_memory = words(value),
+        8 => info.shutdown = value.first().copied(),
+        9 => info.dctcp = dctcp(value),
+        16 => {
+            info.bbr = words(value).map(|[low, high, min_rtt, pacing_gain, cwnd_gain]| Bbr {
+                bandwidth: u64::from(high) << 32 | u64::from(low),
+                min_rtt,
+                pacing_gain,
+                cwnd_gain,
+            });
+        }
+        21 => {
+            info.cgroup = value
+                .get(..8)
+                .and_then(|v| v.try_into().ok())
+                .map(u64::from_ne_bytes)
+        }
+        _ => {}
+    }
+}
+
+/// `struct tcp_dctcp_info` begins with two short words.
+fn dctcp(value: &[u8]) -> Option<[u32; 5]> {
+    Some([
+        u16_at(value, 0)?.into(),
+        u16_at(value, 2)?.into(),
+        u32_at(value, 4)?,
+        u32_at(value, 8)?,
+        u32_at(value, 12)?,
+    ])
+}
+
+/// As many as are wanted, if they are there.
+fn words<const N: usize>(value: &[u8]) -> Option<[u32; N]> {
+    let mut words = [0; N];
+    for (index, word) in words.iter_mut().enumerate() {
+        *word = u32_at(value, 4 * index)?;
+    }
+    Some(words)
+}
+
+fn u16_at(bytes: &[u8], at: usize) -> Option<u16> {
+    Some(u16::from_ne_bytes(bytes.get(at..at + 2)?.try_into().ok()?))
+}
+
+fn u32_at(bytes: &[u8], at: usize) -> Option<u32> {
+    Some(u32::from_ne_bytes(bytes.get(at..at + 4)?.try_into().ok()?))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::socket::Field;
+    use proptest::prelude::*;
+
+    /// A message of a socket from [2a00::1]:443 to [2a00::2]:5000 with these attributes.
+    fn message(kind: u16, flags: u16, attributes: &[(u16, &[u8])]) -> Vec<u8> {
+        let mut bytes = vec![0; HEADER + DIAG];
+        bytes[4..6].copy_from_slice(&kind.to_ne_bytes());
+        bytes[6..8].copy_from_slice(&flags.to_ne_bytes());
+        let diag = &mut bytes[HEADER..];
+        (diag[0], diag[1], diag[3]) = (10, 1, 2);
+        diag[4..6].copy_from_slice(&443u16.to_be_bytes());
+        diag[6..8].copy_from_slice(&5000u16.to_be_bytes());
+        (diag[8], diag[23]) = (0x2a, 1);
+        (diag[24], diag[39]) = (0x2a, 2);
+        diag[64..68].copy_from_slice(&1000u32.to_ne_bytes());
+        for (kind, value) in attributes {
+            bytes.extend_from_slice(&(4 + value.len() as u16).to_ne_bytes());
+            bytes.extend_from_slice(&kind.to_ne_bytes());
+            bytes.extend_from_slice(value);
+            bytes.resize(bytes.len().next_multiple_of(4), 0);
+        }
+        let length = bytes.len() as u32;
+        bytes[..4].copy_from_slice(&length.to_ne_bytes());
+        bytes
+    }
+
+    fn sockets(bytes: &[u8]) -> Vec<Parsed> {
+        Messages::new(bytes, Protocol::Tcp).collect()
+    }
+
+    #[test]
+    fn a_socket_with_its_attributes() {
+        let mut tcp = [0; 104];
+        tcp[68..72].copy_from_slice(&250u32.to_ne_bytes());
+        let bbr: Vec<u8> = [1u32, 2, 3, 4, 5]
+            .iter()
+            .flat_map(|n| n.to_ne_bytes())
+            .collect();
+        let cgroup = 42u64.to_ne_bytes();
+        let bytes = message(
+            BY_FAMILY,
+            2,
+            &[
+                (2, &tcp),
+                (4, b"bbr\0"),
+                (16, &bbr),
+                (21, &cgroup),
+                (6, &[0x28]),
+                (99, b"?"),
+            ],
+        );
+        let [Parsed::Socket(socket)] = &sockets(&bytes)[..] else {
+            panic!("{:?}", sockets(&bytes));
+        };
+        assert_eq!(
+            socket.flow.to_string(),
+            "tcp [2a00::1]:443 > [2a00::2]:5000"
+        );
+        let info = &socket.info;
+        assert_eq!(
+            (info.state, info.retransmits, info.uid, info.cgroup),
+            (1, 2, 1000, Some(42))
+        );
+        assert_eq!(
+            (info.congestion.as_deref(), info.traffic_class),
+            (Some("bbr"), Some(0x28))
+        );
+        assert_eq!(info.bbr.unwrap().bandwidth, 2 << 32 | 1);
+        assert_eq!(info.tcp.as_ref().unwrap().get(Field::Rtt), Some(250));
+    }
+
+    #[test]
+    fn what_is_no_socket() {
+        let mut bytes = message(BY_FAMILY, NLM_F_DUMP_INTR, &[]);
+        bytes.extend(message(NLMSG_DONE, 0, &[]));
+        bytes.extend(message(NLMSG_ERROR, 0, &[]));
+        let mut listening = message(BY_FAMILY, 0, &[]);
+        listening[HEADER + 6..HEADER + 8].fill(0);
+        bytes.extend(listening);
+        let parsed = sockets(&bytes);
+        assert_eq!(parsed[..2], [Parsed::Interrupted, Parsed::Done]);
+        assert!(matches!(parsed[2], Parsed::Error(_)) && parsed[3] == Parsed::Nothing);
+    }
+
+    #[test]
+    fn cut_anywhere_it_makes_no_panic() {
+        let bytes = message(
+            BY_FAMILY,
+            2,
+            &[(2, &[1; 250]), (7, &[2; 36]), (9, &[3; 16])],
+        );
+        for cut in 0..bytes.len() {
+            let mut bytes = bytes[..cut].to_vec();
+            assert!(sockets(&bytes).is_empty());
+            if cut >= 4 {
+                bytes[..4].copy_from_slice(&(cut as u32).to_ne_bytes());
+                let _ = sockets(&bytes);
+            }
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn any_bytes_make_no_panic(bytes in proptest::collection::vec(any::<u8>(), 0..400)) {
+            let _ = sockets(&bytes);
+            let mut framed = message(BY_FAMILY, 2, &[]);
+            framed.extend(&bytes);
+            let length = framed.len() as u32;
+            framed[..4].copy_from_slice(&length.to_ne_bytes());
+            let _ = sockets(&framed);
+        }
+    }
+}

@@ -1,0 +1,316 @@
+//! `struct tcp_info` of the kernel (include/uapi/linux/tcp.h), which grows from version to version.
+
+/// The longest that this program knows, in bytes.
+const LENGTH: usize = 248;
+
+/// The bytes that the kernel gave, up to [`LENGTH`]: a field behind them is absent.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct TcpInfo {
+    bytes: [u8; LENGTH],
+    length: usize,
+}
+
+/// A field of `struct tcp_info`. Times are in µs, `last_*` in ms, rates in bytes a second, windows and
+/// counts in segments or bytes as their names say.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(usize)]
+pub enum Field {
+    /// `tcpi_state`
+    State,
+    /// `tcpi_ca_state`
+    CaState,
+    /// `tcpi_retransmits`
+    Retransmits,
+    /// `tcpi_probes`
+    Probes,
+    /// `tcpi_backoff`
+    Backoff,
+    /// `tcpi_options`
+    Options,
+    /// `tcpi_rto`
+    Rto,
+    /// `tcpi_ato`
+    Ato,
+    /// `tcpi_snd_mss`
+    SndMss,
+    /// `tcpi_rcv_mss`
+    RcvMss,
+    /// `tcpi_unacked`
+    Unacked,
+    /// `tcpi_sacked`
+    Sacked,
+    /// `tcpi_lost`
+    Lost,
+    /// `tcpi_retrans`
+    Retrans,
+    /// `tcpi_fackets`
+    Fackets,
+    /// `tcpi_last_data_sent`
+    LastDataSent,
+    /// `tcpi_last_ack_sent`
+    LastAckSent,
+    /// `tcpi_last_data_recv`
+    LastDataRecv,
+    /// `tcpi_last_ack_recv`
+    LastAckRecv,
+    /// `tcpi_pmtu`
+    Pmtu,
+    /// `tcpi_rcv_ssthresh`
+    RcvSsthresh,
+    /// `tcpi_rtt`
+    Rtt,
+    /// `tcpi_rttvar`
+    RttVar,
+    /// `tcpi_snd_ssthresh`
+    SndSsthresh,
+    /// `tcpi_snd_cwnd`
+    SndCwnd,
+    /// `tcpi_advmss`
+    AdvMss,
+    /// `tcpi_reordering`
+    Reordering,
+    /// `tcpi_rcv_rtt`
+    RcvRtt,
+    /// `tcpi_rcv_space`
+    RcvSpace,
+    /// `tcpi_total_retrans`
+    TotalRetrans,
+    /// `tcpi_pacing_rate`
+    PacingRate,
+    /// `tcpi_max_pacing_rate`
+    MaxPacingRate,
+    /// `tcpi_bytes_acked`
+    BytesAcked,
+    /// `tcpi_bytes_received`
+    BytesReceived,
+    /// `tcpi_segs_out`
+    SegsOut,
+    /// `tcpi_segs_in`
+    SegsIn,
+    /// `tcpi_notsent_bytes`
+    NotsentBytes,
+    /// `tcpi_min_rtt`
+    MinRtt,
+    /// `tcpi_data_segs_in`
+    DataSegsIn,
+    /// `tcpi_data_segs_out`
+    DataSegsOut,
+    /// `tcpi_delivery_rate`
+    DeliveryRate,
+    /// `tcpi_busy_time`
+    BusyTime,
+    /// `tcpi_rwnd_limited`
+    RwndLimited,
+    /// `tcpi_sndbuf_limited`
+    SndbufLimited,
+    /// `tcpi_delivered`
+    Delivered,
+    /// `tcpi_delivered_ce`
+    DeliveredCe,
+    /// `tcpi_bytes_sent`
+    BytesSent,
+    /// `tcpi_bytes_retrans`
+    BytesRetrans,
+    /// `tcpi_dsack_dups`
+    DsackDups,
+    /// `tcpi_reord_seen`
+    ReordSeen,
+    /// `tcpi_rcv_ooopack`
+    RcvOoopack,
+    /// `tcpi_snd_wnd`
+    SndWnd,
+    /// `tcpi_rcv_wnd`
+    RcvWnd,
+    /// `tcpi_rehash`
+    Rehash,
+    /// `tcpi_total_rto`
+    TotalRto,
+    /// `tcpi_total_rto_recoveries`
+    TotalRtoRecoveries,
+    /// `tcpi_total_rto_time`
+    TotalRtoTime,
+}
+
+/// Name, offset and size of each field, in the order of [`Field`].
+const FIELDS: [(Field, &str, usize, usize); 57] = [
+    (Field::State, "state", 0, 1),
+    (Field::CaState, "ca_state", 1, 1),
+    (Field::Retransmits, "retransmits", 2, 1),
+    (Field::Probes, "probes", 3, 1),
+    (Field::Backoff, "backoff", 4, 1),
+    (Field::Options, "options", 5, 1),
+    (Field::Rto, "rto", 8, 4),
+    (Field::Ato, "ato", 12, 4),
+    (Field::SndMss, "snd_mss", 16, 4),
+    (Field::RcvMss, "rcv_mss", 20, 4),
+    (Field::Unacked, "unacked", 24, 4),
+    (Field::Sacked, "sacked", 28, 4),
+    (Field::Lost, "lost", 32, 4),
+    (Field::Retrans, "retrans", 36, 4),
+    (Field::Fackets, "fackets", 40, 4),
+    (Field::LastDataSent, "last_data_sent", 44, 4),
+    (Field::LastAckSent, "last_ack_sent", 48, 4),
+    (Field::LastDataRecv, "last_data_recv", 52, 4),
+    (Field::LastAckRecv, "last_ack_recv", 56, 4),
+    (Field::Pmtu, "pmtu", 60, 4),
+    (Field::RcvSsthresh, "rcv_ssthresh", 64, 4),
+    (Field::Rtt, "rtt", 68, 4),
+    (Field::RttVar, "rttvar", 72, 4),
+    (Field::SndSsthresh, "snd_ssthresh", 76, 4),
+    (Field::SndCwnd, "snd_cwnd", 80, 4),
+    (Field::AdvMss, "advmss", 84, 4),
+    (Field::Reordering, "reordering", 88, 4),
+    (Field::RcvRtt, "rcv_rtt", 92, 4),
+    (Field::RcvSpace, "rcv_space", 96, 4),
+    (Field::TotalRetrans, "total_retrans", 100, 4),
+    (Field::PacingRate, "pacing_rate", 104, 8),
+    (Field::MaxPacingRate, "max_pacing_rate", 112, 8),
+    (Field::BytesAcked, "bytes_acked", 120, 8),
+    (Field::BytesReceived, "bytes_received", 128, 8),
+    (Field::SegsOut, "segs_out", 136, 4),
+    (Field::SegsIn, "segs_in", 140, 4),
+    (Field::NotsentBytes, "notsent_bytes", 144, 4),
+    (Field::MinRtt, "min_rtt", 148, 4),
+    (Field::DataSegsIn, "data_segs_in", 152, 4),
+    (Field::DataSegsOut, "data_segs_out", 156, 4),
+    (Field::DeliveryRate, "delivery_rate", 160, 8),
+    (Field::BusyTime, "busy_time", 168, 8),
+    (Field::RwndLimited, "rwnd_limited", 176, 8),
+    (Field::SndbufLimited, "sndbuf_limited", 184, 8),
+    (Field::Delivered, "delivered", 192, 4),
+    (Field::DeliveredCe, "delivered_ce", 196, 4),
+    (Field::BytesSent, "bytes_sent", 200, 8),
+    (Field::BytesRetrans, "bytes_retrans", 208, 8),
+    (Field::DsackDups, "dsack_dups", 216, 4),
+    (Field::ReordSeen, "reord_seen", 220, 4),
+    (Field::RcvOoopack, "rcv_ooopack", 224, 4),
+    (Field::SndWnd, "snd_wnd", 228, 4),
+    (Field::RcvWnd, "rcv_wnd", 232, 4),
+    (Field::Rehash, "rehash", 236, 4),
+    (Field::TotalRto, "total_rto", 240, 2),
+    (Field::TotalRtoRecoveries, "total_rto_recoveries", 242, 2),
+    (Field::TotalRtoTime, "total_rto_time", 244, 4),
+];
+
+impl Field {
+    /// The name in the kernel without `tcpi_`: snake case, which flowd writes too.
+    pub fn name(self) -> &'static str {
+        FIELDS[self as usize].1
+    }
+
+    /// Every field, in the order of the structure.
+    pub fn all() -> impl Iterator<Item = Field> {
+        FIELDS.iter().map(|(field, ..)| *field)
+    }
+}
+
+impl TcpInfo {
+    /// Takes the prefix that is there.
+    pub fn parse(given: &[u8]) -> TcpInfo {
+        let mut info = TcpInfo {
+            bytes: [0; LENGTH],
+            length: given.len().min(LENGTH),
+        };
+        info.bytes[..info.length].copy_from_slice(&given[..info.length]);
+        info
+    }
+
+    /// The value of a field, if the kernel has it.
+    pub fn get(&self, field: Field) -> Option<u64> {
+        let (_, _, offset, size) = FIELDS[field as usize];
+        if offset + size > self.length {
+            return None;
+        }
+        let mut value = [0; 8];
+        let end = if cfg!(target_endian = "little") {
+            0
+        } else {
+            8 - size
+        };
+        value[end..end + size].copy_from_slice(&self.bytes[offset..offset + size]);
+        Some(u64::from_ne_bytes(value))
+    }
+
+    /// Shift of the window that the other end advertises.
+    pub fn snd_wscale(&self) -> Option<u8> {
+        self.bit_field(6)
+            .map(|byte| match cfg!(target_endian = "little") {
+                true => byte & 0xf,
+                false => byte >> 4,
+            })
+    }
+
+    /// Shift of the window that this end advertises.
+    pub fn rcv_wscale(&self) -> Option<u8> {
+        self.bit_field(6)
+            .map(|byte| match cfg!(target_endian = "little") {
+                true => byte >> 4,
+                false => byte & 0xf,
+            })
+    }
+
+    /// Whether the delivery rate is what the application asked for, not what the network gave.
+    pub fn delivery_rate_app_limited(&self) -> Option<bool> {
+        self.bit_field(7)
+            .map(|byte| match cfg!(target_endian = "little") {
+                true => byte & 1 != 0,
+                false => byte >> 7 != 0,
+            })
+    }
+
+    fn bit_field(&self, offset: usize) -> Option<u8> {
+        (offset < self.length).then(|| self.bytes[offset])
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    #[test]
+    fn fields_are_in_order_and_do_not_overlap() {
+        let mut end = 0;
+        for (index, (field, name, offset, size)) in FIELDS.into_iter().enumerate() {
+            assert_eq!(field as usize, index, "{name}");
+            // Byte 6 and 7 are bit fields.
+            assert!(offset == end || (offset, end) == (8, 6), "{name}");
+            end = offset + size;
+        }
+        assert_eq!(end, LENGTH);
+    }
+
+    #[test]
+    fn older_kernels_have_shorter_ones() {
+        let mut bytes: Vec<u8> = vec![0; 300];
+        bytes[68..72].copy_from_slice(&1234u32.to_ne_bytes());
+        bytes[6] = 0x9a;
+        bytes[120..128].copy_from_slice(&77u64.to_ne_bytes());
+        // Linux 2.6, 3.15, 4.18, 5.4, and one of the future.
+        for (length, last) in [
+            (104, Field::TotalRetrans),
+            (136, Field::BytesReceived),
+            (192, Field::SndbufLimited),
+            (232, Field::SndWnd),
+            (300, Field::TotalRtoTime),
+        ] {
+            let info = TcpInfo::parse(&bytes[..length]);
+            assert_eq!(info.get(Field::Rtt), Some(1234));
+            assert_eq!((info.snd_wscale(), info.rcv_wscale()), (Some(0xa), Some(9)));
+            assert_eq!(info.get(Field::BytesAcked), (length > 127).then_some(77));
+            let known = Field::all().filter(|field| info.get(*field).is_some());
+            assert_eq!(known.last(), Some(last), "{length}");
+        }
+        assert!(Field::all().all(|field| TcpInfo::parse(&[]).get(field).is_none()));
+    }
+
+    proptest! {
+        #[test]
+        fn any_length_gives_the_whole_fields_of_it(bytes in proptest::collection::vec(any::<u8>(), 0..260)) {
+            let info = TcpInfo::parse(&bytes);
+            for (field, _, offset, size) in FIELDS {
+                prop_assert_eq!(info.get(field).is_some(), offset + size <= bytes.len());
+            }
+        }
+    }
+}
