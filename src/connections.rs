@@ -5,11 +5,13 @@ use std::collections::hash_map::Entry;
 use std::collections::{HashMap, HashSet};
 use std::net::IpAddr;
 use std::ops::RangeInclusive;
+use std::sync::Arc;
 
 use ipnet::IpNet;
 use jiff::Timestamp;
 
 use crate::flow::{Flow, FlowEvent, Origin, State, Tag, Usage};
+use crate::socket::Socket;
 use crate::special_networks::is_public;
 
 /// A TCP connection as the kernel shows it; its source is the local end.
@@ -23,6 +25,8 @@ pub struct Connection {
     pub cgroup: Option<u64>,
     /// Payload bytes so far, where the kernel says it.
     pub usage: Option<Usage>,
+    /// What else the kernel says.
+    pub socket: Option<Arc<Socket>>,
 }
 
 /// Which connections get a tag; what is empty or absent admits all.
@@ -165,11 +169,7 @@ impl Tracker {
         let short = (self.scans > 0).then(|| self.tag(connection, is_local));
         match short.flatten() {
             Some(tag) => {
-                let start = FlowEvent {
-                    usage: None,
-                    ..self.event(State::Start, connection, tag, now)
-                };
-                vec![start, end(self)]
+                vec![self.event(State::Start, connection, tag, now), end(self)]
             }
             None => Vec::new(),
         }
@@ -182,6 +182,7 @@ impl Tracker {
                 State::Start => None,
                 _ => connection.usage,
             },
+            netlink: connection.socket.clone(),
             ..FlowEvent::new(state, connection.flow, now, self.origin)
         }
     }
@@ -223,6 +224,7 @@ mod tests {
                 received: Some(1),
                 sent: Some(2),
             }),
+            socket: None,
         }
     }
 

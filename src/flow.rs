@@ -6,6 +6,8 @@ use std::sync::Arc;
 
 use jiff::Timestamp;
 
+use crate::socket::Socket;
+
 /// Transport protocol of a flow.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum Protocol {
@@ -269,6 +271,8 @@ pub struct FlowEvent {
     pub usage: Option<Usage>,
     /// What else a received firefly carried.
     pub members: Vec<Member>,
+    /// What the kernel knows of the flow's socket on this host.
+    pub netlink: Option<Arc<Socket>>,
     /// Which way the event came in.
     pub origin: Origin,
 }
@@ -286,6 +290,7 @@ impl FlowEvent {
             application: None,
             usage: None,
             members: Vec::new(),
+            netlink: None,
             origin,
         }
     }

@@ -223,6 +223,11 @@ impl FlowTable {
     }
 
     fn ongoing(&mut self, event: &mut FlowEvent, now: Timestamp) -> Step {
+        if event.origin == Origin::Socket
+            && let Some(flow) = self.flow_of_socket(&event.flow)
+        {
+            event.flow = flow;
+        }
         if let Some(open) = self.flows.get_mut(&event.flow) {
             open.state = State::Ongoing;
             complete(event, open);
@@ -245,6 +250,7 @@ impl FlowTable {
             Some(open) => {
                 if let Some(closed) = self.closing.remove(&event.flow) {
                     event.usage = event.usage.or(closed.usage);
+                    event.netlink = event.netlink.take().or(closed.netlink);
                 }
                 complete(event, &open);
                 Step::Ended
@@ -261,9 +267,13 @@ impl FlowTable {
     }
 
     /// A socket has its local end first, its flow may have it last.
+    fn flow_of_socket(&self, flow: &Flow) -> Option<Flow> {
+        let ways = [*flow, flow.reversed()];
+        ways.into_iter().find(|flow| self.flows.contains_key(flow))
+    }
+
     fn socket_end(&mut self, event: &mut FlowEvent) -> Step {
-        let ways = [event.flow, event.flow.reversed()];
-        let Some(flow) = ways.into_iter().find(|flow| self.flows.contains_key(flow)) else {
+        let Some(flow) = self.flow_of_socket(&event.flow) else {
             return Step::SocketUnknown;
         };
         event.flow = flow;

@@ -3,6 +3,7 @@
 pub mod api;
 pub mod firefly;
 pub mod named_pipe;
+pub mod netlink;
 pub mod netstat;
 pub mod perfsonar;
 
@@ -42,6 +43,9 @@ pub fn build(config: &Config, sources: &Sources) -> Result<Vec<Box<dyn Plugin>>>
     }
     if let Some(config) = &config.api {
         plugins.push(Box::new(api::Api::new(config, sources.clone())?));
+    }
+    if let Some(config) = &config.netlink {
+        plugins.push(Box::new(netlink::Netlink::new(config, metrics)?));
     }
     if let Some(config) = &config.netstat {
         plugins.push(Box::new(netstat::Netstat::new(config, metrics)?));

@@ -3,6 +3,8 @@
 mod message;
 mod tcp_info;
 
+use std::sync::Arc;
+
 pub use message::{Messages, Parsed, request};
 pub use tcp_info::{Field, TcpInfo};
 
@@ -123,14 +125,14 @@ impl SocketInfo {
     }
 }
 
-impl Socket {
-    /// As the plugins see it.
-    pub fn connection(&self) -> Connection {
+impl From<Socket> for Connection {
+    fn from(socket: Socket) -> Connection {
         Connection {
-            flow: self.flow,
-            uid: self.info.uid,
-            cgroup: self.info.cgroup,
-            usage: self.info.usage(),
+            flow: socket.flow,
+            uid: socket.info.uid,
+            cgroup: socket.info.cgroup,
+            usage: socket.info.usage(),
+            socket: Some(Arc::new(socket)),
         }
     }
 }

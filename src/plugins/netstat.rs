@@ -118,6 +118,7 @@ fn connection(entry: &TcpNetEntry) -> Option<Connection> {
         uid: entry.uid,
         cgroup: None,
         usage: None,
+        socket: None,
     })
 }
 

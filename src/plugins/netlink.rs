@@ -1,0 +1,208 @@
+//! The netlink plugin: the TCP connections of this host are flows, as `sock_diag(7)` shows them.
+//!
+//! A scan every period finds what is new; the kernel tells of each socket that goes, in that moment and
+//! with its last counts. Where it does not, or where notifications were lost, the scans find out.
+
+use std::collections::HashSet;
+use std::io;
+use std::time::Instant;
+
+use log::Level;
+use mio::{Events, Interest, Poll, Token};
+
+use super::{Closed, EventSender, Plugin, now};
+use crate::config;
+use crate::connections::{Connection, Tracker};
+use crate::error::{Context, Result};
+use crate::flow::{Flow, FlowEvent, Origin, Protocol, State};
+use crate::log_limit::LogLimit;
+use crate::metrics::{Metrics, Outcomes, outcomes};
+use crate::socket::CONNECTED;
+use crate::sys::connection_rules;
+use crate::sys::interfaces::LocalAddresses;
+use crate::sys::sock_diag::{Destroyed, Dump, Notified};
+use crate::sys::stop::Stop;
+
+const NAME: &str = "netlink";
+/// Nothing but `struct inet_diag_msg` is needed to know a connection.
+const NO_EXTENSIONS: u8 = 0;
+
+outcomes! {
+    enum Outcome {
+        Started = "started",
+        Ended = "ended",
+        Scanned = "scanned",
+        ScanFailed = "scan_failed",
+        Overrun = "overrun",
+    }
+}
+
+/// What notifications tell.
+#[derive(Default)]
+struct Closings {
+    events: Vec<FlowEvent>,
+    /// The connections that went, whether or not they are anybody's business.
+    flows: HashSet<Flow>,
+    /// Some were lost: a scan is needed to know the rest.
+    incomplete: bool,
+}
+
+/// The plugin, with its netlink sockets open.
+pub struct Netlink {
+    config: config::Connections,
+    tracker: Tracker,
+    local: LocalAddresses,
+    dump: Dump,
+    destroyed: Option<Destroyed>,
+    poll: Poll,
+    counters: Outcomes<Outcome>,
+}
+
+impl Netlink {
+    /// Opens the sockets, and scans once to know what was there before.
+    pub fn new(config: &config::Connections, metrics: &Metrics) -> Result<Netlink> {
+        let rules = connection_rules::build(&config.rules)?;
+        let networks = config.internal_networks.clone();
+        let poll = Poll::new().context(poll_loop)?;
+        // The notifications first, so that nothing goes unseen between the two.
+        let destroyed = Destroyed::subscribe().and_then(|mut destroyed| {
+            poll.registry()
+                .register(&mut destroyed, Token(0), Interest::READABLE)?;
+            Ok(destroyed)
+        });
+        let destroyed = destroyed
+            .inspect_err(|error| {
+                log::warn!(
+                    "netlink: the kernel does not tell which sockets go ({error}): ends are as late as the next scan, and connections shorter than {} ms may be missed",
+                    config.period.as_millis()
+                );
+            })
+            .ok();
+        let mut dump = Dump::open().context(sock_diag)?;
+        dump.sockets(Protocol::Tcp, CONNECTED, NO_EXTENSIONS, |_| {})
+            .context(sock_diag)?;
+        Ok(Netlink {
+            config: config.clone(),
+            tracker: Tracker::new(Origin::Netlink, rules, networks, config.announce_existing),
+            local: LocalAddresses::watch().context(|| "addresses of this host".to_owned())?,
+            dump,
+            destroyed,
+            poll,
+            counters: metrics.plugin(NAME),
+        })
+    }
+
+    fn scan(&mut self) -> io::Result<Vec<FlowEvent>> {
+        self.local.refresh();
+        connection_rules::refresh(&self.config.rules, &mut self.tracker.rules);
+        let mut found: Vec<Connection> = Vec::new();
+        self.dump
+            .sockets(Protocol::Tcp, CONNECTED, NO_EXTENSIONS, |socket| {
+                found.push(socket.into());
+            })?;
+        // What went while the kernel was counting is known before anything is concluded from it.
+        let closed = self.closed()?;
+        let time = now();
+        let mut events = closed.events;
+        self.tracker.begin_scan();
+        for connection in found.iter().filter(|c| !closed.flows.contains(&c.flow)) {
+            let local = |address: &_| self.local.contains(address);
+            events.extend(self.tracker.open(connection, time, local));
+        }
+        events.extend(self.tracker.end_scan(time));
+        Ok(events)
+    }
+
+    /// What the kernel has told since it was last asked.
+    fn closed(&mut self) -> io::Result<Closings> {
+        let mut closings = Closings::default();
+        let Some(destroyed) = &mut self.destroyed else {
+            return Ok(closings);
+        };
+        let time = now();
+        loop {
+            let notified = destroyed.receive(|socket| {
+                if socket.info.was_established() {
+                    closings.flows.insert(socket.flow);
+                    let local = |address: &_| self.local.contains(address);
+                    let told = self.tracker.closed(&socket.into(), time, local);
+                    closings.events.extend(told);
+                }
+            })?;
+            match notified {
+                Notified::Some => {}
+                Notified::Nothing => return Ok(closings),
+                Notified::Overrun => {
+                    self.counters.add(Outcome::Overrun);
+                    closings.incomplete = true;
+                }
+            }
+        }
+    }
+
+    fn send(&self, found: Vec<FlowEvent>, events: &EventSender) -> std::result::Result<(), Closed> {
+        for event in found {
+            self.counters.add(match event.state {
+                State::End => Outcome::Ended,
+                _ => Outcome::Started,
+            });
+            events.send(event)?;
+        }
+        Ok(())
+    }
+}
+
+fn poll_loop() -> String {
+    "poll loop of the netlink plugin".to_owned()
+}
+
+fn sock_diag() -> String {
+    "sock_diag of the netlink plugin".to_owned()
+}
+
+impl Plugin for Netlink {
+    fn name(&self) -> &'static str {
+        NAME
+    }
+
+    fn run(mut self: Box<Self>, events: EventSender, mut stop: Stop) -> Result<()> {
+        self.poll
+            .registry()
+            .register(&mut stop, Token(1), Interest::READABLE)
+            .context(poll_loop)?;
+        let mut trouble = LogLimit::new(Level::Error, "netlink: failures");
+        let mut wakeups = Events::with_capacity(2);
+        let mut due = Instant::now();
+        while !stop.is_set() {
+            let closings = self.closed().context(sock_diag)?;
+            let mut found = closings.events;
+            let began = Instant::now();
+            if closings.incomplete || began >= due {
+                due = began + self.config.period;
+                match self.scan() {
+                    Ok(more) => {
+                        self.counters.add(Outcome::Scanned);
+                        found.extend(more);
+                    }
+                    Err(error) => {
+                        self.counters.add(Outcome::ScanFailed);
+                        trouble.log(began, || format!("netlink: sock_diag: {error}"));
+                    }
+                }
+            }
+            if self.send(found, &events).is_err() {
+                break;
+            }
+            trouble.tick(began);
+            let rest = due.saturating_duration_since(Instant::now());
+            match self.poll.poll(&mut wakeups, Some(rest)) {
+                Err(error) if error.kind() != io::ErrorKind::Interrupted => {
+                    return Err(error).context(poll_loop);
+                }
+                _ => {}
+            }
+        }
+        trouble.flush();
+        Ok(())
+    }
+}
