@@ -16,6 +16,7 @@ use ipnet::IpNet;
 use log::LevelFilter;
 
 use crate::connections::Rule;
+use crate::enrichment::Mode;
 use crate::flow::{Protocol, Tag};
 
 pub use check::log_level;
@@ -164,6 +165,8 @@ pub struct Api {
 /// The firefly backend.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Firefly {
+    /// `enrich` and `enrichmentMode`: the spelling of what the kernel knows.
+    pub enrichment: Option<Mode>,
     /// `relayed`.
     pub relayed: Relayed,
     /// `destinationPort`.

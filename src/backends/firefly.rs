@@ -47,6 +47,8 @@ pub struct Firefly {
     listener: Option<SocketAddr>,
     local: LocalAddresses,
     encoder: Encoder,
+    /// Whether news of sockets is sent.
+    enrich: bool,
     sender: Sender,
     counters: Outcomes<Datagram>,
     trouble: LogLimit,
@@ -86,7 +88,9 @@ impl Firefly {
                 &hostname.to_string_lossy(),
                 application,
                 config.prepend_syslog,
-            ),
+            )
+            .enriched(config.enrichment),
+            enrich: config.enrichment.is_some(),
             sender,
             counters: metrics.backend(NAME),
             trouble: LogLimit::new(Level::Warn, "firefly: datagrams that could not be sent"),
@@ -194,6 +198,9 @@ impl Backend for Firefly {
             self.local.refresh();
             let now = Timestamp::now();
             for event in first.into_iter().chain(events.try_iter()) {
+                if event.origin == Origin::Socket && !self.enrich {
+                    continue;
+                }
                 let destinations = self.destinations(&event);
                 let left_out =
                     batch.push(destinations, |out| self.encoder.encode(&event, now, out));

@@ -138,6 +138,10 @@ pub fn check(raw: raw::Raw) -> Result<Config> {
         netstat,
         netlink_enricher: match enrichers.netlink {
             Some(netlink) => Some(connections::enricher(netlink, enrichers.period)?),
+            // To enrich fireflies is to want an enricher.
+            None if firefly.as_ref().is_some_and(|f| f.enrichment.is_some()) => {
+                Some(connections::enricher(Default::default(), enrichers.period)?)
+            }
             None => None,
         },
         firefly,
@@ -336,8 +340,8 @@ mod tests {
                 "f:2:28: backends.firefly.stun: not supported yet",
             ),
             (
-                "plugins: {namedPipe: }\nbackends: {firefly: {enrich: true}}\n",
-                "f:2:30: backends.firefly.enrich: not supported yet",
+                "plugins: {namedPipe: }\nbackends: {firefly: {enrichmentMode: fat}}\n",
+                "f:2:38: backends.firefly.enrichmentMode: \"fat\" is unknown, expected lean, compatible, flowd, or \"\" for everything",
             ),
             (
                 "# flowd\nPLUGIN='np_api'\n",

@@ -222,7 +222,7 @@ pub struct Firefly {
     pub collector_port: Option<i64>,
     pub relayed: Option<String>,
     pub enrich: Option<bool>,
-    pub enrichment_mode: Option<Value>,
+    pub enrichment_mode: Option<String>,
     pub stun: Option<Value>,
 }
 

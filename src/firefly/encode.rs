@@ -7,6 +7,7 @@ use jiff::fmt::temporal::DateTimePrinter;
 use jiff::tz::Offset;
 
 use super::cut;
+use crate::enrichment::{self, Mode};
 use crate::flow::{FlowEvent, Member, Protocol, State, Usage};
 
 /// Facility local0, severity info.
@@ -26,6 +27,8 @@ pub struct Encoder {
     reported: PrintedTime,
     start: PrintedTime,
     end: PrintedTime,
+    /// The spelling of `netlink`.
+    enrichment: Option<Mode>,
 }
 
 impl Encoder {
@@ -45,7 +48,13 @@ impl Encoder {
             reported: PrintedTime::default(),
             start: PrintedTime::default(),
             end: PrintedTime::default(),
+            enrichment: None,
         }
+    }
+
+    /// The same, which writes what the kernel knows of a flow's socket, too.
+    pub fn enriched(self, enrichment: Option<Mode>) -> Encoder {
+        Encoder { enrichment, ..self }
     }
 
     /// Appends the firefly of `event`, sent at `now`, to `out`, and returns how many of its members
@@ -67,6 +76,7 @@ impl Encoder {
         put(event.state.as_str());
         put("\",\"current-time\":\"");
         put(match event.reported {
+            None if event.state == State::Ongoing => self.reported.print(event.time),
             None => current,
             Some(reported) => self.reported.print(reported),
         });
@@ -125,9 +135,33 @@ impl Encoder {
             Some(application) => out.push_str(&escaped(application)),
         }
         out.push('}');
-        let left_out = put_members(&event.members, begin + DATAGRAM_MAX - 1, out);
+        let end = begin + DATAGRAM_MAX - 1;
+        let mut left_out = put_members(&event.members, end, out);
+        left_out += self.put_netlink(event, end, out);
         out.push('}');
         left_out
+    }
+}
+
+impl Encoder {
+    /// What the producer of a relayed firefly says stands. Who asks for everything gets it, in a datagram
+    /// of whatever size.
+    fn put_netlink(&self, event: &FlowEvent, end: usize, out: &mut String) -> usize {
+        let said = event.members.iter().any(|member| &*member.key == "netlink");
+        let (Some(mode), Some(socket), false) = (self.enrichment, &event.netlink, said) else {
+            return 0;
+        };
+        const KEY: &str = ",\"netlink\":";
+        let room = match mode {
+            Mode::Full => usize::MAX,
+            _ => end.saturating_sub(out.len() + KEY.len()),
+        };
+        // Room for no field at all is no room.
+        if room < 16 {
+            return 1;
+        }
+        out.push_str(KEY);
+        enrichment::put(mode, socket, room, out)
     }
 }
 

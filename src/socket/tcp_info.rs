@@ -131,71 +131,106 @@ pub enum Field {
     TotalRtoTime,
 }
 
-/// Name, offset and size of each field, in the order of [`Field`].
-const FIELDS: [(Field, &str, usize, usize); 57] = [
-    (Field::State, "state", 0, 1),
-    (Field::CaState, "ca_state", 1, 1),
-    (Field::Retransmits, "retransmits", 2, 1),
-    (Field::Probes, "probes", 3, 1),
-    (Field::Backoff, "backoff", 4, 1),
-    (Field::Options, "options", 5, 1),
-    (Field::Rto, "rto", 8, 4),
-    (Field::Ato, "ato", 12, 4),
-    (Field::SndMss, "snd_mss", 16, 4),
-    (Field::RcvMss, "rcv_mss", 20, 4),
-    (Field::Unacked, "unacked", 24, 4),
-    (Field::Sacked, "sacked", 28, 4),
-    (Field::Lost, "lost", 32, 4),
-    (Field::Retrans, "retrans", 36, 4),
-    (Field::Fackets, "fackets", 40, 4),
-    (Field::LastDataSent, "last_data_sent", 44, 4),
-    (Field::LastAckSent, "last_ack_sent", 48, 4),
-    (Field::LastDataRecv, "last_data_recv", 52, 4),
-    (Field::LastAckRecv, "last_ack_recv", 56, 4),
-    (Field::Pmtu, "pmtu", 60, 4),
-    (Field::RcvSsthresh, "rcv_ssthresh", 64, 4),
-    (Field::Rtt, "rtt", 68, 4),
-    (Field::RttVar, "rttvar", 72, 4),
-    (Field::SndSsthresh, "snd_ssthresh", 76, 4),
-    (Field::SndCwnd, "snd_cwnd", 80, 4),
-    (Field::AdvMss, "advmss", 84, 4),
-    (Field::Reordering, "reordering", 88, 4),
-    (Field::RcvRtt, "rcv_rtt", 92, 4),
-    (Field::RcvSpace, "rcv_space", 96, 4),
-    (Field::TotalRetrans, "total_retrans", 100, 4),
-    (Field::PacingRate, "pacing_rate", 104, 8),
-    (Field::MaxPacingRate, "max_pacing_rate", 112, 8),
-    (Field::BytesAcked, "bytes_acked", 120, 8),
-    (Field::BytesReceived, "bytes_received", 128, 8),
-    (Field::SegsOut, "segs_out", 136, 4),
-    (Field::SegsIn, "segs_in", 140, 4),
-    (Field::NotsentBytes, "notsent_bytes", 144, 4),
-    (Field::MinRtt, "min_rtt", 148, 4),
-    (Field::DataSegsIn, "data_segs_in", 152, 4),
-    (Field::DataSegsOut, "data_segs_out", 156, 4),
-    (Field::DeliveryRate, "delivery_rate", 160, 8),
-    (Field::BusyTime, "busy_time", 168, 8),
-    (Field::RwndLimited, "rwnd_limited", 176, 8),
-    (Field::SndbufLimited, "sndbuf_limited", 184, 8),
-    (Field::Delivered, "delivered", 192, 4),
-    (Field::DeliveredCe, "delivered_ce", 196, 4),
-    (Field::BytesSent, "bytes_sent", 200, 8),
-    (Field::BytesRetrans, "bytes_retrans", 208, 8),
-    (Field::DsackDups, "dsack_dups", 216, 4),
-    (Field::ReordSeen, "reord_seen", 220, 4),
-    (Field::RcvOoopack, "rcv_ooopack", 224, 4),
-    (Field::SndWnd, "snd_wnd", 228, 4),
-    (Field::RcvWnd, "rcv_wnd", 232, 4),
-    (Field::Rehash, "rehash", 236, 4),
-    (Field::TotalRto, "total_rto", 240, 2),
-    (Field::TotalRtoRecoveries, "total_rto_recoveries", 242, 2),
-    (Field::TotalRtoTime, "total_rto_time", 244, 4),
+/// Names, offset and size of each field, in the order of [`Field`].
+const FIELDS: [(Field, &str, &str, usize, usize); 57] = [
+    (Field::State, "state", "state", 0, 1),
+    (Field::CaState, "ca_state", "caState", 1, 1),
+    (Field::Retransmits, "retransmits", "retransmits", 2, 1),
+    (Field::Probes, "probes", "probes", 3, 1),
+    (Field::Backoff, "backoff", "backoff", 4, 1),
+    (Field::Options, "options", "options", 5, 1),
+    (Field::Rto, "rto", "rto", 8, 4),
+    (Field::Ato, "ato", "ato", 12, 4),
+    (Field::SndMss, "snd_mss", "sndMss", 16, 4),
+    (Field::RcvMss, "rcv_mss", "rcvMss", 20, 4),
+    (Field::Unacked, "unacked", "unacked", 24, 4),
+    (Field::Sacked, "sacked", "sacked", 28, 4),
+    (Field::Lost, "lost", "lost", 32, 4),
+    (Field::Retrans, "retrans", "retrans", 36, 4),
+    (Field::Fackets, "fackets", "fackets", 40, 4),
+    (Field::LastDataSent, "last_data_sent", "lastDataSent", 44, 4),
+    (Field::LastAckSent, "last_ack_sent", "lastAckSent", 48, 4),
+    (Field::LastDataRecv, "last_data_recv", "lastDataRecv", 52, 4),
+    (Field::LastAckRecv, "last_ack_recv", "lastAckRecv", 56, 4),
+    (Field::Pmtu, "pmtu", "pMtu", 60, 4),
+    (Field::RcvSsthresh, "rcv_ssthresh", "rcvSsThresh", 64, 4),
+    (Field::Rtt, "rtt", "rtt", 68, 4),
+    (Field::RttVar, "rttvar", "rttVar", 72, 4),
+    (Field::SndSsthresh, "snd_ssthresh", "sndSsThresh", 76, 4),
+    (Field::SndCwnd, "snd_cwnd", "sndCwnd", 80, 4),
+    (Field::AdvMss, "advmss", "advMss", 84, 4),
+    (Field::Reordering, "reordering", "reordering", 88, 4),
+    (Field::RcvRtt, "rcv_rtt", "rcvRtt", 92, 4),
+    (Field::RcvSpace, "rcv_space", "rcvSpace", 96, 4),
+    (Field::TotalRetrans, "total_retrans", "totalRetrans", 100, 4),
+    (Field::PacingRate, "pacing_rate", "pacingRate", 104, 8),
+    (
+        Field::MaxPacingRate,
+        "max_pacing_rate",
+        "maxPacingRate",
+        112,
+        8,
+    ),
+    (Field::BytesAcked, "bytes_acked", "bytesAcked", 120, 8),
+    (
+        Field::BytesReceived,
+        "bytes_received",
+        "bytesReceived",
+        128,
+        8,
+    ),
+    (Field::SegsOut, "segs_out", "segsOut", 136, 4),
+    (Field::SegsIn, "segs_in", "segsIn", 140, 4),
+    (Field::NotsentBytes, "notsent_bytes", "notsentBytes", 144, 4),
+    (Field::MinRtt, "min_rtt", "minRtt", 148, 4),
+    (Field::DataSegsIn, "data_segs_in", "dataSegsIn", 152, 4),
+    (Field::DataSegsOut, "data_segs_out", "dataSegsOut", 156, 4),
+    (Field::DeliveryRate, "delivery_rate", "deliveryRate", 160, 8),
+    (Field::BusyTime, "busy_time", "busyTime", 168, 8),
+    (Field::RwndLimited, "rwnd_limited", "rwndLimited", 176, 8),
+    (
+        Field::SndbufLimited,
+        "sndbuf_limited",
+        "sndbufLimited",
+        184,
+        8,
+    ),
+    (Field::Delivered, "delivered", "delivered", 192, 4),
+    (Field::DeliveredCe, "delivered_ce", "deliveredCe", 196, 4),
+    (Field::BytesSent, "bytes_sent", "bytesSent", 200, 8),
+    (Field::BytesRetrans, "bytes_retrans", "bytesRetrans", 208, 8),
+    (Field::DsackDups, "dsack_dups", "dsackDups", 216, 4),
+    (Field::ReordSeen, "reord_seen", "reordSeen", 220, 4),
+    (Field::RcvOoopack, "rcv_ooopack", "rcvOoopack", 224, 4),
+    (Field::SndWnd, "snd_wnd", "sndWnd", 228, 4),
+    (Field::RcvWnd, "rcv_wnd", "rcvWnd", 232, 4),
+    (Field::Rehash, "rehash", "rehash", 236, 4),
+    (Field::TotalRto, "total_rto", "totalRto", 240, 2),
+    (
+        Field::TotalRtoRecoveries,
+        "total_rto_recoveries",
+        "totalRtoRecoveries",
+        242,
+        2,
+    ),
+    (
+        Field::TotalRtoTime,
+        "total_rto_time",
+        "totalRtoTime",
+        244,
+        4,
+    ),
 ];
 
 impl Field {
     /// The name in the kernel without `tcpi_`: snake case, which flowd writes too.
     pub fn name(self) -> &'static str {
         FIELDS[self as usize].1
+    }
+
+    /// The name as flowd-go writes it: `sndMss`, `pMtu`.
+    pub fn camel_name(self) -> &'static str {
+        FIELDS[self as usize].2
     }
 
     /// Every field, in the order of the structure.
@@ -217,7 +252,7 @@ impl TcpInfo {
 
     /// The value of a field, if the kernel has it.
     pub fn get(&self, field: Field) -> Option<u64> {
-        let (_, _, offset, size) = FIELDS[field as usize];
+        let (_, _, _, offset, size) = FIELDS[field as usize];
         if offset + size > self.length {
             return None;
         }
@@ -271,7 +306,7 @@ mod tests {
     #[test]
     fn fields_are_in_order_and_do_not_overlap() {
         let mut end = 0;
-        for (index, (field, name, offset, size)) in FIELDS.into_iter().enumerate() {
+        for (index, (field, name, _, offset, size)) in FIELDS.into_iter().enumerate() {
             assert_eq!(field as usize, index, "{name}");
             // Byte 6 and 7 are bit fields.
             assert!(offset == end || (offset, end) == (8, 6), "{name}");
@@ -308,7 +343,7 @@ mod tests {
         #[test]
         fn any_length_gives_the_whole_fields_of_it(bytes in proptest::collection::vec(any::<u8>(), 0..260)) {
             let info = TcpInfo::parse(&bytes);
-            for (field, _, offset, size) in FIELDS {
+            for (field, _, _, offset, size) in FIELDS {
                 prop_assert_eq!(info.get(field).is_some(), offset + size <= bytes.len());
             }
         }

@@ -4,20 +4,28 @@ use std::path::PathBuf;
 
 use super::{Result, error, path, range};
 use crate::config::{BPF_FS_PATH, Collector, Firefly, Marker, Relayed, Strategy, raw};
+use crate::enrichment::Mode;
 use crate::firefly;
 
 /// Early, so that filters which end the chain come after; above what tc(8) gives by itself.
 const MARKER_PRIORITY: i64 = 10;
 
 pub fn firefly(raw: raw::Firefly) -> Result<Firefly> {
-    let asked = [
-        ("enrich", raw.enrich == Some(true)),
-        ("enrichmentMode", raw.enrichment_mode.is_some()),
-        ("stun", raw.stun.is_some()),
-    ];
-    if let Some((key, _)) = asked.into_iter().find(|(_, asked)| *asked) {
-        return error(&format!("backends.firefly.{key}"), "not supported yet");
+    if raw.stun.is_some() {
+        return error("backends.firefly.stun", "not supported yet");
     }
+    let mode = match raw.enrichment_mode.as_deref() {
+        None => Some(Mode::Lean),
+        Some(word) => Mode::ALL.into_iter().find(|m| m.as_str() == word),
+    };
+    let Some(mode) = mode else {
+        let word = raw.enrichment_mode.unwrap_or_default();
+        let message = format!(
+            "\"{}\" is unknown, expected lean, compatible, flowd, or \"\" for everything",
+            word.escape_debug()
+        );
+        return error("backends.firefly.enrichmentMode", message);
+    };
     let port = |key: &str, value| {
         let key = format!("backends.firefly.{key}");
         range(&key, value, i64::from(firefly::PORT), 1, 65535)
@@ -51,6 +59,7 @@ pub fn firefly(raw: raw::Firefly) -> Result<Firefly> {
         return error("backends.firefly.relayed", message);
     };
     Ok(Firefly {
+        enrichment: raw.enrich.unwrap_or(false).then_some(mode),
         relayed,
         destination_port: port("destinationPort", raw.destination_port)?,
         prepend_syslog: raw.prepend_syslog.unwrap_or(true),
