@@ -26,7 +26,7 @@ use crate::routes::{Routes, Sources};
 use crate::scitag::Labeller;
 use crate::sys::state_dir;
 use crate::sys::stop::{StopSwitch, stop};
-use crate::{backends, plugins};
+use crate::{backends, enrichers, plugins};
 
 /// Events that wait for the dispatcher.
 const DISPATCHER_QUEUE: usize = 4096;
@@ -88,6 +88,7 @@ pub fn run(config: &Config) -> Result<()> {
         started: Timestamp::now(),
     };
     let plugins = plugins::build(config, &sources)?;
+    let enrichers = enrichers::build(config, &sources)?;
     let control = Control::new(&config.control_socket, Routes::new(sources))?;
     for backend in &mut backends {
         backend.restore(&table)?;
@@ -132,6 +133,11 @@ pub fn run(config: &Config) -> Result<()> {
             format!("plugin {}", plugin.name()),
             Box::new(move || plugin.run(events, stop)),
         )?;
+    }
+    for enricher in enrichers {
+        let (events, stop) = (EventSender::new(channel.clone(), &metrics), stop.clone());
+        let name = format!("enricher {}", enricher.name());
+        start(name, Box::new(move || enricher.run(events, stop)))?;
     }
     drop(channel);
     if let Some(control) = control {

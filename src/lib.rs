@@ -12,6 +12,7 @@ pub mod control;
 pub mod daemon;
 pub mod dispatcher;
 pub mod echo;
+pub mod enrichers;
 pub mod enrichment;
 pub mod error;
 pub mod firefly;

@@ -13,7 +13,7 @@ use prometheus::IntCounter;
 
 use crate::config::Config;
 use crate::error::Result;
-use crate::flow::FlowEvent;
+use crate::flow::{FlowEvent, State};
 use crate::metrics::Metrics;
 use crate::queue::{Pushed, push};
 use crate::routes::Sources;
@@ -57,7 +57,7 @@ pub fn build(config: &Config, sources: &Sources) -> Result<Vec<Box<dyn Plugin>>>
 }
 
 /// The time to the microsecond, which is what a firefly and the journal keep.
-fn now() -> Timestamp {
+pub fn now() -> Timestamp {
     let now = Timestamp::now();
     Timestamp::from_microsecond(now.as_microsecond()).unwrap_or(now)
 }
@@ -84,7 +84,16 @@ impl EventSender {
 
     /// Waits for room with a start or an end; drops and counts news that does not fit.
     pub fn send(&self, event: FlowEvent) -> std::result::Result<(), Closed> {
-        match push(&self.channel, event.state, event) {
+        self.push(event.state, event)
+    }
+
+    /// Waits for room whatever the event: for those who have nothing else to do meanwhile.
+    pub fn send_patiently(&self, event: FlowEvent) -> std::result::Result<(), Closed> {
+        self.push(State::End, event)
+    }
+
+    fn push(&self, urgency: State, event: FlowEvent) -> std::result::Result<(), Closed> {
+        match push(&self.channel, urgency, event) {
             Pushed::Done => Ok(()),
             Pushed::Dropped => {
                 self.ongoing_dropped.inc();

@@ -5,7 +5,7 @@ mod tcp_info;
 
 use std::sync::Arc;
 
-pub use message::{Messages, Parsed, request};
+pub use message::{Messages, Parsed, request, request_one};
 pub use tcp_info::{Field, TcpInfo};
 
 use crate::connections::Connection;

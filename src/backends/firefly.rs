@@ -16,14 +16,17 @@ use super::Backend;
 use crate::config::{self, Relayed};
 use crate::error::{Context, Result};
 use crate::firefly::Encoder;
-use crate::flow::{FlowEvent, Origin};
+use crate::flow::{FlowEvent, Origin, Protocol, State};
 use crate::log_limit::LogLimit;
 use crate::metrics::{Metrics, Outcomes, outcomes};
 use crate::sys::interfaces::LocalAddresses;
 use crate::sys::resolver::Resolver;
+use crate::sys::sock_diag::Dump;
 use crate::sys::udp::{BATCH, Batch, Sender};
 
 const NAME: &str = "firefly";
+/// Every extension of `sock_diag`.
+const ALL: u8 = 255;
 const TICK: Duration = Duration::from_secs(1);
 
 outcomes! {
@@ -49,6 +52,8 @@ pub struct Firefly {
     encoder: Encoder,
     /// Whether news of sockets is sent.
     enrich: bool,
+    /// `None` on a kernel without `sock_diag`.
+    sockets: Option<Dump>,
     sender: Sender,
     counters: Outcomes<Datagram>,
     trouble: LogLimit,
@@ -91,6 +96,7 @@ impl Firefly {
             )
             .enriched(config.enrichment),
             enrich: config.enrichment.is_some(),
+            sockets: Dump::open().ok(),
             sender,
             counters: metrics.backend(NAME),
             trouble: LogLimit::new(Level::Warn, "firefly: datagrams that could not be sent"),
@@ -157,6 +163,45 @@ impl Firefly {
         (!heard).then_some(to)
     }
 
+    /// With what the kernel knows of the flow's socket, where a firefly is to say it and nobody has
+    /// looked: a start if fireflies are enriched, and an end.
+    fn completed(&mut self, event: Arc<FlowEvent>) -> Arc<FlowEvent> {
+        let wanted = match event.state {
+            State::Start => self.enrich && event.netlink.is_none(),
+            State::Ongoing => false,
+            State::End => event.usage.is_none(),
+        };
+        let flow = &event.flow;
+        let local = |address| self.local.contains(address);
+        if !wanted || flow.protocol != Protocol::Tcp {
+            return event;
+        }
+        let outgoing = match () {
+            () if local(&flow.source.address) => *flow,
+            () if local(&flow.destination.address) => flow.reversed(),
+            () => return event,
+        };
+        let Some(dump) = &mut self.sockets else {
+            return event;
+        };
+        match dump.socket(&outgoing, ALL) {
+            Ok(Some(socket)) if socket.info.was_established() => Arc::new(FlowEvent {
+                usage: match event.state {
+                    State::End => socket.info.usage(),
+                    _ => event.usage,
+                },
+                netlink: Some(Arc::new(socket)),
+                ..FlowEvent::clone(&event)
+            }),
+            Ok(_) => event,
+            Err(error) => {
+                self.trouble
+                    .log(Instant::now(), || format!("firefly: sock_diag: {error}"));
+                event
+            }
+        }
+    }
+
     fn send(&mut self, batch: &Batch) {
         let mut failures = 0;
         let (counters, trouble, collector) =
@@ -201,6 +246,7 @@ impl Backend for Firefly {
                 if event.origin == Origin::Socket && !self.enrich {
                     continue;
                 }
+                let event = self.completed(event);
                 let destinations = self.destinations(&event);
                 let left_out =
                     batch.push(destinations, |out| self.encoder.encode(&event, now, out));

@@ -53,7 +53,11 @@ fn describe(status: &Value) -> String {
     );
     // Writing to a String cannot fail, here and below.
     let _ = writeln!(out, "open flows  {}", status["flows-open"]);
-    for (title, key) in [("plugin", "plugins"), ("backend", "backends")] {
+    for (title, key) in [
+        ("plugin", "plugins"),
+        ("backend", "backends"),
+        ("enricher", "enrichers"),
+    ] {
         for part in list(key) {
             let name = format!("{title} {}", text(&part["name"]));
             let _ = writeln!(out, "{name:<20} {}", counts(&part["events"]));

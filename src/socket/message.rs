@@ -35,6 +35,27 @@ pub fn request(family: u8, protocol: Protocol, states: u32, extensions: u8) -> [
     bytes
 }
 
+/// Asks for the one socket of a flow, whose source is the local end.
+pub fn request_one(flow: &Flow, extensions: u8) -> [u8; HEADER + 56] {
+    let family = match flow.source.address {
+        IpAddr::V4(_) => nix::libc::AF_INET,
+        IpAddr::V6(_) => nix::libc::AF_INET6,
+    };
+    let mut bytes = request(family as u8, flow.protocol, u32::MAX, extensions);
+    bytes[6..8].copy_from_slice(&NLM_F_REQUEST.to_ne_bytes());
+    let id = &mut bytes[HEADER + 8..];
+    for (end, port, address) in [(flow.source, 0, 4), (flow.destination, 2, 20)] {
+        id[port..port + 2].copy_from_slice(&end.port.to_be_bytes());
+        match end.address {
+            IpAddr::V4(ip) => id[address..address + 4].copy_from_slice(&ip.octets()),
+            IpAddr::V6(ip) => id[address..address + 16].copy_from_slice(&ip.octets()),
+        }
+    }
+    // `INET_DIAG_NOCOOKIE`, twice.
+    id[40..48].fill(0xff);
+    bytes
+}
+
 /// What a message says.
 #[derive(Debug, PartialEq, Eq)]
 pub enum Parsed {

@@ -12,8 +12,8 @@ use neli::utils::Groups;
 use nix::libc;
 use nix::sys::socket::{setsockopt, sockopt};
 
-use crate::flow::Protocol;
-use crate::socket::{Messages, Parsed, Socket, request};
+use crate::flow::{Flow, Protocol};
+use crate::socket::{Messages, Parsed, Socket, request, request_one};
 
 /// Room for a datagram of a dump.
 const DATAGRAM: usize = 64 << 10;
@@ -61,6 +61,19 @@ impl Dump {
             }
         }
         Ok(())
+    }
+
+    /// The socket of one flow, whose source is the local end, if it is there.
+    pub fn socket(&mut self, flow: &Flow, extensions: u8) -> io::Result<Option<Socket>> {
+        self.netlink
+            .send(request_one(flow, extensions), Msg::empty())?;
+        let (length, _) = self.netlink.recv(&mut self.buffer, Msg::empty())?;
+        match Messages::new(&self.buffer[..length], flow.protocol).next() {
+            Some(Parsed::Socket(socket)) => Ok(Some(*socket)),
+            Some(Parsed::Error(libc::ENOENT)) => Ok(None),
+            Some(Parsed::Error(number)) => Err(io::Error::from_raw_os_error(number)),
+            _ => Ok(None),
+        }
     }
 
     /// Reads to the end of a dump; whether it was undisturbed.
