@@ -34,6 +34,9 @@ pub const STATES: [&str; 14] = [
 /// FIN_WAIT2, CLOSE_WAIT, LAST_ACK and CLOSING.
 pub const CONNECTED: u32 = 1 << 1 | 1 << 4 | 1 << 5 | 1 << 8 | 1 << 9 | 1 << 11;
 
+/// States in which the FIN of the other end has come: TIME_WAIT, CLOSE_WAIT, LAST_ACK and CLOSING.
+const FIN_RECEIVED: u32 = 1 << 6 | 1 << 8 | 1 << 9 | 1 << 11;
+
 /// A socket with two ends.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Socket {
@@ -52,6 +55,8 @@ pub struct SocketInfo {
     pub retransmits: u8,
     /// The interface that the socket is bound to; 0 for none.
     pub interface: u32,
+    /// Whether the FIN of the other end is known to have come: `bytes_received` counts it.
+    pub fin_received: bool,
     /// The user who owns it.
     pub uid: u32,
     /// Its inode in sockfs; 0 once its owner has closed it.
@@ -95,23 +100,35 @@ pub struct Bbr {
 }
 
 impl SocketInfo {
-    /// Payload bytes so far: sent are those that were sent once, from Linux 4.19 on.
+    /// Payload bytes so far; what was sent again counts once. Of a socket that has gone, the received ones
+    /// may be one too many: it is not always known whether the other end's FIN had come.
     pub fn usage(&self) -> Option<Usage> {
         let tcp = self.tcp.as_deref()?;
-        // What was sent again is in both; without it (before 4.19) what was acknowledged is close, but
-        // counts SYN and FIN too.
-        let resent = tcp.get(Field::BytesRetrans).unwrap_or(0);
-        let sent = tcp
-            .get(Field::BytesSent)
-            .map(|sent| sent.saturating_sub(resent));
+        let received = tcp.get(Field::BytesReceived);
+        // Before Linux 4.19 what was acknowledged is close; it counts SYN and FIN, too.
         let acknowledged = || {
             tcp.get(Field::BytesAcked)
                 .map(|acked| acked.saturating_sub(1))
         };
         Some(Usage {
-            received: tcp.get(Field::BytesReceived),
-            sent: sent.or_else(acknowledged),
+            received: received.map(|bytes| bytes.saturating_sub(self.fin_received.into())),
+            sent: self.sent_once().or_else(acknowledged),
         })
+    }
+
+    fn sent_once(&self) -> Option<u64> {
+        let tcp = self.tcp.as_deref()?;
+        let again = tcp.get(Field::BytesRetrans).unwrap_or(0);
+        Some(tcp.get(Field::BytesSent)?.saturating_sub(again))
+    }
+
+    /// Whether a SYN or a FIN of this end was acknowledged, too.
+    pub fn more_was_acknowledged_than_sent(&self) -> bool {
+        let acknowledged = self
+            .tcp
+            .as_deref()
+            .and_then(|tcp| tcp.get(Field::BytesAcked));
+        acknowledged > self.sent_once()
     }
 
     /// Whether the connection came about: a SYN of ours, at least, was acknowledged.

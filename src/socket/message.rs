@@ -2,7 +2,7 @@
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
-use super::{Bbr, Socket, SocketInfo, TcpInfo};
+use super::{Bbr, FIN_RECEIVED, Socket, SocketInfo, TcpInfo};
 use crate::flow::{Flow, Protocol};
 
 /// `SOCK_DIAG_BY_FAMILY`
@@ -128,6 +128,7 @@ fn socket(message: &[u8], protocol: Protocol) -> Option<Socket> {
     let mut info = SocketInfo {
         state: message[1],
         retransmits: message[3],
+        fin_received: 1u32.checked_shl(message[1].into()).unwrap_or(0) & FIN_RECEIVED != 0,
         interface: u32_at(message, 40)?,
         uid: u32_at(message, 64)?,
         inode: u32_at(message, 68)?,

@@ -109,6 +109,7 @@ pub enum Notified {
 pub struct Destroyed {
     netlink: NlSocket,
     buffer: Vec<u8>,
+    lookup: Dump,
 }
 
 impl Destroyed {
@@ -127,6 +128,7 @@ impl Destroyed {
         Ok(Destroyed {
             netlink,
             buffer: vec![0; DATAGRAM],
+            lookup: Dump::open()?,
         })
     }
 
@@ -144,7 +146,15 @@ impl Destroyed {
             }
         };
         for parsed in Messages::new(&self.buffer[..length], Protocol::Tcp) {
-            if let Parsed::Socket(socket) = parsed {
+            if let Parsed::Socket(mut socket) = parsed {
+                // The end that closed first leaves a FIN_WAIT2 behind, which becomes a TIME_WAIT with the
+                // other end's FIN; the other end leaves nothing, and has had a FIN.
+                let info = &socket.info;
+                if info.was_established() && info.more_was_acknowledged_than_sent() {
+                    let left = self.lookup.socket(&socket.flow, 0);
+                    socket.info.fin_received =
+                        left.is_ok_and(|left| left.is_none_or(|left| left.info.fin_received));
+                }
                 take(*socket);
             }
         }

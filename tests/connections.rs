@@ -1,0 +1,506 @@
+//! The connections of this host as flows: found, enriched, and ended with their sockets.
+#![allow(missing_docs)]
+
+mod common;
+
+use std::collections::HashMap;
+use std::io::{Read, Write};
+use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
+use std::time::Duration;
+
+use common::daemon::{Daemon, Home, PROGRAM};
+use common::net::Hosts;
+use common::sink::Sink;
+use common::{DEADLINE, wait_for};
+use flowd_rs::flow::{Flow, FlowEvent};
+use serde_json::Value;
+
+/// Addresses that look as if they were on the Internet.
+const HERE4: &str = "42.0.0.1";
+const THERE4: &str = "42.0.0.2";
+const HERE6: &str = "2a00:1::1";
+const THERE6: &str = "2a00:1::2";
+const SINK: &str = "[2001:db8::2]:20514";
+
+fn hosts() -> Hosts {
+    let hosts = Hosts::new();
+    for (ns, v4, v6) in [(&hosts.here, HERE4, HERE6), (&hosts.there, THERE4, THERE6)] {
+        ns.ip(&["addr", "add", &format!("{v4}/24"), "dev", "veth0"]);
+        ns.ip(&["addr", "add", &format!("{v6}/64"), "dev", "veth0", "nodad"]);
+    }
+    hosts
+}
+
+/// `plugins` is YAML of plugins, each line indented by two; `firefly` of the firefly backend's options.
+fn home(plugins: &str, firefly: &str) -> Home {
+    Home::with(&format!(
+        "{plugins}backends:\n  firefly: {{sendToCollector: true, collectorAddress: '2001:db8::2', collectorPort: 20514, {firefly}}}\n"
+    ))
+}
+
+const NETLINK: &str = "  netlink: {experiment: atlas, activity: Data Challenge, period: 200, internalNetworks: ['42.0.1.0/24', '2a00:1:9::/48']}\n";
+
+fn listen(hosts: &Hosts, address: &str) -> TcpListener {
+    hosts.there.enter(|| TcpListener::bind(address).unwrap())
+}
+
+/// A connection from here to a listener there: both ends.
+fn connect(hosts: &Hosts, listener: &TcpListener, to: &str) -> (TcpStream, TcpStream) {
+    let to: SocketAddr = format!("{to}:{}", listener.local_addr().unwrap().port())
+        .parse()
+        .unwrap();
+    let near = hosts
+        .here
+        .enter(|| TcpStream::connect_timeout(&to, DEADLINE).unwrap());
+    let far = listener.accept().unwrap().0;
+    far.set_read_timeout(Some(DEADLINE)).unwrap();
+    near.set_read_timeout(Some(DEADLINE)).unwrap();
+    (near, far)
+}
+
+/// Sends and receives these numbers of bytes at the near end.
+fn exchange(near: &mut TcpStream, far: &mut TcpStream, sent: usize, received: usize) {
+    let copy = |from: &mut TcpStream, to: &mut TcpStream, bytes: usize| {
+        std::thread::scope(|scope| {
+            scope.spawn(move || from.write_all(&vec![7; bytes]).unwrap());
+            let mut buffer = vec![0; bytes];
+            to.read_exact(&mut buffer).unwrap();
+        });
+    };
+    copy(near, far, sent);
+    copy(far, near, received);
+}
+
+/// The far end first, as a client of a storage service does.
+fn close(mut near: TcpStream, far: TcpStream) {
+    drop(far);
+    assert_eq!(near.read(&mut [0]).unwrap(), 0);
+    drop(near);
+}
+
+fn scanned(daemon: &Daemon<'_>, plugin: &str) {
+    let scans = || {
+        let status = daemon.status();
+        let word = status
+            .split(", ")
+            .find(|w| w.starts_with(&format!("plugin_events scanned {plugin} ")));
+        word.map_or(0, |word| {
+            word.rsplit(' ').next().unwrap().parse::<u64>().unwrap()
+        })
+    };
+    let before = scans();
+    wait_for("another scan", || (scans() > before + 1).then_some(()));
+}
+
+#[test]
+#[ignore = "needs root"]
+fn each_connection_is_announced_and_ends_with_exact_counts() {
+    let hosts = hosts();
+    let home = home(NETLINK, "");
+    let sink = Sink::bind(&hosts.there, SINK);
+    let v6 = listen(&hosts, "[::]:5000");
+    let existing = connect(&hosts, &v6, &format!("[{THERE6}]"));
+    let daemon = home.start(&hosts.here);
+    scanned(&daemon, "netlink");
+    let v4 = listen(&hosts, "42.0.0.2:5001");
+    // IPv6, IPv4, and IPv4 to a listener of both.
+    let mut connections = vec![
+        connect(&hosts, &v6, &format!("[{THERE6}]")),
+        connect(&hosts, &v4, THERE4),
+        connect(&hosts, &v6, THERE4),
+    ];
+    let starts = sink.collect("start", 3);
+    for (near, _) in &connections {
+        let (source, to) = (near.local_addr().unwrap(), near.peer_addr().unwrap());
+        let start = starts
+            .values()
+            .find(|s| s.flow.source.socket_addr() == source)
+            .unwrap();
+        assert_eq!(start.flow.destination.socket_addr(), to);
+        assert_eq!((start.tag().experiment, start.tag().activity), (2, 26));
+    }
+    let mut expected = HashMap::new();
+    for (n, (near, far)) in connections.iter_mut().enumerate() {
+        let (sent, received) = (100_000 * (n + 1), 3000 * (n + 1));
+        exchange(near, far, sent, received);
+        expected.insert(near.local_addr().unwrap(), (sent as u64, received as u64));
+    }
+    // One that is half closed is open.
+    connections[0].0.shutdown(Shutdown::Write).unwrap();
+    scanned(&daemon, "netlink");
+    assert_eq!(sink.drain(Duration::from_millis(100)), []);
+    connections
+        .into_iter()
+        .for_each(|(near, far)| close(near, far));
+    for (flow, end) in sink.collect("end", 3) {
+        let usage = end.usage.unwrap();
+        let counts = (usage.sent.unwrap(), usage.received.unwrap());
+        assert_eq!(counts, expected[&flow.source.socket_addr()]);
+        assert_eq!(end.start_time, starts[&flow].start_time);
+    }
+    // What was there before is nobody's business.
+    close(existing.0, existing.1);
+    scanned(&daemon, "netlink");
+    assert_eq!(sink.drain(Duration::from_millis(100)), []);
+    daemon.expect_status("dispatcher_events ended_socket_closed 3");
+    daemon.stop();
+}
+
+#[test]
+#[ignore = "needs root"]
+fn private_internal_listening_and_unanswered_ones_are_left_out() {
+    let hosts = hosts();
+    hosts
+        .here
+        .ip(&["addr", "add", "42.0.1.1/24", "dev", "veth0"]);
+    hosts
+        .there
+        .ip(&["addr", "add", "42.0.1.2/24", "dev", "veth0"]);
+    let home = home(NETLINK, "");
+    let sink = Sink::bind(&hosts.there, SINK);
+    let daemon = home.start(&hosts.here);
+    scanned(&daemon, "netlink");
+    let any = listen(&hosts, "[::]:5000");
+    let here = hosts.here.enter(|| TcpListener::bind("[::]:5000").unwrap());
+    let mut left_out = vec![
+        connect(&hosts, &any, "192.0.2.2"),
+        connect(&hosts, &any, "[2001:db8::2]"),
+        connect(&hosts, &any, "42.0.1.2"),
+    ];
+    // To itself, and on loopback.
+    for to in ["42.0.0.1:5000", "127.0.0.1:5000"] {
+        let to: SocketAddr = to.parse().unwrap();
+        let near = hosts.here.enter(|| TcpStream::connect(to).unwrap());
+        left_out.push((near, here.accept().unwrap().0));
+    }
+    // Nobody answers, and nobody listens.
+    hosts.here.enter(|| {
+        let _ =
+            TcpStream::connect_timeout(&"42.0.0.77:1".parse().unwrap(), Duration::from_millis(300));
+        let _ = TcpStream::connect_timeout(&"42.0.0.2:1".parse().unwrap(), DEADLINE);
+    });
+    scanned(&daemon, "netlink");
+    left_out
+        .into_iter()
+        .for_each(|(near, far)| close(near, far));
+    scanned(&daemon, "netlink");
+    assert_eq!(sink.drain(Duration::from_millis(100)), []);
+    daemon.stop();
+}
+
+#[test]
+#[ignore = "needs root"]
+fn a_connection_shorter_than_a_period_has_a_start_and_an_end() {
+    let hosts = hosts();
+    let home = home(&NETLINK.replace("period: 200", "period: 60000"), "");
+    let sink = Sink::bind(&hosts.there, SINK);
+    let daemon = home.start(&hosts.here);
+    daemon.expect_status("plugin_events scanned netlink 1");
+    let listener = listen(&hosts, "[::]:5000");
+    const SHORT: usize = 50;
+    for _ in 0..SHORT {
+        let (mut near, mut far) = connect(&hosts, &listener, &format!("[{THERE6}]"));
+        exchange(&mut near, &mut far, 1000, 10);
+        close(near, far);
+    }
+    let events = wait_for("all of them", || {
+        let status = daemon.status();
+        status
+            .contains(&format!("plugin_events ended netlink {SHORT}"))
+            .then(|| sink.drain(Duration::from_millis(200)))
+    });
+    let of = |state: &str| -> HashMap<Flow, &FlowEvent> {
+        let wanted = events.iter().filter(|e| e.state.as_str() == state);
+        wanted.map(|e| (e.flow, e)).collect()
+    };
+    assert_eq!((of("start").len(), of("end").len()), (SHORT, SHORT));
+    assert!(
+        of("end")
+            .values()
+            .all(|e| e.usage.unwrap().sent == Some(1000))
+    );
+    daemon.stop();
+}
+
+#[test]
+#[ignore = "needs root"]
+fn existing_connections_are_announced_on_request_and_rules_pick_the_tag() {
+    let hosts = hosts();
+    let rules = "[{remotePorts: [5001], experiment: cms, activity: Cache}, {remoteNetworks: ['2a00::/16'], uid: root, experiment: 16, activity: 1}]";
+    let home = home(
+        &format!("  netlink: {{period: 100, announceExisting: true, rules: {rules}}}\n"),
+        "",
+    );
+    let sink = Sink::bind(&hosts.there, SINK);
+    let listeners = [5000, 5001].map(|port| listen(&hosts, &format!("[::]:{port}")));
+    let _open = [
+        connect(&hosts, &listeners[0], &format!("[{THERE6}]")),
+        connect(&hosts, &listeners[1], THERE4),
+        // No rule of its own.
+        connect(&hosts, &listeners[0], THERE4),
+    ];
+    let daemon = home.start(&hosts.here);
+    let starts = sink.collect("start", 2);
+    let mut tags: Vec<_> = starts
+        .values()
+        .map(|s| (s.flow.destination.port, s.tag().experiment))
+        .collect();
+    tags.sort();
+    assert_eq!(tags, [(5000, 16), (5001, 3)]);
+    sink.assert_silent();
+    daemon.stop();
+}
+
+#[test]
+#[ignore = "needs root"]
+fn netstat_sees_the_same_without_privileges() {
+    let hosts = hosts();
+    let home = home(&NETLINK.replace("netlink", "netstat"), "");
+    let sink = Sink::bind(&hosts.there, SINK);
+    let mut command = hosts.here.command("setpriv");
+    command.args([
+        "--reuid=65534",
+        "--regid=65534",
+        "--clear-groups",
+        "--bounding-set=-all",
+        PROGRAM,
+    ]);
+    std::fs::set_permissions(
+        home.dir.path(),
+        std::os::unix::fs::PermissionsExt::from_mode(0o777),
+    )
+    .unwrap();
+    let daemon = home.start_command(command, &[]);
+    scanned(&daemon, "netstat");
+    let listener = listen(&hosts, "[::]:5000");
+    let connections =
+        [format!("[{THERE6}]"), THERE4.to_owned()].map(|to| connect(&hosts, &listener, &to));
+    let starts = sink.collect("start", 2);
+    assert!(starts.values().all(|s| s.tag().experiment == 2));
+    connections
+        .into_iter()
+        .for_each(|(near, far)| close(near, far));
+    assert_eq!(sink.collect("end", 2).len(), 2);
+    daemon.stop();
+}
+
+#[test]
+#[ignore = "needs root"]
+fn five_thousand_connections_at_once() {
+    const MANY: usize = 5000;
+    let hosts = hosts();
+    let home = home(NETLINK, "");
+    let sink = Sink::bind(&hosts.there, SINK);
+    let daemon = home.start(&hosts.here);
+    scanned(&daemon, "netlink");
+    let listener = listen(&hosts, "[::]:5000");
+    let open: Vec<_> = (0..MANY)
+        .map(|_| connect(&hosts, &listener, &format!("[{THERE6}]")))
+        .collect();
+    assert_eq!(sink.collect("start", MANY).len(), MANY);
+    daemon.expect_status(&format!("flows_open {MANY}"));
+    open.into_iter().for_each(|(near, far)| close(near, far));
+    assert_eq!(sink.collect("end", MANY).len(), MANY);
+    daemon.stop();
+}
+
+#[test]
+#[ignore = "needs root"]
+fn a_flow_ends_with_its_socket_whoever_reported_it() {
+    let hosts = hosts();
+    let sink = Sink::bind(&hosts.there, SINK);
+    for end in [true, false] {
+        let home = home("", "");
+        home.configure(&format!(
+            "flows: {{endOnSocketClose: {end}}}\nbackends:\n  firefly: {{sendToCollector: true, collectorAddress: '2001:db8::2', collectorPort: 20514}}\n"
+        ));
+        let daemon = home.start(&hosts.here);
+        let listener = listen(&hosts, "[::]:5000");
+        let (mut near, mut far) = connect(&hosts, &listener, THERE4);
+        let (source, port) = (near.local_addr().unwrap(), near.peer_addr().unwrap().port());
+        // Seen from the other side, as dCache does.
+        let line = |state: &str| {
+            format!(
+                "{state} tcp {THERE4} {port} {HERE4} {} 2 9\n",
+                source.port()
+            )
+        };
+        home.write(&line("start"));
+        sink.collect("start", 1);
+        exchange(&mut near, &mut far, 5000, 700);
+        // A service that is killed says no more.
+        close(near, far);
+        if end {
+            let ended = sink.collect("end", 1).into_values().next().unwrap();
+            let usage = ended.usage.unwrap();
+            assert_eq!((usage.sent, usage.received), (Some(5000), Some(700)));
+            daemon.expect_status("dispatcher_events ended_socket_closed 1");
+            home.write(&line("end"));
+            daemon.expect_status("dispatcher_events ended_already 1");
+            sink.assert_silent();
+        } else {
+            std::thread::sleep(Duration::from_millis(1500));
+            sink.assert_silent();
+            daemon.expect_status("flows_open 1");
+        }
+        daemon.stop();
+    }
+}
+
+#[test]
+#[ignore = "needs root"]
+fn an_end_that_comes_before_the_socket_closes_has_the_counts_so_far() {
+    let hosts = hosts();
+    let sink = Sink::bind(&hosts.there, SINK);
+    let home = home("", "");
+    let daemon = home.start(&hosts.here);
+    let listener = listen(&hosts, "[::]:5000");
+    for to in [THERE4.to_owned(), format!("[{THERE6}]")] {
+        let (mut near, mut far) = connect(&hosts, &listener, &to);
+        exchange(&mut near, &mut far, 1234, 567);
+        let (source, destination) = (near.local_addr().unwrap(), near.peer_addr().unwrap());
+        let line = |state: &str| {
+            format!(
+                "{state} tcp {} {} {} {} 2 9\n",
+                source.ip(),
+                source.port(),
+                destination.ip(),
+                destination.port()
+            )
+        };
+        home.write(&line("start"));
+        sink.collect("start", 1);
+        home.write(&line("end"));
+        let usage = sink.firefly().event.usage.unwrap();
+        assert_eq!((usage.sent, usage.received), (Some(1234), Some(567)));
+        close(near, far);
+    }
+    daemon.stop();
+}
+
+#[test]
+#[ignore = "needs root"]
+fn a_connection_that_goes_while_the_daemon_is_down_is_ended_by_the_next() {
+    let hosts = hosts();
+    let home = home(NETLINK, "");
+    let sink = Sink::bind(&hosts.there, SINK);
+    let daemon = home.start(&hosts.here);
+    scanned(&daemon, "netlink");
+    let listener = listen(&hosts, "[::]:5000");
+    let (gone, stays) = (
+        connect(&hosts, &listener, THERE4),
+        connect(&hosts, &listener, THERE4),
+    );
+    let starts = sink.collect("start", 2);
+    daemon.kill();
+    let source = gone.0.local_addr().unwrap();
+    close(gone.0, gone.1);
+    let daemon = home.start(&hosts.here);
+    let end = sink.collect("end", 1).into_values().next().unwrap();
+    assert_eq!(end.flow.source.socket_addr(), source);
+    assert_eq!(end.start_time, starts[&end.flow].start_time);
+    // The other one ends as it should, although this daemon has not announced it.
+    close(stays.0, stays.1);
+    assert_eq!(sink.collect("end", 1).len(), 1);
+    daemon.stop();
+}
+
+/// What `ss` says of the socket, after its first line.
+fn ss(hosts: &Hosts, source: SocketAddr) -> String {
+    let filter = format!("sport = :{}", source.port());
+    let output = hosts
+        .here
+        .command("ss")
+        .args(["-tinH", "-e", &filter])
+        .output()
+        .unwrap();
+    String::from_utf8(output.stdout).unwrap()
+}
+
+#[test]
+#[ignore = "needs root"]
+fn enriched_fireflies_say_what_ss_says() {
+    let hosts = hosts();
+    let listener = listen(&hosts, "[::]:5000");
+    for mode in ["lean", "compatible", "flowd", "''"] {
+        let sink = Sink::bind(&hosts.there, SINK);
+        let enrichers = "enrichers: {period: 200}\n";
+        let home = home("", &format!("enrich: true, enrichmentMode: {mode}"));
+        let config = std::fs::read_to_string(home.path("flowd.cfg")).unwrap();
+        std::fs::write(home.path("flowd.cfg"), config + enrichers).unwrap();
+        let daemon = home.start(&hosts.here);
+        let (mut near, mut far) = connect(&hosts, &listener, THERE4);
+        let source = near.local_addr().unwrap();
+        exchange(&mut near, &mut far, 50_000, 20_000);
+        home.write(&format!(
+            "start tcp {HERE4} {} {THERE4} 5000 2 9\n",
+            source.port()
+        ));
+        let datagram = |state: &str| -> Value {
+            wait_for("a firefly", || {
+                let datagram = sink.datagram(DEADLINE)?;
+                assert!(
+                    mode == "''" || datagram.len() <= 1452,
+                    "{} bytes",
+                    datagram.len()
+                );
+                let text = String::from_utf8(datagram).unwrap();
+                let json: Value = serde_json::from_str(&text[text.find('{').unwrap()..]).unwrap();
+                (json["flow-lifecycle"]["state"] == state).then_some(json)
+            })
+        };
+        let start = datagram("start");
+        assert!(start["netlink"].is_object(), "{start}");
+        let ongoing = datagram("ongoing");
+        let said = ss(&hosts, source);
+        let value = |key: &str| -> f64 {
+            let word = said
+                .split_whitespace()
+                .find_map(|w| w.strip_prefix(&format!("{key}:")));
+            let word = word.unwrap_or_else(|| panic!("{key} is not in {said}"));
+            word.split('/').next().unwrap().parse().unwrap()
+        };
+        let netlink = &ongoing["netlink"];
+        let (info, ms) = match mode {
+            "lean" | "''" => (&netlink["tcpInfo"], 1000.0),
+            "flowd" => (&netlink["tcp_info"], 1.0),
+            _ => (netlink, 1.0),
+        };
+        let close_to = |found: &Value, expected: f64| {
+            let found = found.as_f64().unwrap_or_else(|| panic!("{netlink}"));
+            assert!(
+                (found - expected).abs() <= 0.05 * expected + 0.01,
+                "{mode}: {found} is not {expected}"
+            );
+        };
+        close_to(&info["rtt"], value("rtt") * ms);
+        let mss = if ms == 1.0 { "snd_mss" } else { "sndMss" };
+        assert_eq!(info[mss], value("mss") as u64);
+        let cwnd = if ms == 1.0 { "snd_cwnd" } else { "sndCwnd" };
+        assert_eq!(info[cwnd], value("cwnd") as u64);
+        assert_eq!(ongoing["usage"]["sent"], value("bytes_sent") as u64);
+        assert_eq!(ongoing["usage"]["received"], value("bytes_received") as u64);
+        let algorithm = match mode {
+            "lean" | "''" => &netlink["cong"]["algorithm"],
+            "flowd" => &netlink["cong_algo"],
+            _ => &Value::Null,
+        };
+        assert!(
+            algorithm.is_null() || said.contains(&format!(" {} ", algorithm.as_str().unwrap())),
+            "{said}"
+        );
+        if mode == "compatible" {
+            assert_eq!(netlink["state"], "established");
+            close_to(&netlink["rto"], value("rto"));
+            assert_eq!(netlink["pmtu"], value("pmtu") as u64);
+        }
+        close(near, far);
+        let end = datagram("end");
+        assert_eq!(
+            end["usage"],
+            serde_json::json!({"sent": 50_000, "received": 20_000})
+        );
+        assert!(end["netlink"].is_object());
+        daemon.stop();
+    }
+}
