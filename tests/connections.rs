@@ -451,6 +451,8 @@ fn enriched_fireflies_say_what_ss_says() {
         };
         let start = datagram("start");
         assert!(start["netlink"].is_object(), "{start}");
+        // By the second one, what was acknowledged last is in the numbers of both.
+        datagram("ongoing");
         let ongoing = datagram("ongoing");
         let said = ss(&hosts, source);
         let value = |key: &str| -> f64 {
