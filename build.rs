@@ -22,7 +22,7 @@ mod bpf {
         if Path::new(&multiarch).is_dir() {
             arguments.push(format!("-I{multiarch}"));
         }
-        for name in ["marker", "empty"] {
+        for name in ["marker", "sockops", "empty"] {
             let built = SkeletonBuilder::new()
                 .source(format!("bpf/{name}.bpf.c"))
                 .obj(out.join(format!("{name}.bpf.o")))

@@ -9,6 +9,7 @@ mod yaml;
 
 use std::fmt;
 use std::net::SocketAddr;
+use std::ops::RangeInclusive;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -60,6 +61,10 @@ pub struct Config {
     pub netlink: Option<Connections>,
     /// `plugins.netstat`.
     pub netstat: Option<Connections>,
+    /// `plugins.iperf3`.
+    pub iperf3: Option<Iperf3>,
+    /// `enrichers.skops`.
+    pub skops_enricher: Option<Sockops>,
     /// `enrichers.netlink`.
     pub netlink_enricher: Option<NetlinkEnricher>,
     /// `backends.firefly`.
@@ -134,6 +139,36 @@ pub struct ConnectionRule {
     pub user: Option<String>,
     /// `cgroup`: the path of a cgroup.
     pub cgroup: Option<PathBuf>,
+}
+
+/// The iperf3 plugin.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Iperf3 {
+    /// What tells of connections.
+    pub sockops: Sockops,
+    /// `randomIDs`: tags are picked at random, not in turns.
+    pub random: bool,
+    /// `experimentIDs` and `activityIDs`, pair by pair.
+    pub tags: Vec<Tag>,
+}
+
+/// How the sockops program is to run.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Sockops {
+    /// `cgroupPath`: the directory of the cgroup.
+    pub cgroup: PathBuf,
+    /// `programPath`: an object to load instead of the built-in one.
+    pub program: Option<PathBuf>,
+    /// `debugMode`: write to the trace pipe.
+    pub debug: bool,
+    /// Local ports that are looked at; 0 is no bound.
+    pub local_ports: RangeInclusive<u16>,
+    /// Remote ports that are looked at; 0 is no bound.
+    pub remote_ports: RangeInclusive<u16>,
+    /// News of a connection every so often, at most; `None` for none.
+    pub period: Option<Duration>,
+    /// News of a connection whenever its state changes.
+    pub transitions: bool,
 }
 
 /// The netlink enricher.
@@ -305,8 +340,18 @@ impl Config {
             ("perfsonar", self.perfsonar.is_some()),
             ("netlink", self.netlink.is_some()),
             ("netstat", self.netstat.is_some()),
+            ("iperf3", self.iperf3.is_some()),
         ];
         enabled(&plugins)
+    }
+
+    /// Names of the enrichers that are enabled.
+    pub fn enricher_names(&self) -> Vec<&'static str> {
+        let sockets = self.flows.end_on_socket_close || self.netlink_enricher.is_some();
+        enabled(&[
+            ("sockets", sockets),
+            ("skops", self.skops_enricher.is_some()),
+        ])
     }
 
     /// Names of the backends that are enabled.

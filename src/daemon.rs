@@ -84,6 +84,7 @@ pub fn run(config: &Config) -> Result<()> {
         metrics: metrics.clone(),
         labeller: labeller.filter(|_| config.labels_packets()),
         plugins: config.plugin_names(),
+        enrichers: config.enricher_names(),
         backends: config.backend_names(),
         started: Timestamp::now(),
     };

@@ -4,6 +4,8 @@
 //! the table, drops what is not. So nothing flows back to an enricher, and nothing can block in a
 //! circle.
 
+#[cfg(feature = "bpf")]
+pub mod skops;
 pub mod sockets;
 
 use crate::config::Config;
@@ -16,6 +18,11 @@ pub fn build(config: &Config, sources: &Sources) -> Result<Vec<Box<dyn Plugin>>>
     let mut enrichers: Vec<Box<dyn Plugin>> = Vec::new();
     if let Some(sockets) = sockets::Sockets::new(config, sources)? {
         enrichers.push(Box::new(sockets));
+    }
+    #[cfg(feature = "bpf")]
+    if let Some(settings) = &config.skops_enricher {
+        let skops = skops::SkopsEnricher::new(settings, &sources.metrics)?;
+        enrichers.push(Box::new(skops));
     }
     Ok(enrichers)
 }

@@ -3,7 +3,7 @@
 
 use std::fmt::{Display, Write as _};
 
-use crate::socket::{Field, STATES, Socket, SocketInfo, TcpInfo};
+use crate::socket::{Field, SKOPS_NAMES, STATES, Skops, Socket, SocketInfo, TcpInfo};
 
 /// How the object is spelled: `enrichmentMode`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -109,7 +109,7 @@ pub fn put(mode: Mode, socket: &Socket, room: usize, out: &mut String) -> usize 
             congestion(&mut object, info);
         }
         Mode::Compatible => {
-            object.text("state", state(info));
+            object.text("state", state(info.state));
             if let Some(tcp) = info.tcp.as_deref() {
                 flowd_fields(&mut object, tcp);
             }
@@ -120,8 +120,24 @@ pub fn put(mode: Mode, socket: &Socket, room: usize, out: &mut String) -> usize 
     object.end()
 }
 
-fn state(info: &SocketInfo) -> &'static str {
-    STATES.get(usize::from(info.state)).copied().unwrap_or("")
+/// Appends flowd-go's `skOps` object, as [`put`] does.
+pub fn put_skops(skops: &Skops, room: usize, out: &mut String) -> usize {
+    let end = out.len().saturating_add(room);
+    let mut object = Object::begin(out, end);
+    let numbers = SKOPS_NAMES.iter().zip(skops.numbers);
+    for (index, (name, number)) in numbers.enumerate() {
+        // The kernel keeps eight times the smoothed round-trip time.
+        object.field(name, if index == 0 { number >> 3 } else { number });
+    }
+    object.field("bytesReceived", skops.bytes_received);
+    object.field("bytesAcked", skops.bytes_acked);
+    object.text("state", state(skops.state));
+    object.text("congestion", &skops.congestion);
+    object.end()
+}
+
+fn state(state: u8) -> &'static str {
+    STATES.get(usize::from(state)).copied().unwrap_or("")
 }
 
 fn go_fields(object: &mut Object<'_>, tcp: &TcpInfo, fields: impl Iterator<Item = Field>) {
@@ -186,7 +202,7 @@ fn flowd(object: &mut Object<'_>, socket: &Socket) {
     }
     if let Some(tcp) = info.tcp.as_deref() {
         object.section("tcp_info", |object| {
-            object.text("state", state(info));
+            object.text("state", state(info.state));
             flowd_fields(object, tcp);
         });
     }

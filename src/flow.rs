@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use jiff::Timestamp;
 
-use crate::socket::Socket;
+use crate::socket::{Skops, Socket};
 
 /// Transport protocol of a flow.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -191,17 +191,20 @@ pub enum Origin {
     Netlink,
     /// A connection that the netstat plugin found.
     Netstat,
+    /// A connection that the iperf3 plugin was told of.
+    Iperf3,
     /// A socket that the kernel told of: never the origin of a flow.
     Socket,
 }
 
 impl Origin {
-    const ALL: [Origin; 6] = [
+    const ALL: [Origin; 7] = [
         Origin::NamedPipe,
         Origin::Firefly,
         Origin::Api,
         Origin::Netlink,
         Origin::Netstat,
+        Origin::Iperf3,
         Origin::Socket,
     ];
 
@@ -213,13 +216,17 @@ impl Origin {
             Origin::Api => "api",
             Origin::Netlink => "netlink",
             Origin::Netstat => "netstat",
+            Origin::Iperf3 => "iperf3",
             Origin::Socket => "socket",
         }
     }
 
     /// Whether its events are about sockets of this host, whose end nobody knows better.
     pub fn is_socket(self) -> bool {
-        matches!(self, Origin::Netlink | Origin::Netstat | Origin::Socket)
+        matches!(
+            self,
+            Origin::Netlink | Origin::Netstat | Origin::Iperf3 | Origin::Socket
+        )
     }
 
     /// The inverse of [`Origin::as_str`].
@@ -273,6 +280,8 @@ pub struct FlowEvent {
     pub members: Vec<Member>,
     /// What the kernel knows of the flow's socket on this host.
     pub netlink: Option<Arc<Socket>>,
+    /// What the sockops program sees of it.
+    pub skops: Option<Arc<Skops>>,
     /// Which way the event came in.
     pub origin: Origin,
 }
@@ -291,6 +300,7 @@ impl FlowEvent {
             usage: None,
             members: Vec::new(),
             netlink: None,
+            skops: None,
             origin,
         }
     }

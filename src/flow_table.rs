@@ -277,7 +277,9 @@ impl FlowTable {
             return Step::SocketUnknown;
         };
         event.flow = flow;
-        if self.flows[&flow].origin.is_socket() {
+        // Who knows the counts, too, has the last word.
+        if self.flows[&flow].origin.is_socket() && event.usage.is_some() {
+            self.closing.remove(&flow);
             self.close(event);
             return Step::SocketClosed;
         }

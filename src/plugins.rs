@@ -2,6 +2,8 @@
 
 pub mod api;
 pub mod firefly;
+#[cfg(feature = "bpf")]
+pub mod iperf3;
 pub mod named_pipe;
 pub mod netlink;
 pub mod netstat;
@@ -49,6 +51,10 @@ pub fn build(config: &Config, sources: &Sources) -> Result<Vec<Box<dyn Plugin>>>
     }
     if let Some(config) = &config.netstat {
         plugins.push(Box::new(netstat::Netstat::new(config, metrics)?));
+    }
+    #[cfg(feature = "bpf")]
+    if let Some(config) = &config.iperf3 {
+        plugins.push(Box::new(iperf3::Iperf3::new(config, metrics)?));
     }
     if let Some(tag) = config.perfsonar {
         plugins.push(Box::new(perfsonar::Perfsonar::new(tag)?));

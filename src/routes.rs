@@ -13,7 +13,6 @@ use percent_encoding::percent_decode_str;
 use serde_json::{Map, Value, json};
 
 use crate::dispatcher::Query;
-use crate::enrichers::sockets;
 use crate::flow::{Endpoint, Flow, Protocol, Tag, parse_address};
 use crate::flow_table::OpenFlow;
 use crate::http::{Body, Request, Response, problem};
@@ -57,6 +56,8 @@ pub struct Sources {
     pub labeller: Option<Labeller>,
     /// Names of the plugins.
     pub plugins: Vec<&'static str>,
+    /// Names of the enrichers.
+    pub enrichers: Vec<&'static str>,
     /// Names of the backends.
     pub backends: Vec<&'static str>,
     /// When the daemon was started.
@@ -233,7 +234,7 @@ impl Routes {
             "flows-open": value("flowd_flows_open"),
             "plugins": parts("plugin", &self.sources.plugins),
             "backends": parts("backend", &self.sources.backends),
-            "enrichers": parts("plugin", &[sockets::NAME]),
+            "enrichers": parts("plugin", &self.sources.enrichers),
             "dispatcher": outcomes(&samples, |s| s.name == "flowd_dispatcher_events_total"),
             "journal": outcomes(&samples, |s| s.name == "flowd_journal_writes_total"),
             "queues": queues,

@@ -1,11 +1,13 @@
 //! What the kernel knows of a socket: the answers of `sock_diag(7)`. No I/O.
 
 mod message;
+mod skops;
 mod tcp_info;
 
 use std::sync::Arc;
 
 pub use message::{Messages, Parsed, request, request_one};
+pub use skops::{SKOPS_NAMES, Skops};
 pub use tcp_info::{Field, TcpInfo};
 
 use crate::connections::Connection;

@@ -11,6 +11,8 @@ pub mod mark_maps;
 pub mod marker;
 pub mod resolver;
 pub mod sock_diag;
+#[cfg(feature = "bpf")]
+pub mod sockops;
 pub mod state_dir;
 pub mod stop;
 pub mod udp;

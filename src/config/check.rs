@@ -3,6 +3,7 @@
 mod backends;
 mod connections;
 mod plugins;
+mod sockops;
 
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
@@ -40,15 +41,10 @@ fn error<T>(key: &str, message: impl Into<String>) -> Result<T> {
 pub fn check(raw: raw::Raw) -> Result<Config> {
     let (mut notes, mut warnings) = (Vec::new(), Vec::new());
     let (plugins, backends) = (raw.plugins, raw.backends);
+    let enrichers_absent = raw.enrichers.is_none();
     let enrichers = raw.enrichers.unwrap_or_default();
-    for (key, section) in [
-        ("plugins.iperf3", &plugins.iperf3),
-        ("backends.prometheus", &backends.prometheus),
-        ("enrichers.skops", &enrichers.skops),
-    ] {
-        if section.is_some() {
-            return error(key, "not supported yet");
-        }
+    if backends.prometheus.is_some() {
+        return error("backends.prometheus", "not supported yet");
     }
     let named_pipe = plugins
         .named_pipe
@@ -136,11 +132,21 @@ pub fn check(raw: raw::Raw) -> Result<Config> {
         perfsonar,
         netlink,
         netstat,
+        iperf3: plugins.iperf3.map(sockops::iperf3).transpose()?,
+        skops_enricher: match enrichers.skops {
+            Some(skops) => Some(sockops::enricher(skops, enrichers.period.as_deref())?),
+            None => None,
+        },
         netlink_enricher: match enrichers.netlink {
-            Some(netlink) => Some(connections::enricher(netlink, enrichers.period)?),
+            Some(netlink) => Some(connections::enricher(netlink, enrichers.period.as_deref())?),
             // To enrich fireflies is to want an enricher.
-            None if firefly.as_ref().is_some_and(|f| f.enrichment.is_some()) => {
-                Some(connections::enricher(Default::default(), enrichers.period)?)
+            None if enrichers_absent
+                && firefly.as_ref().is_some_and(|f| f.enrichment.is_some()) =>
+            {
+                Some(connections::enricher(
+                    Default::default(),
+                    enrichers.period.as_deref(),
+                )?)
             }
             None => None,
         },
@@ -152,7 +158,7 @@ pub fn check(raw: raw::Raw) -> Result<Config> {
     if config.plugin_names().is_empty() {
         return error(
             "plugins",
-            "no plugin is enabled, expected at least one (namedPipe, firefly, api, perfsonar, netlink, netstat)",
+            "no plugin is enabled, expected at least one (namedPipe, firefly, api, perfsonar, netlink, netstat, iperf3)",
         );
     }
     if config.backend_names().is_empty() {
@@ -301,7 +307,7 @@ mod tests {
         for (text, expected) in [
             (
                 "",
-                "f: plugins: no plugin is enabled, expected at least one (namedPipe, firefly, api, perfsonar, netlink, netstat)",
+                "f: plugins: no plugin is enabled, expected at least one (namedPipe, firefly, api, perfsonar, netlink, netstat, iperf3)",
             ),
             (
                 "plugins: {namedPipe: }\n",
@@ -313,7 +319,7 @@ mod tests {
             ),
             (
                 "plugins:\n  iperf3:\n    period: 3\n",
-                "f:3:5: plugins.iperf3: not supported yet",
+                "f:3:5: plugins.iperf3.period: unknown key, expected one of minSourcePort, maxSourcePort, minDestinationPort, maxDestinationPort, cgroupPath, programPath, debugMode, randomIDs, experimentIDs, activityIDs",
             ),
             (
                 "backends: {prometheus: {}}\n",

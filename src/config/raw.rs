@@ -55,7 +55,7 @@ pub struct Plugins {
     #[serde(deserialize_with = "section")]
     pub perfsonar: Option<Perfsonar>,
     #[serde(deserialize_with = "section")]
-    pub iperf3: Option<Value>,
+    pub iperf3: Option<Iperf3>,
     #[serde(deserialize_with = "section")]
     pub netlink: Option<Connections>,
     #[serde(deserialize_with = "section")]
@@ -159,6 +159,45 @@ pub struct ConnectionRule {
     pub activity: Option<String>,
 }
 
+/// `plugins.iperf3`
+#[derive(Debug, Default, Deserialize)]
+#[serde(
+    default,
+    deny_unknown_fields,
+    rename_all = "camelCase",
+    expecting = "a mapping"
+)]
+pub struct Iperf3 {
+    pub min_source_port: Option<i64>,
+    pub max_source_port: Option<i64>,
+    pub min_destination_port: Option<i64>,
+    pub max_destination_port: Option<i64>,
+    pub cgroup_path: Option<String>,
+    pub program_path: Option<String>,
+    pub debug_mode: Option<bool>,
+    #[serde(rename = "randomIDs")]
+    pub random_ids: Option<bool>,
+    #[serde(rename = "experimentIDs")]
+    pub experiment_ids: Option<Vec<i64>>,
+    #[serde(rename = "activityIDs")]
+    pub activity_ids: Option<Vec<i64>>,
+}
+
+/// `enrichers.skops`
+#[derive(Debug, Default, Deserialize)]
+#[serde(
+    default,
+    deny_unknown_fields,
+    rename_all = "camelCase",
+    expecting = "a mapping"
+)]
+pub struct SkopsEnricher {
+    pub cgroup_path: Option<String>,
+    pub program_path: Option<String>,
+    pub debug_mode: Option<bool>,
+    pub strategy: Option<String>,
+}
+
 /// `enrichers`
 #[derive(Debug, Default, Deserialize)]
 #[serde(
@@ -172,7 +211,7 @@ pub struct Enrichers {
     #[serde(deserialize_with = "section")]
     pub netlink: Option<NetlinkEnricher>,
     #[serde(deserialize_with = "section")]
-    pub skops: Option<Value>,
+    pub skops: Option<SkopsEnricher>,
 }
 
 /// `enrichers.netlink`

@@ -137,7 +137,7 @@ impl Encoder {
         out.push('}');
         let end = begin + DATAGRAM_MAX - 1;
         let mut left_out = put_members(&event.members, end, out);
-        left_out += self.put_netlink(event, end, out);
+        left_out += self.put_enrichment(event, end, out);
         out.push('}');
         left_out
     }
@@ -146,22 +146,37 @@ impl Encoder {
 impl Encoder {
     /// What the producer of a relayed firefly says stands. Who asks for everything gets it, in a datagram
     /// of whatever size.
-    fn put_netlink(&self, event: &FlowEvent, end: usize, out: &mut String) -> usize {
-        let said = event.members.iter().any(|member| &*member.key == "netlink");
-        let (Some(mode), Some(socket), false) = (self.enrichment, &event.netlink, said) else {
+    fn put_enrichment(&self, event: &FlowEvent, end: usize, out: &mut String) -> usize {
+        let Some(mode) = self.enrichment else {
             return 0;
         };
-        const KEY: &str = ",\"netlink\":";
-        let room = match mode {
-            Mode::Full => usize::MAX,
-            _ => end.saturating_sub(out.len() + KEY.len()),
+        let said = |key: &str| event.members.iter().any(|member| &*member.key == key);
+        let mut left_out = 0;
+        let mut put = |key: &str, put: &dyn Fn(usize, &mut String) -> usize| {
+            let room = match mode {
+                Mode::Full => usize::MAX,
+                _ => end.saturating_sub(out.len() + key.len() + 4),
+            };
+            // Room for no field at all is no room.
+            if room < 16 {
+                left_out += 1;
+                return;
+            }
+            // Writing to a String cannot fail.
+            let _ = write!(out, ",\"{key}\":");
+            left_out += put(room, out);
         };
-        // Room for no field at all is no room.
-        if room < 16 {
-            return 1;
+        if let Some(socket) = event.netlink.as_deref().filter(|_| !said("netlink")) {
+            put("netlink", &|room, out| {
+                enrichment::put(mode, socket, room, out)
+            });
         }
-        out.push_str(KEY);
-        enrichment::put(mode, socket, room, out)
+        if let Some(skops) = event.skops.as_deref().filter(|_| !said("skOps")) {
+            put("skOps", &|room, out| {
+                enrichment::put_skops(skops, room, out)
+            });
+        }
+        left_out
     }
 }
 

@@ -18,7 +18,7 @@ use crate::registry::Registry;
 /// flowd's, of both plugins.
 const SCAN_PERIOD: Duration = Duration::from_secs(2);
 /// flowd-go's.
-const ENRICHER_PERIOD: Duration = Duration::from_secs(1);
+pub const ENRICHER_PERIOD: Duration = Duration::from_secs(1);
 /// flowd-go's: all that the kernel has.
 const EXTENSIONS: i64 = 255;
 /// flowd-go's: all but LISTEN.
@@ -59,13 +59,13 @@ pub fn check(section: &str, raw: raw::Connections) -> Result<Connections> {
     Ok(Connections {
         rules,
         internal_networks: internal_or(internal, &key("internalNetworks"))?,
-        period: period(&key("period"), raw.period, SCAN_PERIOD)?,
+        period: period(&key("period"), raw.period.as_deref(), SCAN_PERIOD)?,
         announce_existing: raw.announce_existing.unwrap_or(false),
     })
 }
 
 /// The netlink enricher.
-pub fn enricher(raw: raw::NetlinkEnricher, every: Option<String>) -> Result<NetlinkEnricher> {
+pub fn enricher(raw: raw::NetlinkEnricher, every: Option<&str>) -> Result<NetlinkEnricher> {
     let key = |key: &str| format!("enrichers.netlink.{key}");
     let protocol = match raw.protocol {
         None | Some(6) => Protocol::Tcp,
@@ -90,13 +90,13 @@ fn internal_or(networks: std::result::Result<Vec<IpNet>, String>, key: &str) -> 
 }
 
 /// Milliseconds, or a number with a unit.
-fn period(key: &str, text: Option<String>, default: Duration) -> Result<Duration> {
+pub fn period(key: &str, text: Option<&str>, default: Duration) -> Result<Duration> {
     let Some(text) = text else {
         return Ok(default);
     };
     let millis = match text.parse::<u64>() {
         Ok(millis) => Some(millis),
-        Err(_) => Span::from_str(&text)
+        Err(_) => Span::from_str(text)
             .and_then(|span| span.to_duration(SpanRelativeTo::days_are_24_hours()))
             .ok()
             .and_then(|duration| u64::try_from(duration.as_millis()).ok()),
