@@ -57,6 +57,7 @@ bench: test-deps ## codecs, and the daemon beside the limit of this machine (nee
 	$(CARGO) bench --locked --bench end_to_end
 	$(CARGO) bench --locked --bench marker
 	$(CARGO) bench --locked --bench inputs
+	$(CARGO) bench --locked --bench sockets
 
 lint: deps ## formatting, clippy, manual pages
 	$(CARGO) fmt --check

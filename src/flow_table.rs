@@ -196,10 +196,13 @@ impl FlowTable {
         match self.flows.entry(event.flow) {
             Entry::Occupied(mut entry) => {
                 let open = entry.get_mut();
-                if open.tag == event.tag() {
+                // Who moves the data knows its tag better than who looks at sockets.
+                let better_known = event.origin.is_socket() && !open.origin.is_socket();
+                if open.tag == event.tag() || better_known {
                     return Step::Duplicate;
                 }
                 open.tag = event.tag();
+                open.origin = event.origin;
                 if event.application.is_some() {
                     open.application.clone_from(&event.application);
                 }
@@ -419,16 +422,25 @@ mod tests {
     }
 
     #[test]
+    fn a_producer_retags_what_a_socket_told_and_not_the_other_way_round() {
+        let mut table = FlowTable::new(10);
+        let start = |origin, tag| of(origin, event(State::Start, 1, Some(tag), 5));
+        apply(&mut table, start(Origin::Netlink, (2, 9)));
+        let retagged = apply(&mut table, start(Origin::NamedPipe, (3, 4))).0;
+        let kept = apply(&mut table, start(Origin::Netlink, (2, 9))).0;
+        assert_eq!((retagged, kept), (Step::Retagged, Step::Duplicate));
+    }
+
+    #[test]
     fn a_flow_of_the_netlink_plugin_ends_with_its_socket_at_once() {
         let mut table = FlowTable::new(10);
         apply(
             &mut table,
             of(Origin::Netlink, event(State::Start, 1, Some((2, 9)), 5)),
         );
-        let (step, end) = apply(
-            &mut table,
-            of(Origin::Socket, event(State::End, 1, None, 7)),
-        );
+        let mut gone = of(Origin::Socket, event(State::End, 1, None, 7));
+        gone.usage = usage();
+        let (step, end) = apply(&mut table, gone);
         assert_eq!((step, end.origin), (Step::SocketClosed, Origin::Netlink));
         let again = of(Origin::Netlink, event(State::End, 1, None, 7));
         assert_eq!(apply(&mut table, again).0, Step::SocketUnknown);

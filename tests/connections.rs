@@ -6,6 +6,8 @@ mod common;
 use std::collections::HashMap;
 use std::io::{Read, Write};
 use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
+use std::os::fd::OwnedFd;
+use std::process::Command;
 use std::time::Duration;
 
 use common::daemon::{Daemon, Home, PROGRAM};
@@ -505,4 +507,118 @@ fn enriched_fireflies_say_what_ss_says() {
         assert!(end["netlink"].is_object());
         daemon.stop();
     }
+}
+
+#[test]
+#[ignore = "needs root"]
+fn notifications_that_are_lost_are_made_up_for_by_a_scan() {
+    const OPEN: usize = 200;
+    const FLOOD: usize = 15_000;
+    let hosts = hosts();
+    let listener = listen(&hosts, "[::]:5000");
+    let netlink = NETLINK.replace("period: 200", "period: 60000, announceExisting: true");
+    for (plugin, reporter) in [("sockets", ""), ("netlink", netlink.as_str())] {
+        let home = home(reporter, "");
+        let config = std::fs::read_to_string(home.path("flowd.cfg")).unwrap();
+        let end = format!("flows: {{endOnSocketClose: {}}}\n", plugin == "sockets");
+        let config = config + &end + "enrichers: {period: 500, netlink: {}}\n";
+        std::fs::write(home.path("flowd.cfg"), config).unwrap();
+        let sink = Sink::bind(&hosts.there, SINK);
+        let open: Vec<_> = (0..OPEN)
+            .map(|_| connect(&hosts, &listener, THERE4))
+            .collect();
+        // Without CAP_NET_ADMIN the receive buffer of the notifications is smaller.
+        let mut command = hosts.here.command("setpriv");
+        command.args([
+            "--bounding-set=-net_admin",
+            "--inh-caps=-net_admin",
+            PROGRAM,
+        ]);
+        let daemon = home.start_command(command, &[]);
+        if plugin == "sockets" {
+            let line = |(near, _): &(TcpStream, TcpStream)| {
+                let port = near.local_addr().unwrap().port();
+                format!("start tcp {HERE4} {port} {THERE4} 5000 2 9\n")
+            };
+            home.write(&open.iter().map(line).collect::<String>());
+        }
+        sink.collect("start", OPEN);
+        scanned(&daemon, "sockets");
+        daemon.signal(nix::sys::signal::Signal::SIGSTOP);
+        for _ in 0..FLOOD {
+            let (near, far) = connect(&hosts, &listener, THERE4);
+            close(near, far);
+        }
+        let ports: Vec<u16> = open
+            .iter()
+            .map(|(near, _)| near.local_addr().unwrap().port())
+            .collect();
+        open.into_iter().for_each(|(near, far)| close(near, far));
+        daemon.signal(nix::sys::signal::Signal::SIGCONT);
+        let mut ended = std::collections::HashSet::new();
+        wait_for("the ends of the open ones", || {
+            let events = sink.drain(Duration::from_millis(50));
+            let ends = events.iter().filter(|e| e.state.as_str() == "end");
+            ended.extend(ends.map(|e| e.flow.source.port));
+            ports.iter().all(|port| ended.contains(port)).then_some(())
+        });
+        let status = daemon.status();
+        assert!(
+            status.contains(&format!("plugin_events overrun {plugin} ")),
+            "{status}"
+        );
+        daemon.stop();
+    }
+}
+
+#[test]
+#[ignore = "needs root"]
+fn a_service_that_is_killed_has_its_flows_ended_whatever_the_congestion_control() {
+    let hosts = hosts();
+    let home = home(NETLINK, "enrich: true, enrichmentMode: ''");
+    let sink = Sink::bind(&hosts.there, SINK);
+    let daemon = home.start(&hosts.here);
+    scanned(&daemon, "netlink");
+    let listener = listen(&hosts, "[::]:5000");
+    let available = std::fs::read_to_string("/proc/sys/net/ipv4/tcp_available_congestion_control");
+    let available = available.unwrap();
+    let both = ["cubic", "bbr"]
+        .into_iter()
+        .filter(|name| available.contains(name));
+    for algorithm in both {
+        let (mut near, mut far) = connect(&hosts, &listener, THERE4);
+        let name = std::ffi::OsString::from(algorithm);
+        nix::sys::socket::setsockopt(&near, nix::sys::socket::sockopt::TcpCongestion, &name)
+            .unwrap();
+        // The socket is that of a service from here on.
+        exchange(&mut near, &mut far, 70_000, 10);
+        // The command holds the socket, too, until it is dropped.
+        let mut service = {
+            let mut command = Command::new("sleep");
+            let command = command.arg("60").stdin(OwnedFd::from(near));
+            command.spawn().unwrap()
+        };
+        let json = |state: &str| -> Value {
+            wait_for("a firefly", || {
+                let datagram = sink.datagram(DEADLINE)?;
+                let text = String::from_utf8(datagram).unwrap();
+                let json: Value = serde_json::from_str(&text[text.find('{').unwrap()..]).unwrap();
+                (json["flow-lifecycle"]["state"] == state).then_some(json)
+            })
+        };
+        let news = json("ongoing");
+        assert_eq!(news["netlink"]["cong"]["algorithm"], algorithm);
+        assert_eq!(
+            news["netlink"]["bbr"].is_object(),
+            algorithm == "bbr",
+            "{news}"
+        );
+        service.kill().unwrap();
+        service.wait().unwrap();
+        drop(far);
+        let end = json("end");
+        assert_eq!(end["usage"]["sent"], 70_000);
+        assert!(end["netlink"]["tcpInfo"].is_object());
+    }
+    daemon.stop();
 }

@@ -1,0 +1,209 @@
+//! The kernel's view: what watching connections costs beside a bare dump of them, and how soon a
+//! connection is a flow. Needs root.
+#![allow(missing_docs)]
+
+#[path = "../tests/common/mod.rs"]
+mod common;
+mod measure;
+
+use std::io::Read;
+use std::net::{TcpListener, TcpStream};
+use std::process::Stdio;
+use std::time::{Duration, Instant};
+
+use common::daemon::Home;
+use common::net::Hosts;
+use common::sink::Sink;
+use flowd_rs::flow::Protocol;
+use flowd_rs::socket::{CONNECTED, request};
+use measure::{cpu, median, row};
+use neli::consts::socket::{Msg, NlFamily};
+use neli::socket::NlSocket;
+use neli::utils::Groups;
+use nix::sys::resource::{Resource, UsageWho, getrusage, setrlimit};
+use nix::sys::time::TimeValLike;
+use nix::time::{ClockId, clock_gettime};
+
+const HERE: &str = "2a00:1::1";
+const THERE: &str = "2a00:1::2";
+const SINK: &str = "[2001:db8::2]:20514";
+/// Seconds that the daemon's CPU time is taken over.
+const SPAN: u64 = 10;
+
+fn main() {
+    if !nix::unistd::geteuid().is_root() {
+        eprintln!("the bench of sockets needs root, for network namespaces");
+        std::process::exit(1);
+    }
+    setrlimit(Resource::RLIMIT_NOFILE, 65536, 65536).unwrap();
+    let hosts = Hosts::new();
+    hosts.here.ip(&[
+        "addr",
+        "add",
+        &format!("{HERE}/64"),
+        "dev",
+        "veth0",
+        "nodad",
+    ]);
+    hosts.there.ip(&[
+        "addr",
+        "add",
+        &format!("{THERE}/64"),
+        "dev",
+        "veth0",
+        "nodad",
+    ]);
+    println!("| what | figure | beside | ratio |");
+    println!("| --- | --- | --- | --- |");
+    for count in [1000, 10_000] {
+        watching(&hosts, count);
+    }
+    latency(&hosts);
+}
+
+fn home(plugins: &str, more: &str) -> Home {
+    Home::with(&format!(
+        "{plugins}backends:\n  firefly: {{sendToCollector: true, collectorAddress: '2001:db8::2', collectorPort: 20514}}\n{more}"
+    ))
+}
+
+fn connect(hosts: &Hosts, listener: &TcpListener) -> (TcpStream, TcpStream) {
+    let to = format!("[{THERE}]:{}", listener.local_addr().unwrap().port());
+    let near = hosts.here.enter(|| TcpStream::connect(to).unwrap());
+    (near, listener.accept().unwrap().0)
+}
+
+/// The limit: a dump with everything, received and not looked at. CPU milliseconds of one.
+fn bare_dump(hosts: &Hosts) -> f64 {
+    let netlink = hosts
+        .here
+        .enter(|| NlSocket::connect(NlFamily::SockOrInetDiag, None, Groups::empty()).unwrap());
+    let mut buffer = vec![0; 64 << 10];
+    let mut dump = || {
+        for family in [2, 10] {
+            let request = request(family, Protocol::Tcp, CONNECTED, 255);
+            netlink.send(request, Msg::empty()).unwrap();
+            loop {
+                netlink.recv(&mut buffer, Msg::empty()).unwrap();
+                // NLMSG_DONE, in a datagram of its own.
+                if buffer[4..6] == 3u16.to_ne_bytes() {
+                    break;
+                }
+            }
+        }
+    };
+    let before = clock_gettime(ClockId::CLOCK_THREAD_CPUTIME_ID).unwrap();
+    const TIMES: i32 = 20;
+    (0..TIMES).for_each(|_| dump());
+    let after = clock_gettime(ClockId::CLOCK_THREAD_CPUTIME_ID).unwrap();
+    (after - before).num_microseconds() as f64 / 1e3 / f64::from(TIMES)
+}
+
+/// CPU milliseconds of `ss -tni`.
+fn ss(hosts: &Hosts) -> f64 {
+    let used = || {
+        let usage = getrusage(UsageWho::RUSAGE_CHILDREN).unwrap();
+        (usage.user_time() + usage.system_time()).num_microseconds() as f64 / 1e3
+    };
+    let before = used();
+    for _ in 0..5 {
+        let mut ss = hosts.here.command("ss");
+        assert!(
+            ss.arg("-tni")
+                .stdout(Stdio::null())
+                .status()
+                .unwrap()
+                .success()
+        );
+    }
+    (used() - before) / 5.0
+}
+
+fn watching(hosts: &Hosts, count: usize) {
+    let listener = hosts
+        .there
+        .enter(|| TcpListener::bind(format!("[{THERE}]:5000")).unwrap());
+    let open: Vec<_> = (0..count).map(|_| connect(hosts, &listener)).collect();
+    let home = home(
+        "  netlink: {experiment: 2, activity: 9, period: 1s, announceExisting: true}\n",
+        "enrichers: {period: 1000, netlink: {}}\n",
+    );
+    let daemon = home.start(&hosts.here);
+    daemon.expect_status(&format!("flows_open {count}"));
+    let mut rounds = Vec::new();
+    let mut bare = Vec::new();
+    for _ in 0..3 {
+        let before = cpu(&daemon);
+        std::thread::sleep(Duration::from_secs(SPAN));
+        let after = cpu(&daemon);
+        rounds.push(((after.0 - before.0) + (after.1 - before.1)) * 1e3 / SPAN as f64);
+        bare.push(bare_dump(hosts));
+    }
+    let (ours, bare) = (median(rounds), median(bare));
+    row(
+        &format!("{count} connections watched and enriched every second, CPU a second"),
+        &format!(
+            "{ours:.1} ms, {:.2} µs a connection",
+            ours * 1e3 / count as f64
+        ),
+        &format!("one bare dump {bare:.1} ms, ss -tni {:.0} ms", ss(hosts)),
+        &format!("{:.1}", ours / bare),
+    );
+    daemon.stop();
+    drop(open);
+}
+
+fn latency(hosts: &Hosts) {
+    const SAMPLES: usize = 200;
+    let listener = hosts
+        .there
+        .enter(|| TcpListener::bind(format!("[{THERE}]:5001")).unwrap());
+    let sink = Sink::bind(&hosts.there, SINK);
+    let cgroup = "/sys/fs/cgroup";
+    for (name, plugin) in [
+        (
+            "netlink, a scan every 200 ms",
+            "  netlink: {experiment: 2, activity: 9, period: 200}\n".to_owned(),
+        ),
+        (
+            "iperf3 (sockops)",
+            format!(
+                "  iperf3: {{cgroupPath: {cgroup}, experimentIDs: [2], activityIDs: [9], minDestinationPort: 5001, maxDestinationPort: 5001}}\n"
+            ),
+        ),
+    ] {
+        let home = home(&plugin, "");
+        let daemon = home.start(&hosts.here);
+        std::thread::sleep(Duration::from_millis(500));
+        let (mut starts, mut ends) = (Vec::new(), Vec::new());
+        let next = |state: &str| {
+            while sink.firefly().event.state.as_str() != state {}
+        };
+        for n in 0..SAMPLES {
+            // Not in step with the scans.
+            std::thread::sleep(Duration::from_micros(1 + 7919 * n as u64 % 50_000));
+            let began = Instant::now();
+            let (mut near, far) = connect(hosts, &listener);
+            next("start");
+            starts.push(began.elapsed().as_secs_f64() * 1e3);
+            drop(far);
+            assert_eq!(near.read(&mut [0]).unwrap(), 0);
+            let began = Instant::now();
+            drop(near);
+            next("end");
+            ends.push(began.elapsed().as_secs_f64() * 1e3);
+        }
+        daemon.stop();
+        for (what, times) in [
+            ("connect() to the start firefly", starts),
+            ("close() to the end firefly", ends),
+        ] {
+            row(
+                &format!("{name}: {what}, median"),
+                &format!("{:.2} ms", median(times)),
+                "",
+                "",
+            );
+        }
+    }
+}
