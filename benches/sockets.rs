@@ -20,7 +20,7 @@ use measure::{cpu, median, row};
 use neli::consts::socket::{Msg, NlFamily};
 use neli::socket::NlSocket;
 use neli::utils::Groups;
-use nix::sys::resource::{Resource, UsageWho, getrusage, setrlimit};
+use nix::sys::resource::{UsageWho, getrusage};
 use nix::sys::time::TimeValLike;
 use nix::time::{ClockId, clock_gettime};
 
@@ -35,7 +35,9 @@ fn main() {
         eprintln!("the bench of sockets needs root, for network namespaces");
         std::process::exit(1);
     }
-    setrlimit(Resource::RLIMIT_NOFILE, 65536, 65536).unwrap();
+    if std::env::args().any(|argument| argument == "hold") {
+        hold();
+    }
     let hosts = Hosts::new();
     hosts.here.ip(&[
         "addr",
@@ -59,6 +61,15 @@ fn main() {
         watching(&hosts, count);
     }
     latency(&hosts);
+}
+
+/// The far ends are held by a process of its own, so that neither runs out of file descriptors.
+fn hold() {
+    let listener = TcpListener::bind(format!("[{THERE}]:5000")).unwrap();
+    let mut held = Vec::new();
+    for stream in listener.incoming() {
+        held.push(stream.unwrap());
+    }
 }
 
 fn home(plugins: &str, more: &str) -> Home {
@@ -151,6 +162,8 @@ fn watching(hosts: &Hosts, count: usize) {
     );
     daemon.stop();
     drop(open);
+    far.kill().unwrap();
+    far.wait().unwrap();
 }
 
 fn latency(hosts: &Hosts) {

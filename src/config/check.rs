@@ -41,8 +41,8 @@ fn error<T>(key: &str, message: impl Into<String>) -> Result<T> {
 pub fn check(raw: raw::Raw) -> Result<Config> {
     let (mut notes, mut warnings) = (Vec::new(), Vec::new());
     let (plugins, backends) = (raw.plugins, raw.backends);
-    let enrichers_absent = raw.enrichers.is_none();
     let enrichers = raw.enrichers.unwrap_or_default();
+    let no_skops = enrichers.skops.is_none();
     if backends.prometheus.is_some() {
         return error("backends.prometheus", "not supported yet");
     }
@@ -140,14 +140,9 @@ pub fn check(raw: raw::Raw) -> Result<Config> {
         netlink_enricher: match enrichers.netlink {
             Some(netlink) => Some(connections::enricher(netlink, enrichers.period.as_deref())?),
             // To enrich fireflies is to want an enricher.
-            None if enrichers_absent
-                && firefly.as_ref().is_some_and(|f| f.enrichment.is_some()) =>
-            {
-                Some(connections::enricher(
-                    Default::default(),
-                    enrichers.period.as_deref(),
-                )?)
-            }
+            None if no_skops && firefly.as_ref().is_some_and(|f| f.enrichment.is_some()) => Some(
+                connections::enricher(Default::default(), enrichers.period.as_deref())?,
+            ),
             None => None,
         },
         firefly,
