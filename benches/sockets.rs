@@ -131,10 +131,16 @@ fn ss(hosts: &Hosts) -> f64 {
 }
 
 fn watching(hosts: &Hosts, count: usize) {
-    let listener = hosts
-        .there
-        .enter(|| TcpListener::bind(format!("[{THERE}]:5000")).unwrap());
-    let open: Vec<_> = (0..count).map(|_| connect(hosts, &listener)).collect();
+    let program = std::env::current_exe().unwrap();
+    let mut far = hosts.there.command(program.to_str().unwrap());
+    let mut far = far.arg("hold").spawn().unwrap();
+    let connect = || {
+        let to = format!("[{THERE}]:5000");
+        hosts.here.enter(|| TcpStream::connect(to).ok())
+    };
+    let open: Vec<_> = (0..count)
+        .map(|_| common::wait_for("a connection", connect))
+        .collect();
     let home = home(
         "  netlink: {experiment: 2, activity: 9, period: 1s, announceExisting: true}\n",
         "enrichers: {period: 1000, netlink: {}}\n",
