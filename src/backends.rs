@@ -26,6 +26,11 @@ pub trait Backend: Send {
         Ok(())
     }
 
+    /// Whether it has a use for news of sockets: there is much of it.
+    fn wants_news(&self) -> bool {
+        false
+    }
+
     /// Runs on its own thread until the channel is closed and drained.
     fn run(self: Box<Self>, events: Receiver<Arc<FlowEvent>>) -> Result<()>;
 }

@@ -105,7 +105,12 @@ pub fn run(config: &Config) -> Result<()> {
     for backend in backends {
         let (channel, events) = bounded(BACKEND_QUEUE);
         let queue = metrics.queue(backend.name());
-        outputs.push(Output { channel, queue });
+        let wants_news = backend.wants_news();
+        outputs.push(Output {
+            channel,
+            queue,
+            wants_news,
+        });
         start(
             format!("backend {}", backend.name()),
             Box::new(move || backend.run(events)),

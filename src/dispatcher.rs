@@ -10,7 +10,7 @@ use log::Level;
 use prometheus::{IntCounter, IntGauge};
 
 use crate::echo::EchoFilter;
-use crate::flow::{Flow, FlowEvent};
+use crate::flow::{Flow, FlowEvent, Origin, State};
 use crate::flow_table::{FlowTable, OpenFlow, Step};
 use crate::journal::{self, Journal};
 use crate::log_limit::LogLimit;
@@ -27,6 +27,8 @@ pub struct Output {
     pub channel: Sender<Arc<FlowEvent>>,
     /// Depth and high-water mark of the channel.
     pub queue: Queue,
+    /// Whether it gets news of sockets.
+    pub wants_news: bool,
 }
 
 /// A question about the open flows; the answer goes into the channel.
@@ -207,7 +209,8 @@ impl Dispatcher {
         self.lines.clear();
         self.flows_open.set(self.table.len() as i64);
         for event in self.passed.drain(..) {
-            for output in &self.outputs {
+            let news = event.origin == Origin::Socket && event.state == State::Ongoing;
+            for output in self.outputs.iter().filter(|o| !news || o.wants_news) {
                 // A backend that has ended takes the daemon down by other ways.
                 if push(&output.channel, event.state, Arc::clone(&event)) == Pushed::Dropped {
                     self.ongoing_dropped.inc();

@@ -103,14 +103,14 @@ pub fn put(mode: Mode, socket: &Socket, room: usize, out: &mut String) -> usize 
     let info = &socket.info;
     match mode {
         Mode::Lean => {
-            if let Some(tcp) = info.tcp.as_deref() {
+            if let Some(tcp) = info.tcp.as_ref() {
                 object.section("tcpInfo", |object| go_fields(object, tcp, LEAN.into_iter()));
             }
             congestion(&mut object, info);
         }
         Mode::Compatible => {
             object.text("state", state(info.state));
-            if let Some(tcp) = info.tcp.as_deref() {
+            if let Some(tcp) = info.tcp.as_ref() {
                 flowd_fields(&mut object, tcp);
             }
         }
@@ -132,7 +132,7 @@ pub fn put_skops(skops: &Skops, room: usize, out: &mut String) -> usize {
     object.field("bytesReceived", skops.bytes_received);
     object.field("bytesAcked", skops.bytes_acked);
     object.text("state", state(skops.state));
-    object.text("congestion", &skops.congestion);
+    object.text("congestion", skops.congestion.as_str());
     object.end()
 }
 
@@ -149,8 +149,10 @@ fn go_fields(object: &mut Object<'_>, tcp: &TcpInfo, fields: impl Iterator<Item 
 }
 
 fn congestion(object: &mut Object<'_>, info: &SocketInfo) {
-    if let Some(algorithm) = info.congestion.as_deref() {
-        object.section("cong", |object| object.text("algorithm", algorithm));
+    if let Some(algorithm) = &info.congestion {
+        object.section("cong", |object| {
+            object.text("algorithm", algorithm.as_str())
+        });
     }
 }
 
@@ -190,8 +192,8 @@ fn flowd(object: &mut Object<'_>, socket: &Socket) {
     object.field("inode", info.inode);
     object.field("iface_idx", info.interface);
     object.field("retrans", info.retransmits);
-    if let Some(algorithm) = info.congestion.as_deref() {
-        object.text("cong_algo", algorithm);
+    if let Some(algorithm) = &info.congestion {
+        object.text("cong_algo", algorithm.as_str());
     }
     if let Some([r, w, f, t]) = info.memory {
         object.section("meminfo", |object| {
@@ -200,7 +202,7 @@ fn flowd(object: &mut Object<'_>, socket: &Socket) {
             }
         });
     }
-    if let Some(tcp) = info.tcp.as_deref() {
+    if let Some(tcp) = info.tcp.as_ref() {
         object.section("tcp_info", |object| {
             object.text("state", state(info.state));
             flowd_fields(object, tcp);
@@ -209,7 +211,7 @@ fn flowd(object: &mut Object<'_>, socket: &Socket) {
 }
 
 fn full(object: &mut Object<'_>, info: &SocketInfo) {
-    if let Some(tcp) = info.tcp.as_deref() {
+    if let Some(tcp) = info.tcp.as_ref() {
         object.section("tcpInfo", |object| {
             go_fields(object, tcp, Field::all());
             object.optional("sndWScale", tcp.snd_wscale());
@@ -347,7 +349,7 @@ impl<'a> Object<'a> {
 mod tests {
     use super::*;
     use crate::flow::{Flow, Protocol};
-    use crate::socket::Bbr;
+    use crate::socket::{Algorithm, Bbr};
     use serde_json::{Value, json};
 
     /// Every byte of `tcp_info` is set, and a few to known values.
@@ -374,8 +376,8 @@ mod tests {
             info: SocketInfo {
                 state: 1,
                 inode: 77,
-                tcp: Some(Box::new(TcpInfo::parse(&tcp))),
-                congestion: Some("bbr".into()),
+                tcp: Some(TcpInfo::parse(&tcp)),
+                congestion: Some(Algorithm::new(b"bbr")),
                 memory: Some([1, 2, 3, 4]),
                 socket_memory: Some([5; 9]),
                 bbr: Some(Bbr {

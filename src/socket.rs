@@ -66,9 +66,9 @@ pub struct SocketInfo {
     /// The cgroup of its owner (Linux 5.9 and later).
     pub cgroup: Option<u64>,
     /// `struct tcp_info`.
-    pub tcp: Option<Box<TcpInfo>>,
+    pub tcp: Option<TcpInfo>,
     /// The congestion control algorithm.
-    pub congestion: Option<Box<str>>,
+    pub congestion: Option<Algorithm>,
     /// `struct inet_diag_meminfo`, in bytes: rmem, wmem, fmem, tmem.
     pub memory: Option<[u32; 4]>,
     /// SKMEMINFO, in bytes: rmem_alloc, rcvbuf, wmem_alloc, sndbuf, fwd_alloc, wmem_queued, optmem,
@@ -88,6 +88,29 @@ pub struct SocketInfo {
     pub bbr: Option<Bbr>,
 }
 
+/// The name of a congestion control algorithm, up to 16 bytes.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Algorithm([u8; 16]);
+
+impl Algorithm {
+    /// Takes a name up to its first NUL.
+    pub fn new(name: &[u8]) -> Algorithm {
+        let mut bytes = [0; 16];
+        let name = name.iter().take_while(|byte| byte.is_ascii_graphic());
+        bytes
+            .iter_mut()
+            .zip(name)
+            .for_each(|(to, from)| *to = *from);
+        Algorithm(bytes)
+    }
+
+    /// The name.
+    pub fn as_str(&self) -> &str {
+        let name = self.0.split(|&byte| byte == 0).next().unwrap_or_default();
+        std::str::from_utf8(name).unwrap_or_default()
+    }
+}
+
 /// `struct tcp_bbr_info`
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Bbr {
@@ -105,7 +128,7 @@ impl SocketInfo {
     /// Payload bytes so far; what was sent again counts once. Of a socket that has gone, the received ones
     /// may be one too many: it is not always known whether the other end's FIN had come.
     pub fn usage(&self) -> Option<Usage> {
-        let tcp = self.tcp.as_deref()?;
+        let tcp = self.tcp.as_ref()?;
         let received = tcp.get(Field::BytesReceived);
         // Before Linux 4.19 what was acknowledged is close; it counts SYN and FIN, too.
         let acknowledged = || {
@@ -119,24 +142,21 @@ impl SocketInfo {
     }
 
     fn sent_once(&self) -> Option<u64> {
-        let tcp = self.tcp.as_deref()?;
+        let tcp = self.tcp.as_ref()?;
         let again = tcp.get(Field::BytesRetrans).unwrap_or(0);
         Some(tcp.get(Field::BytesSent)?.saturating_sub(again))
     }
 
     /// Whether a SYN or a FIN of this end was acknowledged, too.
     pub fn more_was_acknowledged_than_sent(&self) -> bool {
-        let acknowledged = self
-            .tcp
-            .as_deref()
-            .and_then(|tcp| tcp.get(Field::BytesAcked));
+        let acknowledged = self.tcp.as_ref().and_then(|tcp| tcp.get(Field::BytesAcked));
         acknowledged > self.sent_once()
     }
 
     /// Whether the connection came about: a SYN of ours, at least, was acknowledged.
     pub fn was_established(&self) -> bool {
         let count = |tcp: &TcpInfo, field| tcp.get(field).unwrap_or(0);
-        self.tcp.as_deref().is_some_and(|tcp| {
+        self.tcp.as_ref().is_some_and(|tcp| {
             count(tcp, Field::BytesAcked) > 0
                 || count(tcp, Field::BytesReceived) > 0
                 || count(tcp, Field::DataSegsOut) > 0
@@ -144,14 +164,14 @@ impl SocketInfo {
     }
 }
 
-impl From<Socket> for Connection {
-    fn from(socket: Socket) -> Connection {
+impl From<Arc<Socket>> for Connection {
+    fn from(socket: Arc<Socket>) -> Connection {
         Connection {
             flow: socket.flow,
             uid: socket.info.uid,
             cgroup: socket.info.cgroup,
             usage: socket.info.usage(),
-            socket: Some(Arc::new(socket)),
+            socket: Some(socket),
         }
     }
 }

@@ -190,7 +190,7 @@ impl Firefly {
                     State::End => socket.info.usage(),
                     _ => event.usage,
                 },
-                netlink: Some(Arc::new(socket)),
+                netlink: Some(socket),
                 ..FlowEvent::clone(&event)
             }),
             Ok(_) => event,
@@ -231,6 +231,10 @@ impl Backend for Firefly {
         NAME
     }
 
+    fn wants_news(&self) -> bool {
+        self.enrich
+    }
+
     fn run(mut self: Box<Self>, events: Receiver<Arc<FlowEvent>>) -> Result<()> {
         let mut batch = Batch::default();
         loop {
@@ -243,9 +247,6 @@ impl Backend for Firefly {
             self.local.refresh();
             let now = Timestamp::now();
             for event in first.into_iter().chain(events.try_iter()) {
-                if event.origin == Origin::Socket && !self.enrich {
-                    continue;
-                }
                 let event = self.completed(event);
                 let destinations = self.destinations(&event);
                 let left_out =

@@ -153,7 +153,7 @@ impl Sockets {
         let (counters, time) = (&self.counters, now());
         let mut now_seen = HashSet::with_capacity(self.seen.len());
         let mut sent = Ok(());
-        let mut tell = |socket: Socket| {
+        let mut tell = |socket: Arc<Socket>| {
             if sent.is_ok() {
                 counters.add(Outcome::News);
                 sent = events.send_patiently(event(State::Ongoing, socket, time));
@@ -201,11 +201,11 @@ impl Sockets {
     }
 }
 
-fn event(state: State, socket: Socket, time: Timestamp) -> FlowEvent {
+fn event(state: State, socket: Arc<Socket>, time: Timestamp) -> FlowEvent {
     let event = FlowEvent::new(state, socket.flow, time, Origin::Socket);
     FlowEvent {
         usage: socket.info.usage(),
-        netlink: Some(Arc::new(socket)),
+        netlink: Some(socket),
         ..event
     }
 }

@@ -1,8 +1,9 @@
 //! The messages of `NETLINK_SOCK_DIAG` (include/uapi/linux/inet_diag.h) as bytes. No I/O.
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::sync::Arc;
 
-use super::{Bbr, FIN_RECEIVED, Socket, SocketInfo, TcpInfo};
+use super::{Algorithm, Bbr, FIN_RECEIVED, Socket, SocketInfo, TcpInfo};
 use crate::flow::{Flow, Protocol};
 
 /// `SOCK_DIAG_BY_FAMILY`
@@ -60,7 +61,7 @@ pub fn request_one(flow: &Flow, extensions: u8) -> [u8; HEADER + 56] {
 #[derive(Debug, PartialEq, Eq)]
 pub enum Parsed {
     /// A socket with two ends.
-    Socket(Box<Socket>),
+    Socket(Arc<Socket>),
     /// One with none or one, or a message of another kind.
     Nothing,
     /// The end of a dump.
@@ -102,7 +103,7 @@ impl Iterator for Messages<'_> {
             NLMSG_DONE => Parsed::Done,
             NLMSG_ERROR => Parsed::Error(u32_at(message, HEADER).map_or(0, |e| -(e as i32))),
             BY_FAMILY => match socket(&message[HEADER..], self.protocol) {
-                Some(socket) => Parsed::Socket(Box::new(socket)),
+                Some(socket) => Parsed::Socket(Arc::new(socket)),
                 None => Parsed::Nothing,
             },
             _ => Parsed::Nothing,
@@ -149,12 +150,9 @@ fn socket(message: &[u8], protocol: Protocol) -> Option<Socket> {
 fn attribute(info: &mut SocketInfo, kind: u16, value: &[u8]) {
     match kind {
         1 => info.memory = words(value),
-        2 => info.tcp = Some(Box::new(TcpInfo::parse(value))),
+        2 => info.tcp = Some(TcpInfo::parse(value)),
         3 => info.vegas = words(value),
-        4 => {
-            let name = value.split(|&byte| byte == 0).next().unwrap_or_default();
-            info.congestion = Some(String::from_utf8_lossy(name).into());
-        }
+        4 => info.congestion = Some(Algorithm::new(value)),
         5 => info.tos = value.first().copied(),
         6 => info.traffic_class = value.first().copied(),
         7 => info.socket_memory = words(value),
@@ -273,7 +271,10 @@ mod tests {
             (1, 2, 1000, Some(42))
         );
         assert_eq!(
-            (info.congestion.as_deref(), info.traffic_class),
+            (
+                info.congestion.map(|a| a.as_str().to_owned()).as_deref(),
+                info.traffic_class
+            ),
             (Some("bbr"), Some(0x28))
         );
         assert_eq!(info.bbr.unwrap().bandwidth, 2 << 32 | 1);

@@ -1,5 +1,7 @@
 //! What the sockops program sees of a socket.
 
+use super::Algorithm;
+
 /// Names of [`Skops::numbers`] as flowd-go writes such fields; times are in µs.
 pub const SKOPS_NAMES: [&str; 16] = [
     "srtt",
@@ -33,5 +35,5 @@ pub struct Skops {
     /// eight times its value.
     pub numbers: [u32; 16],
     /// The congestion control algorithm.
-    pub congestion: Box<str>,
+    pub congestion: Algorithm,
 }

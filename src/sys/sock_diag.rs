@@ -2,6 +2,7 @@
 
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd};
+use std::sync::Arc;
 
 use mio::event::Source;
 use mio::unix::SourceFd;
@@ -49,7 +50,7 @@ impl Dump {
         protocol: Protocol,
         states: u32,
         extensions: u8,
-        mut take: impl FnMut(Socket),
+        mut take: impl FnMut(Arc<Socket>),
     ) -> io::Result<()> {
         for family in [libc::AF_INET, libc::AF_INET6] {
             let request = request(family as u8, protocol, states, extensions);
@@ -64,12 +65,12 @@ impl Dump {
     }
 
     /// The socket of one flow, whose source is the local end, if it is there.
-    pub fn socket(&mut self, flow: &Flow, extensions: u8) -> io::Result<Option<Socket>> {
+    pub fn socket(&mut self, flow: &Flow, extensions: u8) -> io::Result<Option<Arc<Socket>>> {
         self.netlink
             .send(request_one(flow, extensions), Msg::empty())?;
         let (length, _) = self.netlink.recv(&mut self.buffer, Msg::empty())?;
         match Messages::new(&self.buffer[..length], flow.protocol).next() {
-            Some(Parsed::Socket(socket)) => Ok(Some(*socket)),
+            Some(Parsed::Socket(socket)) => Ok(Some(socket)),
             Some(Parsed::Error(libc::ENOENT)) => Ok(None),
             Some(Parsed::Error(number)) => Err(io::Error::from_raw_os_error(number)),
             _ => Ok(None),
@@ -77,13 +78,17 @@ impl Dump {
     }
 
     /// Reads to the end of a dump; whether it was undisturbed.
-    fn receive(&mut self, protocol: Protocol, take: &mut impl FnMut(Socket)) -> io::Result<bool> {
+    fn receive(
+        &mut self,
+        protocol: Protocol,
+        take: &mut impl FnMut(Arc<Socket>),
+    ) -> io::Result<bool> {
         let mut undisturbed = true;
         loop {
             let (length, _) = self.netlink.recv(&mut self.buffer, Msg::empty())?;
             for parsed in Messages::new(&self.buffer[..length], protocol) {
                 match parsed {
-                    Parsed::Socket(socket) => take(*socket),
+                    Parsed::Socket(socket) => take(socket),
                     Parsed::Interrupted => undisturbed = false,
                     Parsed::Done => return Ok(undisturbed),
                     Parsed::Error(number) => return Err(io::Error::from_raw_os_error(number)),
@@ -133,7 +138,7 @@ impl Destroyed {
     }
 
     /// Hands out the sockets of one datagram.
-    pub fn receive(&mut self, mut take: impl FnMut(Socket)) -> io::Result<Notified> {
+    pub fn receive(&mut self, mut take: impl FnMut(Arc<Socket>)) -> io::Result<Notified> {
         let length = match self.netlink.recv(&mut self.buffer, Msg::empty()) {
             Ok((length, _)) => length,
             Err(error) => {
@@ -152,10 +157,13 @@ impl Destroyed {
                 let info = &socket.info;
                 if info.was_established() && info.more_was_acknowledged_than_sent() {
                     let left = self.lookup.socket(&socket.flow, 0);
-                    socket.info.fin_received =
+                    let came =
                         left.is_ok_and(|left| left.is_none_or(|left| left.info.fin_received));
+                    if let Some(socket) = Arc::get_mut(&mut socket) {
+                        socket.info.fin_received = came;
+                    }
                 }
-                take(*socket);
+                take(socket);
             }
         }
         Ok(Notified::Some)

@@ -23,7 +23,7 @@ use super::mark_maps::{failure, io_error};
 use crate::config::Sockops as Settings;
 use crate::error::{Context, Error, Result};
 use crate::flow::{Flow, Protocol};
-use crate::socket::Skops;
+use crate::socket::{Algorithm, Skops};
 
 const OBJECT: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/sockops.bpf.o"));
 /// Where cgroups are, and where those of version 2 are on a host that has both.
@@ -236,10 +236,6 @@ fn raw(bytes: &[u8]) -> Option<Raw> {
     for (index, number) in numbers.iter_mut().enumerate() {
         *number = u32_at(64 + 4 * index)?;
     }
-    let name = bytes[128..144]
-        .split(|&byte| byte == 0)
-        .next()
-        .unwrap_or_default();
     Some(Raw {
         time: u64_at(0)?,
         event: Event {
@@ -251,7 +247,7 @@ fn raw(bytes: &[u8]) -> Option<Raw> {
                 bytes_received: u64_at(8)?,
                 bytes_acked: u64_at(16)?,
                 numbers,
-                congestion: String::from_utf8_lossy(name).into(),
+                congestion: Algorithm::new(&bytes[128..144]),
             },
         },
     })
@@ -324,7 +320,11 @@ mod tests {
         );
         let skops = raw.event.skops;
         assert_eq!(
-            (skops.bytes_received, skops.numbers[0], &*skops.congestion),
+            (
+                skops.bytes_received,
+                skops.numbers[0],
+                skops.congestion.as_str()
+            ),
             (7, 8000, "cubic")
         );
         for cut in 0..EVENT {
