@@ -3,6 +3,7 @@
 pub mod firefly;
 #[cfg(feature = "bpf")]
 pub mod marker;
+pub mod prometheus;
 
 use std::sync::Arc;
 
@@ -13,6 +14,7 @@ use crate::error::Result;
 use crate::flow::FlowEvent;
 use crate::flow_table::FlowTable;
 use crate::metrics::Metrics;
+use crate::registry::Registry;
 use crate::scitag::Labeller;
 
 /// A consumer of flow events. Building one acquires every resource it needs.
@@ -39,6 +41,7 @@ pub trait Backend: Send {
 pub fn build(
     config: &Config,
     labeller: Option<&Labeller>,
+    registry: &Arc<Registry>,
     metrics: &Metrics,
 ) -> Result<Vec<Box<dyn Backend>>> {
     let mut backends: Vec<Box<dyn Backend>> = Vec::new();
@@ -47,7 +50,9 @@ pub fn build(
         backends.push(Box::new(firefly::Firefly::new(firefly, listener, metrics)?));
     }
     #[cfg(not(feature = "bpf"))]
-    let _ = labeller;
+    let (_, marks) = (labeller, None);
+    #[cfg(feature = "bpf")]
+    let mut marks = None;
     #[cfg(feature = "bpf")]
     if let (Some(marker), Some(labeller)) = (&config.marker, labeller) {
         backends.push(Box::new(marker::Marker::new(
@@ -56,6 +61,11 @@ pub fn build(
             labeller,
             metrics,
         )?));
+        marks = marker::read_marks(marker)?;
+    }
+    if let Some(config) = &config.prometheus {
+        let prometheus = prometheus::Prometheus::new(config, registry, marks, metrics)?;
+        backends.push(Box::new(prometheus));
     }
     Ok(backends)
 }

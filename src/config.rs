@@ -8,7 +8,7 @@ mod raw;
 mod yaml;
 
 use std::fmt;
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::ops::RangeInclusive;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -71,6 +71,8 @@ pub struct Config {
     pub firefly: Option<Firefly>,
     /// `backends.marker`.
     pub marker: Option<Marker>,
+    /// `backends.prometheus`.
+    pub prometheus: Option<Prometheus>,
     /// Settings that are accepted and have no effect, each with the reason.
     pub notes: Vec<String>,
     /// Settings that do something else than they say, each with the reason.
@@ -262,6 +264,23 @@ pub struct Marker {
     pub bpf_fs_path: PathBuf,
 }
 
+/// The prometheus backend.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Prometheus {
+    /// `bindAddress`.
+    pub address: IpAddr,
+    /// `port`: everything.
+    pub port: Option<u16>,
+    /// `netlinkPort`: sockets by `sock_diag`, with the label `flavour`.
+    pub netlink_port: Option<u16>,
+    /// `skopsPort`: sockets by the sockops program, with the label `flavour`.
+    pub skops_port: Option<u16>,
+    /// `perFlow`: flows have series of their own.
+    pub per_flow: bool,
+    /// `maxSeries`: how many series of single flows there may be.
+    pub max_series: usize,
+}
+
 /// Where in the IPv6 header a packet carries its tag.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Strategy {
@@ -359,6 +378,7 @@ impl Config {
         let backends = [
             ("firefly", self.firefly.is_some()),
             ("marker", self.marker.is_some()),
+            ("prometheus", self.prometheus.is_some()),
         ];
         enabled(&backends)
     }

@@ -76,7 +76,7 @@ pub fn run(config: &Config) -> Result<()> {
         Some(_) => Some(Labeller::new(state_dir::label_key(&config.state_dir)?)),
         None => None,
     };
-    let mut backends = backends::build(config, labeller.as_ref(), &metrics)?;
+    let mut backends = backends::build(config, labeller.as_ref(), &registry, &metrics)?;
     let (ask, queries) = bounded(QUERIES);
     let sources = Sources {
         queries: ask,

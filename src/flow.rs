@@ -254,6 +254,53 @@ pub struct Member {
     pub json: Box<str>,
 }
 
+/// Why a flow is open no more.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum EndReason {
+    /// Its producer said so.
+    Producer,
+    /// Its socket on this host has gone.
+    SocketClosed,
+    /// It was older than `flows.maxAge`.
+    Expired,
+    /// It goes on with another tag.
+    Retagged,
+}
+
+impl EndReason {
+    /// Every reason.
+    pub const ALL: [EndReason; 4] = [
+        EndReason::Producer,
+        EndReason::SocketClosed,
+        EndReason::Expired,
+        EndReason::Retagged,
+    ];
+
+    /// The word in metrics.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            EndReason::Producer => "producer",
+            EndReason::SocketClosed => "socket_closed",
+            EndReason::Expired => "expired",
+            EndReason::Retagged => "retagged",
+        }
+    }
+}
+
+/// What an event has done to the table of open flows.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Effect {
+    /// Nothing: news, or the end of a flow that was not open.
+    #[default]
+    Nothing,
+    /// The flow was not open and is now.
+    Opened,
+    /// It is open with another tag than this one.
+    Retagged(Tag),
+    /// It was open and is no more.
+    Closed(EndReason),
+}
+
 /// A flow's start, its end, or news of it while it is open.
 ///
 /// A plugin fills what it knows; the dispatcher completes the rest from the table of open flows, so
@@ -284,6 +331,8 @@ pub struct FlowEvent {
     pub skops: Option<Arc<Skops>>,
     /// Which way the event came in.
     pub origin: Origin,
+    /// What it did to the table of open flows.
+    pub effect: Effect,
 }
 
 impl FlowEvent {
@@ -302,6 +351,7 @@ impl FlowEvent {
             netlink: None,
             skops: None,
             origin,
+            effect: Effect::Nothing,
         }
     }
 

@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use jiff::Timestamp;
 
-use crate::flow::{Flow, FlowEvent, Origin, State, Tag};
+use crate::flow::{Effect, EndReason, Flow, FlowEvent, Origin, State, Tag};
 use crate::metrics::outcomes;
 
 outcomes! {
@@ -201,6 +201,7 @@ impl FlowTable {
                 if open.tag == event.tag() || better_known {
                     return Step::Duplicate;
                 }
+                event.effect = Effect::Retagged(open.tag);
                 open.tag = event.tag();
                 open.origin = event.origin;
                 if event.application.is_some() {
@@ -220,6 +221,7 @@ impl FlowTable {
                 ));
                 event.start_time = Some(event.start_time());
                 event.tag = Some(event.tag());
+                event.effect = Effect::Opened;
                 Step::Started
             }
         }
@@ -256,6 +258,7 @@ impl FlowTable {
                     event.netlink = event.netlink.take().or(closed.netlink);
                 }
                 complete(event, &open);
+                event.effect = Effect::Closed(EndReason::Producer);
                 Step::Ended
             }
             None if self.ended.iter_mut().any(|ended| ended.remove(&event.flow)) => {
@@ -294,6 +297,7 @@ impl FlowTable {
         if let Some(open) = self.flows.remove(&event.flow) {
             complete(event, &open);
             event.origin = open.origin;
+            event.effect = Effect::Closed(EndReason::SocketClosed);
             self.ended[0].insert(event.flow);
         }
     }
@@ -325,6 +329,7 @@ impl FlowTable {
             tag: Some(open.tag),
             start_time: Some(open.start_time()),
             application: open.application,
+            effect: Effect::Closed(EndReason::Expired),
             ..FlowEvent::new(State::End, flow, now, open.origin)
         };
         self.flows.extract_if(old).map(end).collect()

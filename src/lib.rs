@@ -15,6 +15,7 @@ pub mod echo;
 pub mod enrichers;
 pub mod enrichment;
 pub mod error;
+pub mod exposition;
 pub mod firefly;
 pub mod flow;
 pub mod flow_table;

@@ -6,7 +6,15 @@
 use std::fmt::Write as _;
 
 use prometheus::core::Collector;
-use prometheus::{IntCounter, IntCounterVec, IntGauge, IntGaugeVec, Opts, Registry};
+use prometheus::process_collector::ProcessCollector;
+use prometheus::proto::MetricFamily;
+use prometheus::{
+    Histogram, HistogramOpts, HistogramVec, IntCounter, IntCounterVec, IntGauge, IntGaugeVec, Opts,
+    Registry,
+};
+
+/// Bounds of the buckets of scan durations, in seconds.
+const SCAN_BUCKETS: [f64; 8] = [0.0001, 0.001, 0.005, 0.02, 0.1, 0.5, 2.0, 10.0];
 
 /// What can become of something that is counted: a fixed set of words, used as a label's values.
 pub trait Outcome: Copy + 'static {
@@ -74,6 +82,9 @@ impl<O: Outcome> Outcomes<O> {
 #[derive(Clone)]
 pub struct Metrics {
     registry: Registry,
+    /// What the operating system and the build say, for `/metrics` alone.
+    process: Registry,
+    scans: HistogramVec,
     plugin_events: IntCounterVec,
     backend_events: IntCounterVec,
     dispatcher_events: IntCounterVec,
@@ -84,6 +95,8 @@ pub struct Metrics {
     pub flows_open: IntGauge,
     /// `ongoing` events that found the dispatcher's queue full.
     pub ongoing_dropped: IntCounter,
+    /// Interfaces that the marker is attached to.
+    pub marker_interfaces: IntGauge,
 }
 
 impl Default for Metrics {
@@ -95,7 +108,16 @@ impl Default for Metrics {
 impl Metrics {
     /// Every family, with nothing counted yet.
     pub fn new() -> Metrics {
-        let registry = Registry::new();
+        let (registry, process) = (Registry::new(), Registry::new());
+        let registered = process.register(Box::new(ProcessCollector::for_self()));
+        registered.expect("the names of a process' metrics are unique");
+        let build = Opts::new(
+            "flowd_build_info",
+            "The version of the daemon, in the label version; always 1.",
+        );
+        let build = IntGaugeVec::new(build, &["version"]);
+        let build = register(&process, build);
+        build.with_label_values(&[env!("CARGO_PKG_VERSION")]).set(1);
         let counters = |name: &str, help: &str, labels: &[&str]| {
             register(&registry, IntCounterVec::new(Opts::new(name, help), labels))
         };
@@ -142,6 +164,25 @@ impl Metrics {
                     "Ongoing events dropped because a queue was full.",
                 ),
             ),
+            marker_interfaces: register(
+                &registry,
+                IntGauge::new(
+                    "flowd_marker_interfaces",
+                    "Interfaces that the marker is attached to.",
+                ),
+            ),
+            scans: register(
+                &registry,
+                HistogramVec::new(
+                    HistogramOpts::new(
+                        "flowd_scan_duration_seconds",
+                        "Time that a scan of all sockets took, in seconds, by who scanned.",
+                    )
+                    .buckets(SCAN_BUCKETS.to_vec()),
+                    &["scanner"],
+                ),
+            ),
+            process,
             registry,
         }
     }
@@ -166,6 +207,19 @@ impl Metrics {
         Outcomes::new(&self.journal_writes, None)
     }
 
+    /// The durations of the scans of a plugin or enricher, in seconds.
+    pub fn scans(&self, scanner: &str) -> Histogram {
+        self.scans.with_label_values(&[scanner])
+    }
+
+    /// Every family as it is now, for `/metrics`; but not the open flows, which are shown by tag.
+    pub fn gather(&self) -> Vec<MetricFamily> {
+        let mut families = self.registry.gather();
+        families.retain(|family| family.name() != "flowd_flows_open");
+        families.extend(self.process.gather());
+        families
+    }
+
     /// Depth and high-water mark of a queue.
     pub fn queue(&self, queue: &str) -> Queue {
         Queue {
@@ -177,7 +231,11 @@ impl Metrics {
     /// All values, in the order of their names.
     pub fn samples(&self) -> Vec<Sample> {
         let mut samples = Vec::new();
-        for family in self.registry.gather() {
+        let families = self.registry.gather().into_iter();
+        let is_histogram = |family: &MetricFamily| {
+            family.get_field_type() == prometheus::proto::MetricType::HISTOGRAM
+        };
+        for family in families.filter(|family| !is_histogram(family)) {
             for metric in family.get_metric() {
                 let value = match family.get_field_type() {
                     prometheus::proto::MetricType::COUNTER => metric.get_counter().get_value(),

@@ -171,17 +171,11 @@ impl Firefly {
             State::Ongoing => false,
             State::End => event.usage.is_none(),
         };
-        let flow = &event.flow;
-        let local = |address| self.local.contains(address);
-        if !wanted || flow.protocol != Protocol::Tcp {
+        if !wanted || event.flow.protocol != Protocol::Tcp {
             return event;
         }
-        let outgoing = match () {
-            () if local(&flow.source.address) => *flow,
-            () if local(&flow.destination.address) => flow.reversed(),
-            () => return event,
-        };
-        let Some(dump) = &mut self.sockets else {
+        let (Some(outgoing), Some(dump)) = (self.local.outgoing(&event.flow), &mut self.sockets)
+        else {
             return event;
         };
         match dump.socket(&outgoing, ALL) {

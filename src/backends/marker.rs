@@ -9,8 +9,10 @@ use std::time::{Duration, Instant};
 
 use crossbeam_channel::{Receiver, never, select, tick};
 use log::Level;
+use prometheus::IntGauge;
 
 use super::Backend;
+use super::prometheus::{Marked, Marks, ReadMarks};
 use crate::config;
 use crate::error::{Context, Error, Result};
 use crate::flow::{Flow, FlowEvent, State, Tag};
@@ -19,7 +21,7 @@ use crate::log_limit::LogLimit;
 use crate::metrics::{Metrics, Outcomes, outcomes};
 use crate::scitag::{self, Labeller};
 use crate::sys::interfaces::{self, Interface};
-use crate::sys::mark_maps::{Entered, Key, Mark};
+use crate::sys::mark_maps::{Entered, Key, Maps, Mark, UNMARKED};
 use crate::sys::marker::{Program, our_filters};
 
 const NAME: &str = "marker";
@@ -50,7 +52,40 @@ pub struct Marker {
     /// With `matchAll`: the flow whose tag all packets get.
     all: Option<Flow>,
     counters: Outcomes<Outcome>,
+    /// How many interfaces it is attached to.
+    interfaces: IntGauge,
     trouble: LogLimit,
+}
+
+/// What reads the maps of the marker that has just been built, from any thread.
+pub fn read_marks(config: &config::Marker) -> Result<Option<ReadMarks>> {
+    let Some(maps) = Maps::pinned(&config.bpf_fs_path)? else {
+        return Ok(None);
+    };
+    let read = move || {
+        let mut by_tag: HashMap<Tag, Marked> = HashMap::new();
+        let mut add = |tag, packets, bytes| {
+            let marked = by_tag.entry(tag).or_default();
+            marked.packets += packets;
+            marked.bytes += bytes;
+        };
+        // First those of closed flows: one that closes meanwhile is missing once, not counted twice.
+        for (tag, total) in maps.totals() {
+            add(tag, total.packets, total.bytes);
+        }
+        let mut entries = 0;
+        for (_, mark) in maps.marks() {
+            entries += 1;
+            add(mark.tag, mark.packets, mark.bytes);
+        }
+        Marks {
+            by_tag: by_tag.into_iter().collect(),
+            unmarked: UNMARKED.into_iter().zip(maps.unmarked()).collect(),
+            entries,
+            capacity: maps.capacity(),
+        }
+    };
+    Ok(Some(Arc::new(read)))
 }
 
 impl Marker {
@@ -86,6 +121,7 @@ impl Marker {
             changes,
             all: None,
             counters: metrics.backend(NAME),
+            interfaces: metrics.marker_interfaces.clone(),
             trouble: LogLimit::new(Level::Warn, "marker: flows not marked"),
         })
     }
@@ -114,6 +150,7 @@ impl Marker {
             !gone
         });
         let mut result = Ok(());
+        self.interfaces.set(self.attached.len() as i64);
         for interface in found.iter().filter(|i| wanted(i)) {
             if self.attached.contains_key(&interface.index) {
                 continue;
@@ -123,6 +160,7 @@ impl Marker {
                     log::info!("marker: attached to {}", interface.name);
                     self.counters.add(Outcome::Attached);
                     self.attached.insert(interface.index, interface.clone());
+                    self.interfaces.set(self.attached.len() as i64);
                 }
                 Err(error) => {
                     self.counters.add(Outcome::AttachFailed);

@@ -43,9 +43,6 @@ pub fn check(raw: raw::Raw) -> Result<Config> {
     let (plugins, backends) = (raw.plugins, raw.backends);
     let enrichers = raw.enrichers.unwrap_or_default();
     let no_skops = enrichers.skops.is_none();
-    if backends.prometheus.is_some() {
-        return error("backends.prometheus", "not supported yet");
-    }
     let named_pipe = plugins
         .named_pipe
         .map(|p| plugins::named_pipe(p, &mut notes))
@@ -96,6 +93,13 @@ pub fn check(raw: raw::Raw) -> Result<Config> {
             }
         }
     }
+    let prometheus = backends
+        .prometheus
+        .map(|p| backends::prometheus(p, no_skops, &mut notes))
+        .transpose()?;
+    // To enrich fireflies is to want an enricher, and to show what the kernel knows of sockets, too.
+    let enrich = firefly.as_ref().is_some_and(|f| f.enrichment.is_some());
+    let enricher_wanted = enrich || prometheus.is_some();
     let config = Config {
         pid_path_given: raw.pid_path.is_some(),
         pid_path: match raw.pid_path.as_deref() {
@@ -139,14 +143,15 @@ pub fn check(raw: raw::Raw) -> Result<Config> {
         },
         netlink_enricher: match enrichers.netlink {
             Some(netlink) => Some(connections::enricher(netlink, enrichers.period.as_deref())?),
-            // To enrich fireflies is to want an enricher.
-            None if no_skops && firefly.as_ref().is_some_and(|f| f.enrichment.is_some()) => Some(
-                connections::enricher(Default::default(), enrichers.period.as_deref())?,
-            ),
+            None if no_skops && enricher_wanted => Some(connections::enricher(
+                Default::default(),
+                enrichers.period.as_deref(),
+            )?),
             None => None,
         },
         firefly,
         marker,
+        prometheus,
         notes,
         warnings,
     };
@@ -159,7 +164,7 @@ pub fn check(raw: raw::Raw) -> Result<Config> {
     if config.backend_names().is_empty() {
         return error(
             "backends",
-            "no backend is enabled, expected at least one (firefly, marker)",
+            "no backend is enabled, expected at least one (firefly, marker, prometheus)",
         );
     }
     Ok(config)

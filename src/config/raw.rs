@@ -242,7 +242,25 @@ pub struct Backends {
     #[serde(deserialize_with = "section")]
     pub marker: Option<Marker>,
     #[serde(deserialize_with = "section")]
-    pub prometheus: Option<Value>,
+    pub prometheus: Option<Prometheus>,
+}
+
+/// `backends.prometheus`
+#[derive(Debug, Default, Deserialize)]
+#[serde(
+    default,
+    deny_unknown_fields,
+    rename_all = "camelCase",
+    expecting = "a mapping"
+)]
+pub struct Prometheus {
+    pub log: Option<bool>,
+    pub bind_address: Option<String>,
+    pub port: Option<i64>,
+    pub netlink_port: Option<i64>,
+    pub skops_port: Option<i64>,
+    pub per_flow: Option<bool>,
+    pub max_series: Option<i64>,
 }
 
 /// `backends.firefly`

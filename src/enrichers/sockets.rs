@@ -13,6 +13,7 @@ use crossbeam_channel::{Sender, bounded};
 use jiff::Timestamp;
 use log::Level;
 use mio::{Events, Interest, Poll, Token};
+use prometheus::Histogram;
 
 use crate::config::{Config, NetlinkEnricher};
 use crate::dispatcher::Query;
@@ -58,6 +59,7 @@ pub struct Sockets {
     seen: HashSet<Flow>,
     queries: Sender<Query>,
     counters: Outcomes<Outcome>,
+    scans: Histogram,
 }
 
 impl Sockets {
@@ -107,6 +109,7 @@ impl Sockets {
             seen: HashSet::new(),
             queries: sources.queries.clone(),
             counters: sources.metrics.plugin(NAME),
+            scans: sources.metrics.scans(NAME),
         }))
     }
 
@@ -244,7 +247,7 @@ impl Plugin for Sockets {
                 let ends = overrun || first || self.destroyed.is_none();
                 first = false;
                 match self.scan(&events, ends) {
-                    Ok(Ok(())) => {}
+                    Ok(Ok(())) => self.scans.observe(began.elapsed().as_secs_f64()),
                     Ok(Err(Closed)) => break,
                     Err(error) => {
                         self.counters.add(Outcome::ScanFailed);

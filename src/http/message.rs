@@ -23,6 +23,10 @@ pub struct Request {
     pub query: String,
     /// The value of `Authorization`.
     pub authorization: Option<String>,
+    /// The value of `Accept`.
+    pub accept: Option<String>,
+    /// Whether `Accept-Encoding` names gzip.
+    pub accepts_gzip: bool,
     /// The body.
     pub body: Vec<u8>,
 }
@@ -153,6 +157,8 @@ pub fn head(input: &[u8]) -> Result<Option<Head>, Refusal> {
                 head.expects_continue = http_1_1;
             }
             "authorization" => head.request.authorization = Some(value.to_owned()),
+            "accept" => head.request.accept = Some(value.to_owned()),
+            "accept-encoding" => head.request.accepts_gzip |= value.split(',').any(is_gzip),
             "host" => hosts += 1,
             _ => {}
         }
@@ -177,6 +183,14 @@ pub fn head(input: &[u8]) -> Result<Option<Head>, Refusal> {
         }
     };
     Ok(Some(head))
+}
+
+/// `gzip`, with a quality that is not 0 (RFC 9110, section 12.5.3).
+fn is_gzip(coding: &str) -> bool {
+    let mut parts = coding.split(';').map(str::trim);
+    let is_gzip = parts.next().is_some_and(|c| c.eq_ignore_ascii_case("gzip"));
+    let mut qualities = parts.filter_map(|p| p.strip_prefix("q="));
+    is_gzip && qualities.all(|q| q.parse::<f32>().is_ok_and(|q| q > 0.0))
 }
 
 const TOO_LARGE: Refusal = refusal(413, "the body is over 1048576 bytes");
@@ -301,6 +315,16 @@ mod tests {
         for cut in 0..head.length {
             assert!(super::head(&text.as_bytes()[..cut]).is_ok_and(|head| head.is_none()));
         }
+    }
+
+    #[test]
+    fn gzip_that_is_accepted() {
+        let accepts = |value: &str| {
+            let text = format!("GET / HTTP/1.1\r\nHost: x\r\nAccept-Encoding: {value}\r\n\r\n");
+            parsed(&text).request.accepts_gzip
+        };
+        assert!(accepts("gzip") && accepts("br, gzip;q=0.5") && accepts("deflate,GZip"));
+        assert!(!accepts("identity") && !accepts("gzip;q=0") && !accepts("xgzip"));
     }
 
     #[test]

@@ -9,6 +9,7 @@ use std::time::Instant;
 
 use log::Level;
 use mio::{Events, Interest, Poll, Token};
+use prometheus::Histogram;
 
 use super::{Closed, EventSender, Plugin, now};
 use crate::config;
@@ -56,6 +57,7 @@ pub struct Netlink {
     destroyed: Option<Destroyed>,
     poll: Poll,
     counters: Outcomes<Outcome>,
+    scans: Histogram,
 }
 
 impl Netlink {
@@ -89,6 +91,7 @@ impl Netlink {
             destroyed,
             poll,
             counters: metrics.plugin(NAME),
+            scans: metrics.scans(NAME),
         })
     }
 
@@ -182,6 +185,7 @@ impl Plugin for Netlink {
                 match self.scan() {
                     Ok(more) => {
                         self.counters.add(Outcome::Scanned);
+                        self.scans.observe(began.elapsed().as_secs_f64());
                         found.extend(more);
                     }
                     Err(error) => {

@@ -7,6 +7,7 @@ use std::time::Instant;
 use log::Level;
 use mio::{Events, Interest, Poll, Token};
 use procfs::net::{TcpNetEntry, TcpState, tcp, tcp6};
+use prometheus::Histogram;
 
 use super::{Closed, EventSender, Plugin, now};
 use crate::config;
@@ -37,6 +38,7 @@ pub struct Netstat {
     local: LocalAddresses,
     poll: Poll,
     counters: Outcomes<Outcome>,
+    scans: Histogram,
 }
 
 impl Netstat {
@@ -51,6 +53,7 @@ impl Netstat {
             local: LocalAddresses::watch().context(|| "addresses of this host".to_owned())?,
             poll: Poll::new().context(poll_loop)?,
             counters: metrics.plugin(NAME),
+            scans: metrics.scans(NAME),
         })
     }
 
@@ -137,7 +140,7 @@ impl Plugin for Netstat {
         while !stop.is_set() {
             let began = Instant::now();
             match self.scan(&events) {
-                Ok(Ok(())) => {}
+                Ok(Ok(())) => self.scans.observe(began.elapsed().as_secs_f64()),
                 Ok(Err(Closed)) => break,
                 Err(error) => {
                     self.counters.add(Outcome::ScanFailed);

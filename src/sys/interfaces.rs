@@ -107,6 +107,15 @@ impl LocalAddresses {
     pub fn contains(&self, address: &IpAddr) -> bool {
         address.is_loopback() || self.addresses.contains(address)
     }
+
+    /// A flow with an end on this host as the socket of that end has it: the local end first.
+    pub fn outgoing(&self, flow: &Flow) -> Option<Flow> {
+        match () {
+            () if self.contains(&flow.source.address) => Some(*flow),
+            () if self.contains(&flow.destination.address) => Some(flow.reversed()),
+            () => None,
+        }
+    }
 }
 
 /// As the flow's packets leave this host: a flow that comes here is turned round.

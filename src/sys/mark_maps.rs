@@ -264,6 +264,11 @@ impl Maps {
         self.totals.keys().filter_map(entry).collect()
     }
 
+    /// How many flows the map has room for.
+    pub fn capacity(&self) -> usize {
+        self.flows.max_entries() as usize
+    }
+
     /// How many packets went out unmarked, for each of [`UNMARKED`].
     pub fn unmarked(&self) -> [u64; 3] {
         let count = |index: u32| {

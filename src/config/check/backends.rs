@@ -3,9 +3,10 @@
 use std::path::PathBuf;
 
 use super::{Result, error, path, range};
-use crate::config::{BPF_FS_PATH, Collector, Firefly, Marker, Relayed, Strategy, raw};
+use crate::config::{BPF_FS_PATH, Collector, Firefly, Marker, Prometheus, Relayed, Strategy, raw};
 use crate::enrichment::Mode;
 use crate::firefly;
+use crate::flow::parse_address;
 
 /// Early, so that filters which end the chain come after; above what tc(8) gives by itself.
 const MARKER_PRIORITY: i64 = 10;
@@ -68,6 +69,65 @@ pub fn firefly(raw: raw::Firefly) -> Result<Firefly> {
             port: collector_port,
         }),
     })
+}
+
+/// flowd-go's ports, unless there is one for everything.
+const NETLINK_PORT: i64 = 8080;
+const SKOPS_PORT: i64 = 8081;
+const MAX_SERIES: i64 = 500_000;
+
+pub fn prometheus(
+    raw: raw::Prometheus,
+    no_skops: bool,
+    notes: &mut Vec<String>,
+) -> Result<Prometheus> {
+    if raw.log.is_some() {
+        notes.push("backends.prometheus.log has no effect: logLevel is for all".to_owned());
+    }
+    let one_for_all = raw.port.is_some_and(|port| port != 0);
+    let port = |key: &str, value, default| {
+        let key = format!("backends.prometheus.{key}");
+        let default = if one_for_all { 0 } else { default };
+        let port: u16 = range(&key, value, default, 0, 65535)?;
+        Ok((port != 0).then_some(port))
+    };
+    let text = raw.bind_address.unwrap_or_else(|| "127.0.0.1".to_owned());
+    let Some(address) = parse_address(&text) else {
+        let message = format!("\"{}\" is no address", text.escape_debug());
+        return error("backends.prometheus.bindAddress", message);
+    };
+    let config = Prometheus {
+        address,
+        port: port("port", raw.port, 0)?,
+        netlink_port: port("netlinkPort", raw.netlink_port, NETLINK_PORT)?,
+        skops_port: port("skopsPort", raw.skops_port, SKOPS_PORT)?,
+        per_flow: raw.per_flow.unwrap_or(true),
+        max_series: range(
+            "backends.prometheus.maxSeries",
+            raw.max_series,
+            MAX_SERIES,
+            0,
+            100_000_000,
+        )?,
+    };
+    let ports = [config.port, config.netlink_port, config.skops_port];
+    let ports: Vec<u16> = ports.into_iter().flatten().collect();
+    if ports.is_empty() {
+        let message = "no port is set, expected port, netlinkPort or skopsPort";
+        return error("backends.prometheus", message);
+    }
+    let twice = |port: &u16| ports.iter().filter(|p| *p == port).count() > 1;
+    if let Some(port) = ports.iter().find(|port| twice(port)) {
+        let message =
+            format!("{port} is given twice, expected a port of its own for each endpoint");
+        return error("backends.prometheus", message);
+    }
+    if no_skops && config.skops_port.is_some() {
+        notes.push(
+            "backends.prometheus.skopsPort shows no flows: enrichers.skops is off".to_owned(),
+        );
+    }
+    Ok(config)
 }
 
 pub fn marker(raw: raw::Marker, notes: &mut Vec<String>) -> Result<Marker> {

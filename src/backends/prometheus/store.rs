@@ -1,0 +1,531 @@
+//! What a scrape shows: the open flows with what is known of their sockets, and sums by tag that outlive
+//! them. No I/O, no clock.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+
+use jiff::Timestamp;
+
+use super::families::{COUNTERS, counters};
+use crate::flow::{Effect, EndReason, Flow, FlowEvent, State, Tag};
+use crate::socket::{Field, Skops, Socket};
+
+/// Flows that ended while their socket stayed open, at most: another may follow on the same socket.
+const CARRIED: usize = 1 << 16;
+
+/// An open flow with a socket on this host.
+#[derive(Clone)]
+pub struct Series {
+    /// Experiment and activity.
+    pub tag: Tag,
+    /// Whether it has series of its own; else it is part of the sums of its tag.
+    pub shown: bool,
+    /// The last word of `sock_diag(7)`.
+    pub socket: Option<Arc<Socket>>,
+    /// The last word of the sockops program.
+    pub skops: Option<Arc<Skops>>,
+    counted: Counted,
+}
+
+/// What has been added to the sums of a socket.
+#[derive(Clone, Copy, Default)]
+struct Counted {
+    inode: u32,
+    counts: Counts,
+}
+
+/// What is counted of a socket, as this host sees it.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Counts {
+    /// Payload bytes sent, those sent again once.
+    pub sent_bytes: u64,
+    /// Payload bytes received.
+    pub received_bytes: u64,
+    /// Segments sent.
+    pub sent_packets: u64,
+    /// Segments received.
+    pub received_packets: u64,
+    /// Segments sent again.
+    pub retransmitted: u64,
+}
+
+impl Counts {
+    /// What an event tells; what it does not tell is as `before`.
+    fn of(event: &FlowEvent, before: Counts) -> Counts {
+        let mut counts = before;
+        if let Some(tcp) = event
+            .netlink
+            .as_ref()
+            .and_then(|socket| socket.info.tcp.as_ref())
+        {
+            let get = |field, before| tcp.get(field).unwrap_or(before);
+            counts.sent_packets = get(Field::SegsOut, before.sent_packets);
+            counts.received_packets = get(Field::SegsIn, before.received_packets);
+            counts.retransmitted = get(Field::TotalRetrans, before.retransmitted);
+        } else if let Some(skops) = &event.skops {
+            counts.sent_bytes = skops.bytes_acked.saturating_sub(1);
+            counts.received_bytes = skops.bytes_received;
+            counts.sent_packets = skops.numbers[11].into();
+            counts.received_packets = skops.numbers[10].into();
+            counts.retransmitted = skops.numbers[9].into();
+        }
+        if let Some(usage) = event.usage {
+            counts.sent_bytes = usage.sent.unwrap_or(before.sent_bytes);
+            counts.received_bytes = usage.received.unwrap_or(before.received_bytes);
+        }
+        counts
+    }
+
+    fn combine(&self, other: &Counts, f: impl Fn(u64, u64) -> u64) -> Counts {
+        Counts {
+            sent_bytes: f(self.sent_bytes, other.sent_bytes),
+            received_bytes: f(self.received_bytes, other.received_bytes),
+            sent_packets: f(self.sent_packets, other.sent_packets),
+            received_packets: f(self.received_packets, other.received_packets),
+            retransmitted: f(self.retransmitted, other.retransmitted),
+        }
+    }
+}
+
+/// Sums over the flows of a tag, open or not.
+#[derive(Clone, Default)]
+pub struct Sums {
+    /// Flows open now.
+    pub open: u64,
+    /// Flows started.
+    pub started: u64,
+    /// Flows ended, in the order of [`EndReason::ALL`].
+    pub ended: [u64; EndReason::ALL.len()],
+    /// Bytes and packets.
+    pub counts: Counts,
+    /// Sum of the round-trip times observed, in seconds, and how many they were.
+    pub rtt: (f64, u64),
+    /// Counters of flows that have no series of their own, by `sock_diag` and by sockops.
+    pub hidden: [[f64; COUNTERS]; 2],
+}
+
+/// A copy of all there is, cheap to make.
+pub struct Snapshot {
+    /// Flows with a socket.
+    pub flows: Vec<(Flow, Series)>,
+    /// Every tag that has been seen.
+    pub sums: Vec<(Tag, Sums)>,
+}
+
+/// Everything.
+pub struct Store {
+    /// How many flows may have series of their own.
+    shown_most: usize,
+    shown: usize,
+    /// A flow that began before has counts that were summed up before, or by nobody.
+    since: Timestamp,
+    flows: HashMap<Flow, Series>,
+    sums: HashMap<Tag, Sums>,
+    carried: HashMap<Flow, Counted>,
+}
+
+impl Store {
+    /// Nothing is open. At most `shown_most` flows get series of their own.
+    pub fn new(shown_most: usize, since: Timestamp) -> Store {
+        Store {
+            shown_most,
+            shown: 0,
+            since,
+            flows: HashMap::new(),
+            sums: HashMap::new(),
+            carried: HashMap::new(),
+        }
+    }
+
+    /// A flow that was open when the daemon was started.
+    pub fn restore(&mut self, tag: Tag) {
+        self.sums.entry(tag).or_default().open += 1;
+    }
+
+    /// All there is.
+    pub fn snapshot(&self) -> Snapshot {
+        Snapshot {
+            flows: self
+                .flows
+                .iter()
+                .map(|(flow, s)| (*flow, s.clone()))
+                .collect(),
+            sums: self
+                .sums
+                .iter()
+                .map(|(tag, sums)| (*tag, sums.clone()))
+                .collect(),
+        }
+    }
+
+    /// Applies an event.
+    pub fn take(&mut self, event: &FlowEvent) {
+        let tag = event.tag();
+        if event.netlink.is_some() || event.skops.is_some() || event.usage.is_some() {
+            self.account(event);
+        }
+        match event.effect {
+            Effect::Nothing => {}
+            Effect::Opened => {
+                let sums = self.sums.entry(tag).or_default();
+                sums.started += 1;
+                sums.open += 1;
+            }
+            Effect::Retagged(former) => {
+                self.ended(former, EndReason::Retagged);
+                let sums = self.sums.entry(tag).or_default();
+                sums.started += 1;
+                sums.open += 1;
+                if let Some(series) = self.flows.get_mut(&event.flow) {
+                    series.tag = tag;
+                }
+            }
+            Effect::Closed(reason) => self.ended(tag, reason),
+        }
+        if event.state == State::End {
+            self.close(&event.flow);
+        }
+    }
+
+    fn ended(&mut self, tag: Tag, reason: EndReason) {
+        let sums = self.sums.entry(tag).or_default();
+        sums.open = sums.open.saturating_sub(1);
+        sums.ended[reason as usize] += 1;
+    }
+
+    fn close(&mut self, flow: &Flow) {
+        let Some(series) = self.flows.remove(flow) else {
+            return;
+        };
+        self.shown -= usize::from(series.shown);
+        // A socket that has gone has no inode.
+        if series.socket.is_some_and(|socket| socket.info.inode != 0) {
+            if self.carried.len() >= CARRIED {
+                self.carried.clear();
+            }
+            self.carried.insert(*flow, series.counted);
+        }
+    }
+
+    /// Adds to the sums of its tag what is new of a flow's socket.
+    fn account(&mut self, event: &FlowEvent) {
+        let (carried, shown_most, since) = (&mut self.carried, self.shown_most, self.since);
+        let shown = &mut self.shown;
+        let series = self.flows.entry(event.flow).or_insert_with(|| {
+            let show = *shown < shown_most;
+            *shown += usize::from(show);
+            let mut counted = carried.remove(&event.flow).unwrap_or_default();
+            if event.start_time() < since && counted.inode == 0 {
+                counted.counts = Counts::of(event, Counts::default());
+            }
+            Series {
+                tag: event.tag(),
+                shown: show,
+                socket: None,
+                skops: None,
+                counted,
+            }
+        });
+        // With both ends on this host there are two sockets: that of the source speaks for the flow.
+        if let (Some(new), Some(old)) = (&event.netlink, &series.socket)
+            && new.flow != old.flow
+        {
+            if old.flow == event.flow {
+                return;
+            }
+            series.counted = Counted {
+                inode: new.info.inode,
+                counts: Counts::of(event, Counts::default()),
+            };
+        }
+        let sums = self.sums.entry(series.tag).or_default();
+        let inode = event.netlink.as_ref().map_or(0, |socket| socket.info.inode);
+        if inode != 0 && inode != std::mem::replace(&mut series.counted.inode, inode) {
+            // Another socket of the same flow counts from nothing, and the first one, too, unless its
+            // counts are from before.
+            if series.socket.is_some() || event.start_time() >= since {
+                series.counted.counts = Counts::default();
+            }
+        }
+        let before = series.counted.counts;
+        let now = Counts::of(event, before).combine(&before, u64::max);
+        let new = now.combine(&before, |now, before| now - before);
+        sums.counts = sums.counts.combine(&new, |sum, new| sum + new);
+        series.counted.counts = now;
+        if let Some(micros) = rtt(event) {
+            sums.rtt.0 += micros as f64 / 1e6;
+            sums.rtt.1 += 1;
+        }
+        if !series.shown {
+            for (index, family) in counters().enumerate() {
+                let socket = |s: &Option<Arc<Socket>>| s.as_ref().and_then(|s| family.of_socket(s));
+                let skops = |s: &Option<Arc<Skops>>| s.as_ref().and_then(|s| family.of_skops(s));
+                let grown = |new: Option<f64>, old: Option<f64>| {
+                    new.map_or(0.0, |new| (new - old.unwrap_or(0.0)).max(0.0))
+                };
+                sums.hidden[0][index] += grown(socket(&event.netlink), socket(&series.socket));
+                sums.hidden[1][index] += grown(skops(&event.skops), skops(&series.skops));
+            }
+        }
+        if event.netlink.is_some() {
+            series.socket.clone_from(&event.netlink);
+        }
+        if event.skops.is_some() {
+            series.skops.clone_from(&event.skops);
+        }
+    }
+}
+
+/// The smoothed round-trip time, in µs.
+fn rtt(event: &FlowEvent) -> Option<u64> {
+    let of_socket = |socket: &Arc<Socket>| socket.info.tcp.as_ref()?.get(Field::Rtt);
+    let rtt = event.netlink.as_ref().and_then(of_socket);
+    let of_skops = || {
+        event
+            .skops
+            .as_ref()
+            .map(|skops| u64::from(skops.numbers[0] / 8))
+    };
+    rtt.or_else(of_skops).filter(|rtt| *rtt > 0)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::flow::{Origin, Protocol, Usage};
+    use crate::socket::{SocketInfo, TcpInfo};
+
+    fn at(second: i64) -> Timestamp {
+        Timestamp::from_second(second).unwrap()
+    }
+
+    fn flow(port: u16) -> Flow {
+        let end = |n: u8| ([192, 0, 2, n].into(), port);
+        Flow::new(Protocol::Tcp, end(1), end(2)).unwrap()
+    }
+
+    const TAG: Tag = Tag {
+        experiment: 2,
+        activity: 9,
+    };
+
+    fn event(state: State, port: u16, effect: Effect) -> FlowEvent {
+        FlowEvent {
+            tag: Some(TAG),
+            start_time: Some(at(10)),
+            effect,
+            ..FlowEvent::new(state, flow(port), at(20), Origin::NamedPipe)
+        }
+    }
+
+    /// With a socket that has received and sent so much.
+    fn with_socket(event: FlowEvent, inode: u32, received: u64, sent: u64) -> FlowEvent {
+        let mut tcp = [0; 232];
+        tcp[68..72].copy_from_slice(&500u32.to_ne_bytes());
+        tcp[128..136].copy_from_slice(&received.to_ne_bytes());
+        tcp[200..208].copy_from_slice(&sent.to_ne_bytes());
+        let info = SocketInfo {
+            inode,
+            tcp: Some(TcpInfo::parse(&tcp)),
+            ..SocketInfo::default()
+        };
+        FlowEvent {
+            usage: info.usage(),
+            netlink: Some(Arc::new(Socket {
+                flow: event.flow,
+                info,
+            })),
+            ..event
+        }
+    }
+
+    fn bytes(store: &Store) -> (u64, u64) {
+        let counts = store.sums[&TAG].counts;
+        (counts.received_bytes, counts.sent_bytes)
+    }
+
+    #[test]
+    fn sums_take_what_is_new_and_outlive_the_flow() {
+        let mut store = Store::new(10, at(0));
+        store.take(&event(State::Start, 1, Effect::Opened));
+        for (received, sent) in [(10, 100), (10, 100), (30, 400)] {
+            store.take(&with_socket(
+                event(State::Ongoing, 1, Effect::Nothing),
+                7,
+                received,
+                sent,
+            ));
+        }
+        assert_eq!(bytes(&store), (30, 400));
+        let end = event(State::End, 1, Effect::Closed(EndReason::SocketClosed));
+        store.take(&with_socket(end, 0, 31, 500));
+        assert_eq!(bytes(&store), (31, 500));
+        assert!(store.flows.is_empty() && store.carried.is_empty() && store.shown == 0);
+        let sums = &store.sums[&TAG];
+        assert_eq!((sums.started, sums.open, sums.ended), (1, 0, [0, 1, 0, 0]));
+        assert_eq!(sums.rtt.1, 4);
+    }
+
+    #[test]
+    fn flows_one_after_the_other_on_one_socket_share_its_bytes() {
+        let mut store = Store::new(10, at(0));
+        let end = || event(State::End, 1, Effect::Closed(EndReason::Producer));
+        store.take(&with_socket(
+            event(State::Ongoing, 1, Effect::Nothing),
+            7,
+            0,
+            100,
+        ));
+        store.take(&with_socket(end(), 7, 0, 150));
+        store.take(&with_socket(
+            event(State::Ongoing, 1, Effect::Nothing),
+            7,
+            0,
+            180,
+        ));
+        assert_eq!(bytes(&store), (0, 180));
+        store.take(&with_socket(end(), 7, 0, 180));
+        // And another socket of the same flow has bytes of its own.
+        store.take(&with_socket(
+            event(State::Ongoing, 1, Effect::Nothing),
+            8,
+            0,
+            20,
+        ));
+        store.take(&with_socket(
+            event(State::Ongoing, 1, Effect::Nothing),
+            9,
+            0,
+            5,
+        ));
+        assert_eq!(bytes(&store), (0, 205));
+    }
+
+    #[test]
+    fn what_was_carried_before_the_daemon_began_is_not_counted() {
+        let mut store = Store::new(10, at(15));
+        store.restore(TAG);
+        store.take(&with_socket(
+            event(State::Ongoing, 1, Effect::Nothing),
+            7,
+            0,
+            100,
+        ));
+        store.take(&with_socket(
+            event(State::Ongoing, 1, Effect::Nothing),
+            7,
+            0,
+            130,
+        ));
+        assert_eq!((bytes(&store), store.sums[&TAG].open), ((0, 30), 1));
+    }
+
+    #[test]
+    fn usage_alone_counts_and_a_retag_moves_the_flow() {
+        let mut store = Store::new(10, at(0));
+        let other = Tag {
+            experiment: 3,
+            activity: 3,
+        };
+        store.take(&event(State::Start, 1, Effect::Opened));
+        let retag = event(State::Start, 1, Effect::Retagged(TAG));
+        store.take(&FlowEvent {
+            tag: Some(other),
+            ..retag
+        });
+        let usage = Some(Usage {
+            received: Some(5),
+            sent: None,
+        });
+        let end = event(State::End, 1, Effect::Closed(EndReason::Producer));
+        store.take(&FlowEvent {
+            tag: Some(other),
+            usage,
+            ..end
+        });
+        assert_eq!(
+            (store.sums[&TAG].open, store.sums[&TAG].ended),
+            (0, [0, 0, 0, 1])
+        );
+        assert_eq!(
+            (
+                store.sums[&other].open,
+                store.sums[&other].counts.received_bytes
+            ),
+            (0, 5)
+        );
+    }
+
+    #[test]
+    fn a_flow_within_this_host_is_counted_once() {
+        let mut store = Store::new(10, at(0));
+        let of = |reversed: bool, inode, received, sent| {
+            let mut event = with_socket(
+                event(State::Ongoing, 1, Effect::Nothing),
+                inode,
+                received,
+                sent,
+            );
+            if reversed {
+                let socket = event.netlink.take().unwrap();
+                let (flow, info) = (socket.flow.reversed(), socket.info.clone());
+                event.netlink = Some(Arc::new(Socket { flow, info }));
+            }
+            event
+        };
+        for sent in [100, 200, 300] {
+            store.take(&of(false, 7, 0, sent));
+            store.take(&of(true, 8, sent, 0));
+        }
+        assert_eq!(bytes(&store), (0, 300));
+    }
+
+    #[test]
+    fn flows_beyond_the_limit_are_summed_and_their_counters_never_go_down() {
+        let mut store = Store::new(1, at(0));
+        let sent = counters()
+            .position(|f| f.name == "flow_tcp_bytes_sent_total")
+            .unwrap();
+        for port in 1..=3 {
+            store.take(&with_socket(
+                event(State::Ongoing, port, Effect::Nothing),
+                7,
+                0,
+                100,
+            ));
+        }
+        assert_eq!(
+            store
+                .snapshot()
+                .flows
+                .iter()
+                .filter(|(_, s)| s.shown)
+                .count(),
+            1
+        );
+        assert_eq!(store.sums[&TAG].hidden[0][sent], 200.0);
+        store.take(&with_socket(
+            event(State::End, 2, Effect::Closed(EndReason::SocketClosed)),
+            0,
+            0,
+            120,
+        ));
+        assert_eq!(store.sums[&TAG].hidden[0][sent], 220.0);
+        store.take(&event(State::End, 1, Effect::Closed(EndReason::Producer)));
+        store.take(&with_socket(
+            event(State::Ongoing, 9, Effect::Nothing),
+            8,
+            0,
+            1,
+        ));
+        assert_eq!(
+            store
+                .snapshot()
+                .flows
+                .iter()
+                .filter(|(_, s)| s.shown)
+                .count(),
+            1
+        );
+    }
+}
