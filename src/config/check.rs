@@ -322,8 +322,16 @@ mod tests {
                 "f:3:5: plugins.iperf3.period: unknown key, expected one of minSourcePort, maxSourcePort, minDestinationPort, maxDestinationPort, cgroupPath, programPath, debugMode, randomIDs, experimentIDs, activityIDs",
             ),
             (
-                "backends: {prometheus: {}}\n",
-                "f:1:24: backends.prometheus: not supported yet",
+                "plugins: {namedPipe: {}}\nbackends: {prometheus: {port: 9000, netlinkPort: 9000}}\n",
+                "f:2:24: backends.prometheus: 9000 is given twice, expected a port of its own for each endpoint",
+            ),
+            (
+                "plugins: {namedPipe: {}}\nbackends: {prometheus: {netlinkPort: 0, skopsPort: 0}}\n",
+                "f:2:24: backends.prometheus: no port is set, expected port, netlinkPort or skopsPort",
+            ),
+            (
+                "plugins: {namedPipe: {}}\nbackends: {prometheus: {bindAddress: everywhere}}\n",
+                "f:2:38: backends.prometheus.bindAddress: \"everywhere\" is no address",
             ),
             (
                 "plugins: {namedPipe: {mode: 999}}\n",
