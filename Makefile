@@ -58,6 +58,7 @@ bench: test-deps ## codecs, and the daemon beside the limit of this machine (nee
 	$(CARGO) bench --locked --bench marker
 	$(CARGO) bench --locked --bench inputs
 	$(CARGO) bench --locked --bench sockets
+	$(CARGO) bench --locked --bench metrics
 
 lint: deps ## formatting, clippy, manual pages
 	$(CARGO) fmt --check
@@ -71,4 +72,6 @@ install: ## install what `make build` built, below DESTDIR
 		install -D -m 644 conf/flowd.cfg $(DESTDIR)$(SYSCONFDIR)/flowd/flowd.cfg
 	install -D -m 644 man/flowd-rs.8 $(DESTDIR)$(MANDIR)/man8/flowd-rs.8
 	ln -sf flowd-rs.8 $(DESTDIR)$(MANDIR)/man8/flowd.8
+	install -D -m 644 conf/grafana/flowd-rs.json $(DESTDIR)$(PREFIX)/share/flowd-rs/grafana/flowd-rs.json
+	install -D -m 644 conf/prometheus/flowd-rs.rules.yml $(DESTDIR)$(PREFIX)/share/flowd-rs/prometheus/flowd-rs.rules.yml
 	install -D -m 644 man/flowd.cfg.5 $(DESTDIR)$(MANDIR)/man5/flowd.cfg.5

@@ -25,6 +25,8 @@ use crate::sys::mark_maps::{Entered, Key, Maps, Mark, UNMARKED};
 use crate::sys::marker::{Program, our_filters};
 
 const NAME: &str = "marker";
+/// Events in a row before a change of interfaces has its turn.
+const BATCH: usize = 512;
 
 outcomes! {
     enum Outcome {
@@ -331,7 +333,7 @@ impl Backend for Marker {
                 recv(events) -> event => {
                     let Ok(event) = event else { break };
                     self.take(&event);
-                    for event in events.try_iter() {
+                    for event in events.try_iter().take(BATCH) {
                         self.take(&event);
                     }
                 }

@@ -47,6 +47,8 @@ const SCRAPES: usize = 8;
 /// How long the backend may take to answer a scrape.
 const PATIENCE: Duration = Duration::from_millis(900);
 const TICK: Duration = Duration::from_secs(1);
+/// Events in a row before a scrape has its turn.
+const BATCH: usize = 512;
 
 /// What the marker has counted.
 #[derive(Clone, Debug, Default)]
@@ -212,7 +214,7 @@ impl Backend for Prometheus {
                     let Ok(event) = event else { break };
                     self.local.refresh();
                     self.take(&event);
-                    for event in events.try_iter() {
+                    for event in events.try_iter().take(BATCH) {
                         self.take(&event);
                     }
                 }
