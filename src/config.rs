@@ -4,6 +4,7 @@
 //! where every value is in its range and has its default.
 
 mod check;
+mod python;
 mod raw;
 mod yaml;
 

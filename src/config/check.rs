@@ -311,7 +311,7 @@ mod tests {
             ),
             (
                 "plugins: {namedPipe: }\n",
-                "f: backends: no backend is enabled, expected at least one (firefly, marker)",
+                "f: backends: no backend is enabled, expected at least one (firefly, marker, prometheus)",
             ),
             (
                 "plugins:\n  marker: {}\n",
