@@ -16,7 +16,7 @@ use flowd_rs::config;
 use flowd_rs::exposition::{Format, Kind};
 use flowd_rs::flow::{Flow, FlowEvent, Origin, Protocol, State, Tag};
 use flowd_rs::metrics::Metrics;
-use flowd_rs::registry::Registry;
+use flowd_rs::registry::{Handle, Registry};
 use flowd_rs::socket::{Algorithm, Socket, SocketInfo, TcpInfo};
 use jiff::Timestamp;
 use prometheus::{Encoder, GaugeVec, Opts, TextEncoder};
@@ -190,7 +190,7 @@ fn held() {
         per_flow: true,
         max_series: 10_000_000,
     };
-    let registry = Arc::new(Registry::builtin());
+    let registry = Handle::new(Registry::builtin());
     let backend = Prometheus::new(&settings, &registry, None, &Metrics::new()).unwrap();
     let (events, inbox) = bounded(16_384);
     let news: Vec<_> = (0..10_000).map(|n| Arc::new(news(n))).collect();

@@ -14,7 +14,7 @@ use crate::error::Result;
 use crate::flow::FlowEvent;
 use crate::flow_table::FlowTable;
 use crate::metrics::Metrics;
-use crate::registry::Registry;
+use crate::registry::Handle;
 use crate::scitag::Labeller;
 
 /// A consumer of flow events. Building one acquires every resource it needs.
@@ -41,7 +41,7 @@ pub trait Backend: Send {
 pub fn build(
     config: &Config,
     labeller: Option<&Labeller>,
-    registry: &Arc<Registry>,
+    registry: &Handle,
     metrics: &Metrics,
 ) -> Result<Vec<Box<dyn Backend>>> {
     let mut backends: Vec<Box<dyn Backend>> = Vec::new();

@@ -10,6 +10,7 @@ mod registry;
 mod run;
 mod send;
 mod status;
+mod stun;
 mod tag;
 
 use std::ffi::OsString;
@@ -52,6 +53,7 @@ enum Command {
     Registry(registry::Registry),
     Send(send::Send),
     Status(status::Status),
+    Stun(stun::Stun),
     Tag(tag::Tag),
     Version(Version),
 }
@@ -121,14 +123,15 @@ fn dispatch(arguments: Arguments) -> Result<ExitCode> {
         Some(Command::Flows(command)) => command.run()?,
         Some(Command::Send(command)) => command.run()?,
         Some(Command::Status(command)) => command.run()?,
+        Some(Command::Stun(command)) => command.run()?,
         Some(Command::Listen(command)) => command.run()?,
         #[cfg(feature = "bpf")]
         Some(Command::Marker(command)) => command.run()?,
         Some(Command::Tag(command)) => return Ok(command.run()),
-        Some(Command::Registry(command)) => command.run(),
+        Some(Command::Registry(command)) => command.run()?,
         None => {
             eprintln!(
-                "flowd-rs: a command is expected: run, config, flows, listen, marker, registry, send, status, tag, version or help"
+                "flowd-rs: a command is expected: run, config, flows, listen, marker, registry, send, status, stun, tag, version or help"
             );
             return Ok(ExitCode::from(2));
         }

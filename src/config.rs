@@ -4,10 +4,13 @@
 //! where every value is in its range and has its default.
 
 mod check;
+mod flowd;
 mod python;
 mod raw;
+mod show;
 mod yaml;
 
+use std::collections::BTreeMap;
 use std::fmt;
 use std::net::{IpAddr, SocketAddr};
 use std::ops::RangeInclusive;
@@ -22,6 +25,7 @@ use crate::enrichment::Mode;
 use crate::flow::{Protocol, Tag};
 
 pub use check::log_level;
+pub use show::{keys, schema};
 
 /// Where the pinned maps of the marker lie, unless `bpfFsPath` says otherwise.
 pub const BPF_FS_PATH: &str = "/sys/fs/bpf";
@@ -30,6 +34,10 @@ pub const DEFAULT_PATH: &str = "/etc/flowd/flowd.cfg";
 
 /// The named pipe, unless `pipePath` says otherwise: flowd's, which storage services write to.
 pub const PIPE_PATH: &str = "/var/run/flowd";
+/// Where cached files are, unless `workDir` says otherwise: flowd-go's.
+pub const WORK_DIR: &str = "/var/cache/flowd-go";
+/// Where the registry is published.
+pub const REGISTRY_URL: &str = "https://www.scitags.org/api.json";
 /// Where the control socket is, unless `controlSocket` says otherwise.
 pub const CONTROL_SOCKET: &str = "/run/flowd-rs/control.sock";
 
@@ -48,6 +56,8 @@ pub struct Config {
     pub control_socket: ControlSocket,
     /// `logLevel`.
     pub log_level: LevelFilter,
+    /// `registry`.
+    pub registry: Registry,
     /// `flows`.
     pub flows: Flows,
     /// `plugins.namedPipe`.
@@ -74,6 +84,8 @@ pub struct Config {
     pub marker: Option<Marker>,
     /// `backends.prometheus`.
     pub prometheus: Option<Prometheus>,
+    /// `backends.dummy`: flowd's; it does nothing.
+    pub dummy: bool,
     /// Settings that are accepted and have no effect, each with the reason.
     pub notes: Vec<String>,
     /// Settings that do something else than they say, each with the reason.
@@ -87,6 +99,15 @@ pub struct ControlSocket {
     pub path: PathBuf,
     /// Whether `controlSocket` stands in the file: then it must be had.
     pub given: bool,
+}
+
+/// Where the SciTags registry comes from.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Registry {
+    /// `url`: http, https or file; empty for the one that is built in.
+    pub url: String,
+    /// `workDir`: where it is kept.
+    pub cache: PathBuf,
 }
 
 /// Limits of the table of open flows.
@@ -151,6 +172,9 @@ pub struct Iperf3 {
     pub sockops: Sockops,
     /// `randomIDs`: tags are picked at random, not in turns.
     pub random: bool,
+    /// `internalNetworks`: connections to these are left out, and those to addresses that are nobody's on
+    /// the Internet; `None` to leave out nothing.
+    pub internal_networks: Option<Vec<IpNet>>,
     /// `experimentIDs` and `activityIDs`, pair by pair.
     pub tags: Vec<Tag>,
 }
@@ -205,6 +229,12 @@ pub struct Api {
 pub struct Firefly {
     /// `enrich` and `enrichmentMode`: the spelling of what the kernel knows.
     pub enrichment: Option<Mode>,
+    /// `ongoing`: with `enrich`, news of flows is sent, too.
+    pub ongoing: bool,
+    /// `publicIPv4` and `publicIPv6`: what stands for the addresses of this host.
+    pub public: [Option<IpAddr>; 2],
+    /// `stun`.
+    pub stun: Option<Stun>,
     /// `relayed`.
     pub relayed: Relayed,
     /// `destinationPort`.
@@ -213,6 +243,17 @@ pub struct Firefly {
     pub prepend_syslog: bool,
     /// `collectorAddress` and `collectorPort`, with `sendToCollector`.
     pub collector: Option<Collector>,
+}
+
+/// How the public addresses behind private ones are found.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Stun {
+    /// `manualMapping`: an address of this host, and what stands for it.
+    pub manual: BTreeMap<IpAddr, IpAddr>,
+    /// `httpServices`: URLs that answer with the address of who asks.
+    pub http_services: Vec<String>,
+    /// `stunServers`: hosts and ports.
+    pub stun_servers: Vec<(String, u16)>,
 }
 
 /// Who is told of flows that the daemon has heard of by a firefly.
@@ -335,6 +376,21 @@ pub struct ConfigError {
     pub key: String,
     /// What was wrong and what was expected.
     pub message: String,
+    /// The line of the place.
+    pub line: Option<String>,
+}
+
+impl ConfigError {
+    /// The line with a caret below the place, for people; empty without a place.
+    pub fn excerpt(&self) -> String {
+        let (Some((number, column)), Some(line)) = (self.place, &self.line) else {
+            return String::new();
+        };
+        // Tabs stay, so that the caret is below what it points at.
+        let before = line.chars().take(column - 1);
+        let indent: String = before.map(|c| if c == '\t' { c } else { ' ' }).collect();
+        format!("{number:>5} | {line}\n      | {indent}^\n")
+    }
 }
 
 impl fmt::Display for ConfigError {
@@ -351,6 +407,14 @@ impl fmt::Display for ConfigError {
 }
 
 impl Config {
+    /// Where the registry comes from if no configuration says it.
+    pub fn default_registry() -> Registry {
+        Registry {
+            url: REGISTRY_URL.to_owned(),
+            cache: WORK_DIR.into(),
+        }
+    }
+
     /// Names of the plugins that are enabled.
     pub fn plugin_names(&self) -> Vec<&'static str> {
         let plugins = [
@@ -380,6 +444,7 @@ impl Config {
             ("firefly", self.firefly.is_some()),
             ("marker", self.marker.is_some()),
             ("prometheus", self.prometheus.is_some()),
+            ("dummy", self.dummy),
         ];
         enabled(&backends)
     }
@@ -392,40 +457,92 @@ impl Config {
 
     /// Reads and checks a file.
     pub fn load(path: &Path) -> Result<Config, ConfigError> {
-        let whole = |message: String| ConfigError {
-            path: path.to_owned(),
-            place: None,
-            key: String::new(),
-            message,
-        };
-        let bytes = std::fs::read(path).map_err(|e| whole(format!("cannot be read: {e}")))?;
-        let text = String::from_utf8(bytes).map_err(|e| {
-            let line = 1 + e.as_bytes()[..e.utf8_error().valid_up_to()]
-                .iter()
-                .filter(|&&b| b == b'\n')
-                .count();
-            whole(format!("line {line} is not UTF-8"))
-        })?;
-        Config::parse(&text, path)
+        Config::parse(&read(path)?, path)
     }
 
     /// Checks a text; `path` is for its errors.
     pub fn parse(text: &str, path: &Path) -> Result<Config, ConfigError> {
-        let error = |place, key, message| ConfigError {
-            path: path.to_owned(),
-            place,
-            key,
-            message,
-        };
-        if let Some(line) = python_assignment(text) {
-            let message = "this is a KEY=value file of Python flowd, which is not supported yet: expected YAML";
-            return Err(error(Some((line, 1)), String::new(), message.to_owned()));
+        let error = |place, key, message| at(path, text, place, key, message);
+        if !is_python(text) {
+            return Config::from_yaml(text).map_err(|e| error(e.place, e.key, e.message));
         }
-        let raw = yaml::read(text).map_err(|e| error(e.place, e.key, e.message))?;
+        let converted = Config::convert(text).map_err(|e| error(e.place, e.key, e.message))?;
+        let config = Config::from_yaml(&converted.yaml);
+        let mut config = config.map_err(|e| {
+            // The nearest key above that has an origin.
+            let mut known = e.key.as_str();
+            while !converted.origins.contains_key(known) {
+                known = known
+                    .rsplit_once('.')
+                    .map_or("plugins", |(parent, _)| parent);
+            }
+            let (key, place) = converted.origins[known];
+            error(Some(place), key.to_owned(), e.message)
+        })?;
+        config.notes.splice(0..0, converted.notes);
+        Ok(config)
+    }
+
+    /// The YAML that a file of flowd's means, once it is checked.
+    pub fn converted(path: &Path) -> Result<String, ConfigError> {
+        let text = read(path)?;
+        if !is_python(&text) {
+            let message = "not a KEY=value file of flowd: there is nothing to convert";
+            return Err(at(path, &text, None, String::new(), message.to_owned()));
+        }
+        Config::parse(&text, path)?;
+        let converted = Config::convert(&text);
+        let converted = converted.map_err(|e| at(path, &text, e.place, e.key, e.message))?;
+        let notes = converted.notes.iter().map(|note| format!("# {note}\n"));
+        Ok(converted.yaml + &notes.collect::<String>())
+    }
+
+    fn from_yaml(text: &str) -> Result<Config, yaml::YamlError> {
+        let raw = yaml::read(text)?;
         check::check(raw).map_err(|e| {
             let parts: Vec<&str> = e.key.split('.').collect();
-            error(yaml::locate(text, &parts), e.key, e.message)
+            yaml::YamlError {
+                place: yaml::locate(text, &parts),
+                key: e.key,
+                message: e.message,
+            }
         })
+    }
+
+    fn convert(text: &str) -> Result<flowd::Converted, flowd::FlowdError> {
+        let assignments = python::read(text).map_err(|mistake| flowd::FlowdError {
+            place: Some(mistake.place),
+            key: String::new(),
+            message: mistake.message,
+        })?;
+        flowd::convert(assignments)
+    }
+}
+
+fn read(path: &Path) -> Result<String, ConfigError> {
+    let whole = |message: String| at(path, "", None, String::new(), message);
+    let bytes = std::fs::read(path).map_err(|e| whole(format!("cannot be read: {e}")))?;
+    String::from_utf8(bytes).map_err(|e| {
+        let valid = &e.as_bytes()[..e.utf8_error().valid_up_to()];
+        let line = 1 + valid.iter().filter(|&&b| b == b'\n').count();
+        whole(format!("line {line} is not UTF-8"))
+    })
+}
+
+fn at(
+    path: &Path,
+    text: &str,
+    place: Option<(usize, usize)>,
+    key: String,
+    message: String,
+) -> ConfigError {
+    let line = |(line, _): (usize, usize)| text.lines().nth(line - 1).map(str::to_owned);
+    ConfigError {
+        path: path.to_owned(),
+        line: place.and_then(line),
+        place,
+        key,
+        message,
     }
 }
 
@@ -434,12 +551,13 @@ fn enabled(parts: &[(&'static str, bool)]) -> Vec<&'static str> {
     enabled.map(|(name, _)| *name).collect()
 }
 
-/// The line of a `KEY=` at the beginning of the first line that says something.
-fn python_assignment(text: &str) -> Option<usize> {
-    let says = |line: &str| !line.trim().is_empty() && !line.trim_start().starts_with('#');
-    let (index, line) = text.lines().enumerate().find(|(_, line)| says(line))?;
-    let (key, _) = line.split_once('=')?;
-    let key = key.trim_end();
-    let is_key = |c: char| c.is_ascii_uppercase() || c.is_ascii_digit() || c == '_';
-    (!key.is_empty() && key.chars().all(is_key)).then_some(index + 1)
+/// Whether the first line that says something is a `KEY=` of flowd's.
+fn is_python(text: &str) -> bool {
+    let says = |line: &&str| !line.trim().is_empty() && !line.trim_start().starts_with('#');
+    let first = text.trim_start_matches('\u{feff}').lines().find(says);
+    let key = first
+        .and_then(|line| line.split_once('='))
+        .map(|(key, _)| key.trim());
+    let is_key = |c: char| c.is_ascii_alphanumeric() || c == '_';
+    key.is_some_and(|key| !key.is_empty() && key.chars().all(is_key))
 }

@@ -2,7 +2,6 @@
 
 use std::fs;
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -12,7 +11,7 @@ use sd_notify::NotifyState;
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM, SIGUSR1, SIGUSR2};
 use signal_hook::iterator::Signals;
 
-use crate::config::Config;
+use crate::config::{self, Config};
 use crate::control::Control;
 use crate::dispatcher::{Dispatcher, Heartbeat, Output};
 use crate::echo::EchoFilter;
@@ -21,7 +20,7 @@ use crate::flow_table::FlowTable;
 use crate::journal::Journal;
 use crate::metrics::Metrics;
 use crate::plugins::EventSender;
-use crate::registry::Registry;
+use crate::registry::{self, Handle};
 use crate::routes::{Routes, Sources};
 use crate::scitag::Labeller;
 use crate::sys::state_dir;
@@ -61,7 +60,9 @@ pub fn run(config: &Config) -> Result<()> {
     }
 
     let metrics = Metrics::new();
-    let registry = Arc::new(Registry::builtin());
+    let (known, source) = registry::known(&config.registry);
+    log::debug!("registry: {source}");
+    let registry = Handle::new(known);
     let mut table = FlowTable::new(config.flows.max_flows);
     let journal = Journal::open(&config.state_dir, &mut table, &metrics)
         .context(|| format!("journal in {} (stateDir)", config.state_dir.display()))?;
@@ -80,7 +81,7 @@ pub fn run(config: &Config) -> Result<()> {
     let (ask, queries) = bounded(QUERIES);
     let sources = Sources {
         queries: ask,
-        registry: Arc::clone(&registry),
+        registry: registry.clone(),
         metrics: metrics.clone(),
         labeller: labeller.filter(|_| config.labels_packets()),
         plugins: config.plugin_names(),
@@ -95,6 +96,7 @@ pub fn run(config: &Config) -> Result<()> {
         backend.restore(&table)?;
     }
 
+    let wishes = keep_registry(config, &registry, &metrics)?;
     let (switch, stop) = stop().context(|| "pipe of the stop switch".to_owned())?;
     let mut running = 0;
     let mut start = |name: String, work: Box<dyn FnOnce() -> Result<()> + Send>| {
@@ -281,6 +283,22 @@ impl Supervisor {
         let up = self.started.elapsed().as_secs();
         log::info!("{what}: up {up} s, {}", self.metrics.summary());
     }
+}
+
+/// A thread that updates the registry; it is not waited for on a stop, as it may wait for the network.
+fn keep_registry(
+    config: &Config,
+    handle: &Handle,
+    metrics: &Metrics,
+) -> Result<Sender<config::Registry>> {
+    let (wish, wishes) = unbounded();
+    let (handle, metrics) = (handle.clone(), metrics.clone());
+    let _ = wish.send(config.registry.clone());
+    thread::Builder::new()
+        .name("registry".to_owned())
+        .spawn(move || registry::keep(&handle, &wishes, &metrics))
+        .context(|| "thread registry".to_owned())?;
+    Ok(wish)
 }
 
 fn listen_for_signals(notices: Sender<Notice>) -> Result<()> {

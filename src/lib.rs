@@ -28,6 +28,7 @@ pub mod metrics;
 pub mod nearest;
 pub mod pipe_line;
 pub mod plugins;
+pub mod public_addresses;
 pub mod queue;
 pub mod registry;
 pub mod routes;

@@ -89,6 +89,7 @@ pub struct Metrics {
     backend_events: IntCounterVec,
     dispatcher_events: IntCounterVec,
     journal_writes: IntCounterVec,
+    registry_updates: IntCounterVec,
     queue_depth: IntGaugeVec,
     queue_high_water: IntGaugeVec,
     /// Flows that are open now.
@@ -146,6 +147,11 @@ impl Metrics {
             journal_writes: counters(
                 "flowd_journal_writes_total",
                 "Writes to the journal of open flows, by outcome; a write carries a batch of events.",
+                &["outcome"],
+            ),
+            registry_updates: counters(
+                "flowd_registry_updates_total",
+                "Updates of the SciTags registry, by outcome.",
                 &["outcome"],
             ),
             queue_depth: gauges("flowd_queue_depth", "Flow events waiting in a queue."),
@@ -218,6 +224,11 @@ impl Metrics {
         families.retain(|family| family.name() != "flowd_flows_open");
         families.extend(self.process.gather());
         families
+    }
+
+    /// The counters of updates of the registry.
+    pub fn registry_updates<O: Outcome>(&self) -> Outcomes<O> {
+        Outcomes::new(&self.registry_updates, None)
     }
 
     /// Depth and high-water mark of a queue.

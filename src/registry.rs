@@ -4,13 +4,17 @@
 //! space separates fields. The same activity name has different ids in different experiments.
 
 mod builtin;
+mod document;
+mod update;
+
+pub use update::{Handle, Update, fetch, keep, known};
 
 use serde_json::json;
 
 use crate::flow::Tag;
 
 /// An experiment and its activities.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Experiment {
     /// Id, 1 to 511.
     pub id: u16,
@@ -21,7 +25,7 @@ pub struct Experiment {
 }
 
 /// An activity of an experiment.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Activity {
     /// Id within the experiment, 1 to 63.
     pub id: u16,
@@ -30,7 +34,7 @@ pub struct Activity {
 }
 
 /// All experiments and activities.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Registry {
     experiments: Vec<Experiment>,
 }
@@ -102,14 +106,16 @@ impl Registry {
     }
 }
 
-fn same_name(registered: &str, given: &str) -> bool {
-    let fold = |c: char| {
-        if c == '_' {
-            ' '
-        } else {
-            c.to_ascii_lowercase()
-        }
-    };
+fn fold(c: char) -> char {
+    if c == '_' {
+        ' '
+    } else {
+        c.to_ascii_lowercase()
+    }
+}
+
+/// Whether a name is meant: without regard to case, `_` for a space.
+pub fn same_name(registered: &str, given: &str) -> bool {
     registered.chars().map(fold).eq(given.chars().map(fold))
 }
 

@@ -18,7 +18,7 @@ use crate::flow_table::OpenFlow;
 use crate::http::{Body, Request, Response, problem};
 use crate::logging;
 use crate::metrics::{Metrics, Sample};
-use crate::registry::Registry;
+use crate::registry::{Handle, Registry};
 use crate::scitag::{self, Labeller};
 use crate::sys::interfaces;
 
@@ -49,7 +49,7 @@ pub struct Sources {
     /// To the dispatcher.
     pub queries: Sender<Query>,
     /// Names of tags.
-    pub registry: Arc<Registry>,
+    pub registry: Handle,
     /// Counters.
     pub metrics: Metrics,
     /// Labels of packets, where they are marked with labels.
@@ -82,8 +82,8 @@ impl Routes {
     }
 
     /// The registry in use.
-    pub fn registry(&self) -> &Registry {
-        &self.sources.registry
+    pub fn registry(&self) -> Arc<Registry> {
+        self.sources.registry.load()
     }
 
     /// The answer to a request for one of the [`ROUTES`]; `None` if the path is not among them.
@@ -154,7 +154,7 @@ impl Routes {
     }
 
     fn flows(&mut self, request: &Request) -> Response {
-        let filter = match Filter::parse(&request.query, self.registry()) {
+        let filter = match Filter::parse(&request.query, &self.registry()) {
             Ok(filter) => filter,
             Err(error) => return problem(400, &error),
         };
@@ -186,7 +186,7 @@ impl Routes {
     fn describer(&self) -> Describer {
         let addresses = interfaces::list().map(|(_, addresses)| addresses);
         Describer {
-            registry: Arc::clone(&self.sources.registry),
+            registry: self.registry(),
             labeller: self.sources.labeller.clone(),
             local: addresses.unwrap_or_default(),
             now: Timestamp::now(),

@@ -4,6 +4,7 @@
 pub mod clsact;
 pub mod connection_rules;
 pub mod fifo;
+pub mod http_client;
 pub mod interfaces;
 #[cfg(feature = "bpf")]
 pub mod mark_maps;

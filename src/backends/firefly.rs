@@ -19,6 +19,7 @@ use crate::firefly::Encoder;
 use crate::flow::{FlowEvent, Origin, Protocol, State};
 use crate::log_limit::LogLimit;
 use crate::metrics::{Metrics, Outcomes, outcomes};
+use crate::public_addresses::PublicAddresses;
 use crate::sys::interfaces::LocalAddresses;
 use crate::sys::resolver::Resolver;
 use crate::sys::sock_diag::Dump;
@@ -50,8 +51,12 @@ pub struct Firefly {
     listener: Option<SocketAddr>,
     local: LocalAddresses,
     encoder: Encoder,
-    /// Whether news of sockets is sent.
+    /// Whether fireflies say what is known of sockets, and whether news of sockets is sent.
     enrich: bool,
+    ongoing: bool,
+    /// What stands for the addresses of this host, IPv4 and IPv6.
+    public: [Option<IpAddr>; 2],
+    discovered: Option<PublicAddresses>,
     /// `None` on a kernel without `sock_diag`.
     sockets: Option<Dump>,
     sender: Sender,
@@ -96,6 +101,14 @@ impl Firefly {
             )
             .enriched(config.enrichment),
             enrich: config.enrichment.is_some(),
+            ongoing: config.enrichment.is_some() && config.ongoing,
+            public: config.public,
+            discovered: config
+                .stun
+                .clone()
+                .map(PublicAddresses::start)
+                .transpose()
+                .context(|| "thread addresses".to_owned())?,
             sockets: Dump::open().ok(),
             sender,
             counters: metrics.backend(NAME),
@@ -196,6 +209,34 @@ impl Firefly {
         }
     }
 
+    /// With the public address of this host in place of its own.
+    fn seen_from_outside(&mut self, event: Arc<FlowEvent>) -> Arc<FlowEvent> {
+        if self.public == [None; 2] && self.discovered.is_none() {
+            return event;
+        }
+        let mut flow = event.flow;
+        let ends = [&flow.source, &flow.destination].map(|end| self.local.contains(&end.address));
+        // Of a flow with no end here, somebody may still have said what stands for its source.
+        let end = match ends {
+            [false, true] => &mut flow.destination,
+            _ => &mut flow.source,
+        };
+        let here = ends != [false; 2];
+        let mapping = self.discovered.as_mut().map(PublicAddresses::mapping);
+        let mapped = mapping
+            .and_then(|mapping| mapping.get(&end.address))
+            .copied();
+        let fixed = self.public[usize::from(end.address.is_ipv6())].filter(|_| here);
+        let Some(public) = fixed.or(mapped) else {
+            return event;
+        };
+        end.address = public;
+        Arc::new(FlowEvent {
+            flow,
+            ..FlowEvent::clone(&event)
+        })
+    }
+
     fn send(&mut self, batch: &Batch) {
         let mut failures = 0;
         let (counters, trouble, collector) =
@@ -226,7 +267,7 @@ impl Backend for Firefly {
     }
 
     fn wants_news(&self) -> bool {
-        self.enrich
+        self.ongoing
     }
 
     fn run(mut self: Box<Self>, events: Receiver<Arc<FlowEvent>>) -> Result<()> {
@@ -243,6 +284,7 @@ impl Backend for Firefly {
             for event in first.into_iter().chain(events.try_iter()) {
                 let event = self.completed(event);
                 let destinations = self.destinations(&event);
+                let event = self.seen_from_outside(event);
                 let left_out =
                     batch.push(destinations, |out| self.encoder.encode(&event, now, out));
                 self.counters

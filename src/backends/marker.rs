@@ -50,7 +50,7 @@ pub struct Marker {
     labeller: Labeller,
     local: HashSet<IpAddr>,
     attached: HashMap<u32, Interface>,
-    changes: Receiver<()>,
+    changes: interfaces::Changes,
     /// With `matchAll`: the flow whose tag all packets get.
     all: Option<Flow>,
     counters: Outcomes<Outcome>,
@@ -327,7 +327,7 @@ impl Backend for Marker {
 
     fn run(mut self: Box<Self>, events: Receiver<Arc<FlowEvent>>) -> Result<()> {
         let ticks = tick(Duration::from_secs(1));
-        let mut changes = self.changes.clone();
+        let mut changes = self.changes.receiver().clone();
         loop {
             select! {
                 recv(events) -> event => {

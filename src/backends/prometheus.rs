@@ -31,7 +31,7 @@ use crate::flow_table::FlowTable;
 use crate::http::{Body, Handler, Listener, Request, Response, Server, problem};
 use crate::log_limit::LogLimit;
 use crate::metrics::Metrics;
-use crate::registry::Registry;
+use crate::registry::Handle;
 use crate::routes::method_not_allowed;
 use crate::sys::interfaces::LocalAddresses;
 use crate::sys::sock_diag::Dump;
@@ -79,7 +79,7 @@ pub type ReadMarks = Arc<dyn Fn() -> Marks + Send + Sync>;
 pub struct Prometheus {
     endpoints: Vec<(SocketAddr, Source, Server)>,
     store: Store,
-    registry: Arc<Registry>,
+    registry: Handle,
     metrics: Metrics,
     marks: Option<ReadMarks>,
     local: LocalAddresses,
@@ -92,7 +92,7 @@ impl Prometheus {
     /// Binds the endpoints.
     pub fn new(
         config: &config::Prometheus,
-        registry: &Arc<Registry>,
+        registry: &Handle,
         marks: Option<ReadMarks>,
         metrics: &Metrics,
     ) -> Result<Prometheus> {
@@ -116,7 +116,7 @@ impl Prometheus {
         Ok(Prometheus {
             endpoints,
             store: Store::new(shown, Timestamp::now()),
-            registry: Arc::clone(registry),
+            registry: registry.clone(),
             metrics: metrics.clone(),
             marks,
             local: LocalAddresses::watch().context(|| "addresses of this host".to_owned())?,
@@ -167,7 +167,7 @@ impl Prometheus {
             let mut scrapes = Scrapes {
                 source,
                 ask: ask.clone(),
-                registry: Arc::clone(&self.registry),
+                registry: self.registry.clone(),
                 metrics: self.metrics.clone(),
                 marks: self.marks.clone(),
                 marked: HashMap::new(),
@@ -244,7 +244,7 @@ impl Backend for Prometheus {
 struct Scrapes {
     source: Source,
     ask: Sender<Sender<Snapshot>>,
-    registry: Arc<Registry>,
+    registry: Handle,
     metrics: Metrics,
     marks: Option<ReadMarks>,
     /// What was last shown: a flow that ends while the maps are read does not make it less.
@@ -301,7 +301,7 @@ impl Scrapes {
         let page = Page::new(
             format,
             self.source,
-            &self.registry,
+            &self.registry.load(),
             snapshot,
             marks.as_ref(),
             &self.metrics.gather(),

@@ -1,11 +1,14 @@
 //! `flowd-rs config`: what a configuration file says, without starting anything.
 
-use std::path::PathBuf;
+use std::io::Write;
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
 
 use argh::FromArgs;
 
-use crate::config::DEFAULT_PATH;
+use crate::config::{self, DEFAULT_PATH};
 use crate::error::Result;
+use crate::sys::interfaces;
 
 /// Look at a configuration file.
 #[derive(FromArgs)]
@@ -19,9 +22,12 @@ pub struct Config {
 #[argh(subcommand)]
 enum Command {
     Check(Check),
+    Convert(Convert),
+    Schema(Schema),
+    Show(Show),
 }
 
-/// Check a configuration file: exit code 0 if the daemon would take it, 2 if not.
+/// Check a configuration file, and say what the daemon would do by it: exit code 0 if it would take it, 2 if not.
 #[derive(FromArgs)]
 #[argh(subcommand, name = "check", help_triggers("-h", "--help", "help"))]
 struct Check {
@@ -30,17 +36,193 @@ struct Check {
     config: PathBuf,
 }
 
+/// Print the YAML that a KEY=value file of flowd means, each line with the key that it comes from.
+#[derive(FromArgs)]
+#[argh(subcommand, name = "convert", help_triggers("-h", "--help", "help"))]
+struct Convert {
+    /// configuration file (default: /etc/flowd/flowd.cfg)
+    #[argh(option, short = 'c', default = "DEFAULT_PATH.into()")]
+    config: PathBuf,
+}
+
+/// Print a JSON schema of the YAML, for editors.
+#[derive(FromArgs)]
+#[argh(subcommand, name = "schema", help_triggers("-h", "--help", "help"))]
+struct Schema {}
+
+/// Print the settings in effect as YAML, with every default.
+#[derive(FromArgs)]
+#[argh(subcommand, name = "show", help_triggers("-h", "--help", "help"))]
+struct Show {
+    /// configuration file (default: /etc/flowd/flowd.cfg)
+    #[argh(option, short = 'c', default = "DEFAULT_PATH.into()")]
+    config: PathBuf,
+}
+
 impl Config {
     pub fn run(self) -> Result<()> {
-        let Command::Check(check) = self.command;
-        let config = crate::config::Config::load(&check.config)?;
-        println!("{}: good", check.config.display());
-        for warning in &config.warnings {
-            println!("warning: {warning}");
-        }
-        for note in &config.notes {
-            println!("note: {note}");
-        }
+        let text = match self.command {
+            Command::Check(check) => {
+                let config = load(&check.config)?;
+                format!("{}: good\n{}", check.config.display(), describe(&config))
+            }
+            Command::Convert(convert) => {
+                config::Config::converted(&convert.config).inspect_err(excerpt)?
+            }
+            Command::Schema(_) => format!("{:#}\n", config::schema()),
+            Command::Show(show) => load(&show.config)?.to_yaml(),
+        };
+        // A reader that has seen enough (head, less) closes the pipe.
+        let _ = std::io::stdout().write_all(text.as_bytes());
         Ok(())
     }
+}
+
+fn load(path: &Path) -> Result<config::Config> {
+    Ok(config::Config::load(path).inspect_err(excerpt)?)
+}
+
+/// The line and the place in it; the error itself comes after.
+fn excerpt(error: &config::ConfigError) {
+    eprint!("{}", error.excerpt());
+}
+
+/// What the daemon would do.
+fn describe(config: &config::Config) -> String {
+    let mut lines = vec![
+        ("plugins", config.plugin_names().join(", ")),
+        ("enrichers", config.enricher_names().join(", ")),
+        ("backends", config.backend_names().join(", ")),
+    ];
+    if let Some(pipe) = &config.named_pipe {
+        let path = pipe.path.display();
+        lines.push(("named pipe", format!("{path}, mode {:04o}", pipe.mode)));
+    }
+    for (protocol, address, what) in listeners(config) {
+        lines.push(("listens on", format!("{protocol} {address} ({what})")));
+    }
+    if let Some((path, mode)) = config.api.as_ref().and_then(|api| api.unix_socket.as_ref()) {
+        lines.push((
+            "listens on",
+            format!(
+                "{}, mode {mode:04o} (plugins.api.unixSocket)",
+                path.display()
+            ),
+        ));
+    }
+    if let Some(firefly) = &config.firefly {
+        let port = firefly.destination_port;
+        lines.push((
+            "sends to",
+            format!("UDP port {port} of the flows' destinations"),
+        ));
+        if let Some(collector) = &firefly.collector {
+            let (host, port) = (&collector.host, collector.port);
+            lines.push((
+                "sends to",
+                format!("UDP port {port} of the collector {host}"),
+            ));
+        }
+    }
+    if let Some(marker) = &config.marker {
+        lines.push(("marks on", marked_interfaces(marker)));
+    }
+    let files = [
+        ("stateDir", &config.state_dir),
+        ("workDir", &config.work_dir),
+    ];
+    for (key, path) in files {
+        lines.push(("writes in", format!("{} ({key})", path.display())));
+    }
+    lines.push(("registry", config.registry.url.clone()));
+    lines.extend(privileges(config).into_iter().map(|need| ("needs", need)));
+    lines.extend(
+        config
+            .warnings
+            .iter()
+            .map(|warning| ("warning", warning.clone())),
+    );
+    lines.extend(config.notes.iter().map(|note| ("note", note.clone())));
+    let lines = lines.into_iter().filter(|(_, what)| !what.is_empty());
+    lines
+        .map(|(name, what)| format!("{:<12}{what}\n", format!("{name}:")))
+        .collect()
+}
+
+fn listeners(config: &config::Config) -> Vec<(&'static str, SocketAddr, &'static str)> {
+    let mut listeners = Vec::new();
+    if let Some(plugin) = &config.firefly_plugin {
+        listeners.push(("UDP", plugin.bind, "plugins.firefly"));
+    }
+    if let Some(bind) = config.api.as_ref().and_then(|api| api.bind) {
+        listeners.push(("TCP", bind, "plugins.api"));
+    }
+    if let Some(prometheus) = &config.prometheus {
+        for (port, key) in [
+            (prometheus.port, "backends.prometheus.port"),
+            (prometheus.netlink_port, "backends.prometheus.netlinkPort"),
+            (prometheus.skops_port, "backends.prometheus.skopsPort"),
+        ] {
+            let address = port.map(|port| SocketAddr::new(prometheus.address, port));
+            listeners.extend(address.map(|address| ("TCP", address, key)));
+        }
+    }
+    listeners
+}
+
+/// Those that are there, and those that are not.
+fn marked_interfaces(marker: &config::Marker) -> String {
+    let (found, _) = interfaces::list().unwrap_or_default();
+    match &marker.interfaces {
+        Some(names) => {
+            let there = |name: &String| found.iter().any(|interface| interface.name == *name);
+            let shown = names.iter().map(|name| match there(name) {
+                true => name.clone(),
+                false => format!("{name} (which is not there)"),
+            });
+            shown.collect::<Vec<_>>().join(", ")
+        }
+        None => {
+            let global = found.iter().filter(|interface| interface.global_ipv6);
+            let names: Vec<&str> = global.map(|interface| interface.name.as_str()).collect();
+            let now = if names.is_empty() {
+                "none"
+            } else {
+                &names.join(", ")
+            };
+            format!("every interface with a global IPv6 address (now: {now})")
+        }
+    }
+}
+
+fn privileges(config: &config::Config) -> Vec<String> {
+    let mut needs = Vec::new();
+    let bpf = [
+        ("backends.marker", config.marker.is_some()),
+        ("plugins.iperf3", config.iperf3.is_some()),
+        ("enrichers.skops", config.skops_enricher.is_some()),
+    ];
+    let bpf: Vec<&str> = bpf
+        .iter()
+        .filter(|(_, on)| *on)
+        .map(|(key, _)| *key)
+        .collect();
+    if !bpf.is_empty() {
+        needs.push(format!(
+            "CAP_BPF, CAP_NET_ADMIN and CAP_PERFMON, before Linux 5.8 CAP_SYS_ADMIN ({})",
+            bpf.join(", ")
+        ));
+    }
+    if config.firefly_plugin.is_some() && bpf.is_empty() {
+        needs.push("CAP_NET_ADMIN for a receive buffer beyond net.core.rmem_max; works without (plugins.firefly)".to_owned());
+    }
+    for (_, address, what) in listeners(config) {
+        if address.port() < 1024 {
+            needs.push(format!(
+                "CAP_NET_BIND_SERVICE for port {} ({what})",
+                address.port()
+            ));
+        }
+    }
+    needs
 }

@@ -34,7 +34,7 @@ impl Listen {
     pub fn run(self) -> Result<()> {
         let here = SocketAddr::new(self.address, self.port);
         let socket = UdpSocket::bind(here).context(|| format!("UDP {here}"))?;
-        let registry = Registry::builtin();
+        let registry = super::registry::known(None);
         let mut datagram = vec![0; 65536];
         loop {
             let (length, from) = socket

@@ -9,7 +9,6 @@ use argh::FromArgs;
 use crate::config::BPF_FS_PATH;
 use crate::error::{Context, Error, Result};
 use crate::flow::Tag;
-use crate::registry::Registry;
 use crate::sys::interfaces;
 use crate::sys::mark_maps::{Key, Maps, Mark, Total, UNMARKED};
 use crate::sys::marker::{lock, our_filters};
@@ -67,7 +66,7 @@ impl Marker {
 
 fn show(maps: Option<Maps>) -> Result<()> {
     let (found, _) = interfaces::list().context(|| "interfaces of this host".to_owned())?;
-    let registry = Registry::builtin();
+    let registry = super::registry::known(None);
     let mut out = std::io::stdout().lock();
     let mut attached = Vec::new();
     for interface in &found {

@@ -12,7 +12,6 @@ use nix::libc;
 use crate::config::{Config, DEFAULT_PATH, PIPE_PATH};
 use crate::error::{Context, Error, Result};
 use crate::pipe_line;
-use crate::registry::Registry;
 
 /// Tell the daemon through the named pipe that a transfer starts or ends.
 #[derive(FromArgs)]
@@ -120,7 +119,8 @@ impl Send {
         let line = fields
             .map(|field| field.trim().replace(char::is_whitespace, "_"))
             .join(" ");
-        match pipe_line::parse(line.as_bytes(), &Registry::builtin(), Timestamp::now()) {
+        let registry = super::registry::known(self.config.as_deref());
+        match pipe_line::parse(line.as_bytes(), &registry, Timestamp::now()) {
             Ok(Some(_)) => Ok(line + "\n"),
             Ok(None) => Err(Error::Usage("nothing to send".to_owned())),
             Err(error) => Err(Error::Usage(error.to_string())),

@@ -51,7 +51,7 @@ struct Decode {
 
 impl Tag {
     pub fn run(self) -> ExitCode {
-        let registry = Registry::builtin();
+        let registry = super::registry::known(None);
         let result = match self.command {
             Command::Encode(encode) => encode.tag(&registry).map(|tag| (tag, None)),
             Command::Decode(decode) => decode.tag(),

@@ -4,6 +4,7 @@ mod backends;
 mod connections;
 mod plugins;
 mod sockops;
+mod stun;
 
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
@@ -12,12 +13,11 @@ use std::time::Duration;
 use jiff::{Span, SpanRelativeTo};
 use log::LevelFilter;
 
-use super::{CONTROL_SOCKET, Config, ControlSocket, Flows, raw};
+use super::{CONTROL_SOCKET, Config, ControlSocket, Flows, REGISTRY_URL, Registry, WORK_DIR, raw};
+use crate::registry;
 
 /// flowd-go's.
 const PID_PATH: &str = "/var/run/flowd-go.pid";
-/// flowd-go's.
-const WORK_DIR: &str = "/var/cache/flowd-go";
 const STATE_DIR: &str = "/var/lib/flowd";
 const MAX_FLOWS: i64 = 1_000_000;
 const MAX_AGE: Duration = Duration::from_secs(7 * 24 * 3600);
@@ -52,12 +52,14 @@ pub fn check(raw: raw::Raw) -> Result<Config> {
         .map(|p| plugins::firefly(p, &mut notes))
         .transpose()?;
     let api = plugins.api.map(plugins::api).transpose()?;
-    let netlink = plugins
-        .netlink
-        .map(|p| connections::check("plugins.netlink", p));
-    let netstat = plugins
-        .netstat
-        .map(|p| connections::check("plugins.netstat", p));
+    let work_dir = path("workDir", raw.work_dir, WORK_DIR)?;
+    let registry = registry(raw.registry, &work_dir)?;
+    let check = |section: &str, raw| {
+        let (registry, _) = registry::known(&registry);
+        connections::check(section, raw, &registry)
+    };
+    let netlink = plugins.netlink.map(|p| check("plugins.netlink", p));
+    let netstat = plugins.netstat.map(|p| check("plugins.netstat", p));
     let (netlink, netstat) = (netlink.transpose()?, netstat.transpose()?);
     if let Some(rule) = netstat
         .iter()
@@ -98,7 +100,9 @@ pub fn check(raw: raw::Raw) -> Result<Config> {
         .map(|p| backends::prometheus(p, no_skops, &mut notes))
         .transpose()?;
     // To enrich fireflies is to want an enricher, and to show what the kernel knows of sockets, too.
-    let enrich = firefly.as_ref().is_some_and(|f| f.enrichment.is_some());
+    let enrich = firefly
+        .as_ref()
+        .is_some_and(|f| f.enrichment.is_some() && f.ongoing);
     let enricher_wanted = enrich || prometheus.is_some();
     let config = Config {
         pid_path_given: raw.pid_path.is_some(),
@@ -106,7 +110,8 @@ pub fn check(raw: raw::Raw) -> Result<Config> {
             Some("") => None,
             path => Some(PathBuf::from(path.unwrap_or(PID_PATH))),
         },
-        work_dir: path("workDir", raw.work_dir, WORK_DIR)?,
+        work_dir,
+        registry,
         state_dir: path("stateDir", raw.state_dir, STATE_DIR)?,
         control_socket: ControlSocket {
             given: raw.control_socket.is_some(),
@@ -152,6 +157,7 @@ pub fn check(raw: raw::Raw) -> Result<Config> {
         firefly,
         marker,
         prometheus,
+        dummy: backends.dummy.is_some(),
         notes,
         warnings,
     };
@@ -168,6 +174,25 @@ pub fn check(raw: raw::Raw) -> Result<Config> {
         );
     }
     Ok(config)
+}
+
+fn registry(raw: raw::Registry, work_dir: &Path) -> Result<Registry> {
+    let url = raw.url.unwrap_or_else(|| REGISTRY_URL.to_owned());
+    let remote = ["http://", "https://"]
+        .iter()
+        .find_map(|s| url.strip_prefix(s));
+    let remote = remote.is_some_and(|rest| !rest.is_empty() && !rest.contains(char::is_whitespace));
+    if !url.is_empty() && !remote && !url.starts_with("file:///") {
+        let message = format!(
+            "\"{}\" is no URL, expected https://…, http://…, file:///…, or \"\" for the registry that is built in",
+            url.escape_debug()
+        );
+        return error("registry.url", message);
+    }
+    Ok(Registry {
+        url,
+        cache: work_dir.to_owned(),
+    })
 }
 
 fn range<T: TryFrom<i64>>(
@@ -319,7 +344,7 @@ mod tests {
             ),
             (
                 "plugins:\n  iperf3:\n    period: 3\n",
-                "f:3:5: plugins.iperf3.period: unknown key, expected one of minSourcePort, maxSourcePort, minDestinationPort, maxDestinationPort, cgroupPath, programPath, debugMode, randomIDs, experimentIDs, activityIDs",
+                "f:3:5: plugins.iperf3.period: unknown key, expected one of minSourcePort, maxSourcePort, minDestinationPort, maxDestinationPort, cgroupPath, programPath, debugMode, randomIDs, experimentIDs, activityIDs, internalNetworks",
             ),
             (
                 "plugins: {namedPipe: {}}\nbackends: {prometheus: {port: 9000, netlinkPort: 9000}}\n",
@@ -350,16 +375,24 @@ mod tests {
                 "f:4:20: backends.firefly.collectorPort: 65536 is out of range, expected 1 to 65535",
             ),
             (
-                "plugins: {namedPipe: }\nbackends: {firefly: {stun: {}}}\n",
-                "f:2:28: backends.firefly.stun: not supported yet",
+                "plugins: {namedPipe: }\nbackends: {firefly: {stun: {stunServers: ['a:b']}}}\n",
+                "f:2:42: backends.firefly.stun.stunServers: \"a:b\" is no host:port",
+            ),
+            (
+                "plugins: {namedPipe: }\nbackends: {firefly: {stun: {manualMapping: {10.0.0.1: '::1'}}}}\n",
+                "f:2:44: backends.firefly.stun.manualMapping: 10.0.0.1 and ::1 are not of one address family",
+            ),
+            (
+                "plugins: {namedPipe: }\nbackends: {firefly: {publicIPv4: '::1'}}\n",
+                "f:2:34: backends.firefly.publicIPv4: \"::1\" is no IPv4 address",
+            ),
+            (
+                "registry: {url: ftp://x}\n",
+                "f:1:17: registry.url: \"ftp://x\" is no URL, expected https://…, http://…, file:///…, or \"\" for the registry that is built in",
             ),
             (
                 "plugins: {namedPipe: }\nbackends: {firefly: {enrichmentMode: fat}}\n",
                 "f:2:38: backends.firefly.enrichmentMode: \"fat\" is unknown, expected lean, compatible, flowd, or \"\" for everything",
-            ),
-            (
-                "# flowd\nPLUGIN='np_api'\n",
-                "f:2:1: this is a KEY=value file of Python flowd, which is not supported yet: expected YAML",
             ),
             (
                 "pidPath: 'x\n",

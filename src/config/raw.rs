@@ -1,10 +1,12 @@
 //! The YAML as it stands in the file: every key optional, no unknown key, no meaning yet.
 
-use serde::{Deserialize, Deserializer};
-use serde_yaml::Value;
+use std::collections::BTreeMap;
+
+use schemars::JsonSchema;
+use serde::{Deserialize, Deserializer, Serialize};
 
 /// The whole file.
-#[derive(Debug, Default, Deserialize)]
+#[derive(Debug, Default, Deserialize, JsonSchema, Serialize)]
 #[serde(
     default,
     deny_unknown_fields,
@@ -17,14 +19,27 @@ pub struct Raw {
     pub state_dir: Option<String>,
     pub control_socket: Option<String>,
     pub log_level: Option<String>,
+    pub registry: Registry,
     pub flows: Flows,
     pub plugins: Plugins,
     pub backends: Backends,
     pub enrichers: Option<Enrichers>,
 }
 
+/// `registry`
+#[derive(Debug, Default, Deserialize, JsonSchema, Serialize)]
+#[serde(
+    default,
+    deny_unknown_fields,
+    rename_all = "camelCase",
+    expecting = "a mapping"
+)]
+pub struct Registry {
+    pub url: Option<String>,
+}
+
 /// `flows`
-#[derive(Debug, Default, Deserialize)]
+#[derive(Debug, Default, Deserialize, JsonSchema, Serialize)]
 #[serde(
     default,
     deny_unknown_fields,
@@ -38,7 +53,7 @@ pub struct Flows {
 }
 
 /// `plugins`
-#[derive(Debug, Default, Deserialize)]
+#[derive(Debug, Default, Deserialize, JsonSchema, Serialize)]
 #[serde(
     default,
     deny_unknown_fields,
@@ -63,7 +78,7 @@ pub struct Plugins {
 }
 
 /// `plugins.namedPipe`
-#[derive(Debug, Default, Deserialize)]
+#[derive(Debug, Default, Deserialize, JsonSchema, Serialize)]
 #[serde(
     default,
     deny_unknown_fields,
@@ -79,7 +94,7 @@ pub struct NamedPipe {
 }
 
 /// `plugins.firefly`
-#[derive(Debug, Default, Deserialize)]
+#[derive(Debug, Default, Deserialize, JsonSchema, Serialize)]
 #[serde(
     default,
     deny_unknown_fields,
@@ -95,7 +110,7 @@ pub struct FireflyPlugin {
 }
 
 /// `plugins.api`
-#[derive(Debug, Default, Deserialize)]
+#[derive(Debug, Default, Deserialize, JsonSchema, Serialize)]
 #[serde(
     default,
     deny_unknown_fields,
@@ -112,7 +127,7 @@ pub struct Api {
 }
 
 /// `plugins.perfsonar`
-#[derive(Debug, Default, Deserialize)]
+#[derive(Debug, Default, Deserialize, JsonSchema, Serialize)]
 #[serde(
     default,
     deny_unknown_fields,
@@ -125,7 +140,7 @@ pub struct Perfsonar {
 }
 
 /// `plugins.netlink` and `plugins.netstat`
-#[derive(Debug, Default, Deserialize)]
+#[derive(Debug, Default, Deserialize, JsonSchema, Serialize)]
 #[serde(
     default,
     deny_unknown_fields,
@@ -142,7 +157,7 @@ pub struct Connections {
 }
 
 /// `plugins.netlink.rules` and `plugins.netstat.rules`
-#[derive(Debug, Default, Deserialize)]
+#[derive(Debug, Default, Deserialize, JsonSchema, Serialize)]
 #[serde(
     default,
     deny_unknown_fields,
@@ -160,7 +175,7 @@ pub struct ConnectionRule {
 }
 
 /// `plugins.iperf3`
-#[derive(Debug, Default, Deserialize)]
+#[derive(Debug, Default, Deserialize, JsonSchema, Serialize)]
 #[serde(
     default,
     deny_unknown_fields,
@@ -181,10 +196,11 @@ pub struct Iperf3 {
     pub experiment_ids: Option<Vec<i64>>,
     #[serde(rename = "activityIDs")]
     pub activity_ids: Option<Vec<i64>>,
+    pub internal_networks: Option<Vec<String>>,
 }
 
 /// `enrichers.skops`
-#[derive(Debug, Default, Deserialize)]
+#[derive(Debug, Default, Deserialize, JsonSchema, Serialize)]
 #[serde(
     default,
     deny_unknown_fields,
@@ -199,7 +215,7 @@ pub struct SkopsEnricher {
 }
 
 /// `enrichers`
-#[derive(Debug, Default, Deserialize)]
+#[derive(Debug, Default, Deserialize, JsonSchema, Serialize)]
 #[serde(
     default,
     deny_unknown_fields,
@@ -215,7 +231,7 @@ pub struct Enrichers {
 }
 
 /// `enrichers.netlink`
-#[derive(Debug, Default, Deserialize)]
+#[derive(Debug, Default, Deserialize, JsonSchema, Serialize)]
 #[serde(
     default,
     deny_unknown_fields,
@@ -229,7 +245,7 @@ pub struct NetlinkEnricher {
 }
 
 /// `backends`
-#[derive(Debug, Default, Deserialize)]
+#[derive(Debug, Default, Deserialize, JsonSchema, Serialize)]
 #[serde(
     default,
     deny_unknown_fields,
@@ -243,10 +259,17 @@ pub struct Backends {
     pub marker: Option<Marker>,
     #[serde(deserialize_with = "section")]
     pub prometheus: Option<Prometheus>,
+    #[serde(deserialize_with = "section")]
+    pub dummy: Option<Dummy>,
 }
 
+/// `backends.dummy`
+#[derive(Debug, Default, Deserialize, JsonSchema, Serialize)]
+#[serde(default, deny_unknown_fields, expecting = "nothing")]
+pub struct Dummy {}
+
 /// `backends.prometheus`
-#[derive(Debug, Default, Deserialize)]
+#[derive(Debug, Default, Deserialize, JsonSchema, Serialize)]
 #[serde(
     default,
     deny_unknown_fields,
@@ -264,7 +287,7 @@ pub struct Prometheus {
 }
 
 /// `backends.firefly`
-#[derive(Debug, Default, Deserialize)]
+#[derive(Debug, Default, Deserialize, JsonSchema, Serialize)]
 #[serde(
     default,
     deny_unknown_fields,
@@ -280,11 +303,31 @@ pub struct Firefly {
     pub relayed: Option<String>,
     pub enrich: Option<bool>,
     pub enrichment_mode: Option<String>,
-    pub stun: Option<Value>,
+    pub ongoing: Option<bool>,
+    #[serde(rename = "publicIPv4")]
+    pub public_ipv4: Option<String>,
+    #[serde(rename = "publicIPv6")]
+    pub public_ipv6: Option<String>,
+    #[serde(deserialize_with = "section")]
+    pub stun: Option<Stun>,
+}
+
+/// `backends.firefly.stun`
+#[derive(Debug, Default, Deserialize, JsonSchema, Serialize)]
+#[serde(
+    default,
+    deny_unknown_fields,
+    rename_all = "camelCase",
+    expecting = "a mapping"
+)]
+pub struct Stun {
+    pub manual_mapping: Option<BTreeMap<String, String>>,
+    pub http_services: Option<Vec<String>>,
+    pub stun_servers: Option<Vec<String>>,
 }
 
 /// `backends.marker`
-#[derive(Debug, Default, Deserialize)]
+#[derive(Debug, Default, Deserialize, JsonSchema, Serialize)]
 #[serde(
     default,
     deny_unknown_fields,

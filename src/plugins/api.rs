@@ -136,7 +136,7 @@ impl Handler for Answers {
             ("/dummy/start", "GET") => self.dummy(State::Start),
             ("/dummy/end", "GET") => self.dummy(State::End),
             ("/openapi.json", "GET") => {
-                Response::json(200, &openapi::document(self.routes.registry()))
+                Response::json(200, &openapi::document(&self.routes.registry()))
             }
             ("/dummy/start" | "/dummy/end" | "/openapi.json", _) => method_not_allowed("GET, HEAD"),
             _ => {
@@ -165,7 +165,7 @@ impl Answers {
     fn take(&mut self, body: &[u8]) -> Response {
         let parsed = serde_json::from_slice::<Value>(body)
             .map_err(|error| format!("the body is no JSON: {error}"))
-            .and_then(|document| flow_json::events(&document, self.routes.registry(), now()));
+            .and_then(|document| flow_json::events(&document, &self.routes.registry(), now()));
         match parsed {
             Ok(events) => self.send(events),
             Err(error) => {

@@ -5,6 +5,7 @@ use std::hash::{BuildHasher, RandomState};
 use std::io;
 use std::time::{Duration, Instant};
 
+use ipnet::IpNet;
 use log::Level;
 use mio::unix::SourceFd;
 use mio::{Events, Interest, Poll, Token};
@@ -15,6 +16,7 @@ use crate::error::{Context, Result};
 use crate::flow::{FlowEvent, Origin, State, Tag};
 use crate::log_limit::LogLimit;
 use crate::metrics::{Metrics, Outcomes, outcomes};
+use crate::special_networks::is_public;
 use crate::sys::sockops::{Event, Kind, Sockops};
 use crate::sys::stop::Stop;
 
@@ -35,6 +37,8 @@ outcomes! {
 pub struct Iperf3 {
     sockops: Sockops,
     tags: Tags,
+    /// Connections to these, and to addresses that are nobody's on the Internet, are left out.
+    internal: Option<Vec<IpNet>>,
     poll: Poll,
     counters: Outcomes<Outcome>,
 }
@@ -49,6 +53,7 @@ impl Iperf3 {
                 random: config.random.then(RandomState::new),
                 given: 0,
             },
+            internal: config.internal_networks.clone(),
             poll: Poll::new().context(poll_loop)?,
             counters: metrics.plugin(NAME),
         })
@@ -126,6 +131,13 @@ impl Plugin for Iperf3 {
 impl Iperf3 {
     /// The end has no counts: those of `sock_diag` are exact, and come in the same moment.
     fn event(&mut self, told: Event) -> Option<FlowEvent> {
+        let remote = told.flow.destination.address;
+        let left_out = |internal: &Vec<IpNet>| {
+            !is_public(remote) || internal.iter().any(|net| net.contains(&remote))
+        };
+        if self.internal.as_ref().is_some_and(left_out) {
+            return None;
+        }
         let event = |state| FlowEvent::new(state, told.flow, told.time, Origin::Iperf3);
         match told.kind {
             Kind::Connected | Kind::Accepted => {

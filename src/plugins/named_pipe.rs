@@ -22,7 +22,7 @@ use crate::line_buffer::{Line, LineBuffer, MAX_LINE};
 use crate::log_limit::{LogLimit, quote};
 use crate::metrics::{Metrics, Outcomes};
 use crate::pipe_line::{self, LineOutcome};
-use crate::registry::Registry;
+use crate::registry::{Handle, Registry};
 use crate::sys::fifo::{Fifo, group_id};
 use crate::sys::stop::Stop;
 
@@ -45,7 +45,7 @@ pub struct NamedPipe {
     group: Option<Gid>,
     pipe: Fifo,
     poll: Poll,
-    registry: Arc<Registry>,
+    registry: Handle,
     counters: Outcomes<LineOutcome>,
 }
 
@@ -53,7 +53,7 @@ impl NamedPipe {
     /// Opens the pipe, making it if it is not there.
     pub fn new(
         config: &config::NamedPipe,
-        registry: &Arc<Registry>,
+        registry: &Handle,
         metrics: &Metrics,
     ) -> Result<NamedPipe> {
         let group = config
@@ -75,7 +75,7 @@ impl NamedPipe {
             group,
             pipe,
             poll,
-            registry: Arc::clone(registry),
+            registry: registry.clone(),
             counters: metrics.plugin(NAME),
         })
     }
@@ -114,7 +114,7 @@ impl Plugin for NamedPipe {
             .register(&mut stop, Token(1), Interest::READABLE)
             .context(poll_loop)?;
         let mut intake = Intake {
-            registry: &self.registry,
+            registry: self.registry.load(),
             counters: &self.counters,
             rejected: LogLimit::new(Level::Warn, "named pipe: rejected lines"),
             events,
@@ -134,6 +134,7 @@ impl Plugin for NamedPipe {
                 }
                 _ => {}
             }
+            intake.registry = self.registry.load();
             let read = match lines.read(pipe.file(), &mut intake) {
                 Err(Closed) => return Ok(()),
                 Ok(read) => read,
@@ -229,7 +230,7 @@ impl Plugin for NamedPipe {
 
 /// Turns lines into flow events, counts them, and says what is wrong with the others.
 struct Intake<'a> {
-    registry: &'a Registry,
+    registry: Arc<Registry>,
     counters: &'a Outcomes<LineOutcome>,
     rejected: LogLimit,
     events: EventSender,
@@ -238,7 +239,7 @@ struct Intake<'a> {
 impl Intake<'_> {
     fn take(&mut self, line: Line<'_>, now: Timestamp) -> std::result::Result<(), Closed> {
         let (line, parsed) = match line {
-            Line::Whole(line) => (line, pipe_line::parse(line, self.registry, now)),
+            Line::Whole(line) => (line, pipe_line::parse(line, &self.registry, now)),
             Line::TooLong(line) => {
                 self.reject(LineOutcome::TooLong, line, || {
                     format!("longer than {MAX_LINE} bytes")

@@ -6,7 +6,9 @@ use std::net::{IpAddr, Ipv6Addr};
 use std::os::fd::AsRawFd;
 use std::thread;
 
-use crossbeam_channel::{Receiver, TrySendError, bounded};
+use crossbeam_channel::{Receiver, bounded};
+use mio::unix::SourceFd;
+use mio::{Events, Interest, Poll, Token};
 use nix::errno::Errno;
 use nix::ifaddrs::getifaddrs;
 use nix::libc;
@@ -15,6 +17,7 @@ use nix::sys::socket::{
     AddressFamily, MsgFlags, NetlinkAddr, SockFlag, SockProtocol, SockType, bind, recv, socket,
 };
 
+use super::stop::{StopSwitch, stop};
 use crate::flow::Flow;
 
 /// A network interface.
@@ -83,7 +86,7 @@ fn is_global(address: Ipv6Addr) -> bool {
 /// The addresses of this host, kept up to date.
 pub struct LocalAddresses {
     addresses: HashSet<IpAddr>,
-    changes: Receiver<()>,
+    changes: Changes,
 }
 
 impl LocalAddresses {
@@ -96,7 +99,7 @@ impl LocalAddresses {
 
     /// Looks them up again if there was a change; to be called now and then.
     pub fn refresh(&mut self) {
-        if self.changes.try_recv().is_ok()
+        if self.changes.receiver.try_recv().is_ok()
             && let Ok((_, addresses)) = list()
         {
             self.addresses = addresses;
@@ -127,38 +130,72 @@ pub fn outgoing(flow: &Flow, local: &HashSet<IpAddr>) -> Flow {
     *flow
 }
 
-/// A channel that has something in it whenever links, addresses or tc filters have changed since it was
-/// last read. What has changed is to be looked up.
-pub fn watch() -> io::Result<Receiver<()>> {
+/// Word of changes of links, addresses and tc filters; the thread behind it ends with the value.
+pub struct Changes {
+    receiver: Receiver<()>,
+    _stop: StopSwitch,
+}
+
+impl Changes {
+    /// Has something in it whenever there was a change since it was last read. What has changed is to be
+    /// looked up.
+    pub fn receiver(&self) -> &Receiver<()> {
+        &self.receiver
+    }
+}
+
+/// Watches for changes.
+pub fn watch() -> io::Result<Changes> {
     const GROUPS: u32 =
         (libc::RTMGRP_LINK | libc::RTMGRP_IPV4_IFADDR | libc::RTMGRP_IPV6_IFADDR | libc::RTMGRP_TC)
             as u32;
     let netlink = socket(
         AddressFamily::Netlink,
         SockType::Raw,
-        SockFlag::SOCK_CLOEXEC,
+        SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK,
         SockProtocol::NetlinkRoute,
     )?;
     bind(netlink.as_raw_fd(), &NetlinkAddr::new(0, GROUPS))?;
-    let (changed, changes) = bounded(1);
-    thread::Builder::new()
-        .name("interfaces".to_owned())
-        .spawn(move || {
-            let mut message = [0; 8192];
+    let (stop_switch, mut stop) = stop()?;
+    let mut poll = Poll::new()?;
+    let registry = poll.registry();
+    registry.register(
+        &mut SourceFd(&netlink.as_raw_fd()),
+        Token(0),
+        Interest::READABLE,
+    )?;
+    registry.register(&mut stop, Token(1), Interest::READABLE)?;
+    let (changed, receiver) = bounded(1);
+    let watch = move || {
+        let mut wakeups = Events::with_capacity(2);
+        let mut message = [0; 8192];
+        while !stop.is_set() {
+            if let Err(error) = poll.poll(&mut wakeups, None)
+                && error.kind() != io::ErrorKind::Interrupted
+            {
+                log::error!("rtnetlink: {error}: changes of interfaces are no longer seen");
+                return;
+            }
             loop {
                 match recv(netlink.as_raw_fd(), &mut message, MsgFlags::empty()) {
                     // Having missed some is a change too.
                     Ok(_) | Err(Errno::ENOBUFS) => {}
                     Err(Errno::EINTR) => continue,
+                    Err(Errno::EAGAIN) => break,
                     Err(error) => {
                         log::error!("rtnetlink: {error}: changes of interfaces are no longer seen");
                         return;
                     }
                 }
-                if let Err(TrySendError::Disconnected(())) = changed.try_send(()) {
-                    return;
-                }
+                let _ = changed.try_send(());
             }
-        })?;
-    Ok(changes)
+        }
+    };
+    thread::Builder::new()
+        .name("interfaces".to_owned())
+        .spawn(watch)?;
+    Ok(Changes {
+        receiver,
+        _stop: stop_switch,
+    })
 }

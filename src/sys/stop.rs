@@ -43,6 +43,13 @@ impl StopSwitch {
     }
 }
 
+/// Who waits for a word that will never come is told to stop.
+impl Drop for StopSwitch {
+    fn drop(&mut self) {
+        self.set();
+    }
+}
+
 impl Stop {
     /// Whether it is time to stop.
     pub fn is_set(&self) -> bool {

@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 
-use super::{Result, error, path, range};
+use super::{Result, error, path, range, stun};
 use crate::config::{BPF_FS_PATH, Collector, Firefly, Marker, Prometheus, Relayed, Strategy, raw};
 use crate::enrichment::Mode;
 use crate::firefly;
@@ -12,9 +12,6 @@ use crate::flow::parse_address;
 const MARKER_PRIORITY: i64 = 10;
 
 pub fn firefly(raw: raw::Firefly) -> Result<Firefly> {
-    if raw.stun.is_some() {
-        return error("backends.firefly.stun", "not supported yet");
-    }
     let mode = match raw.enrichment_mode.as_deref() {
         None => Some(Mode::Lean),
         Some(word) => Mode::ALL.into_iter().find(|m| m.as_str() == word),
@@ -59,7 +56,22 @@ pub fn firefly(raw: raw::Firefly) -> Result<Firefly> {
         );
         return error("backends.firefly.relayed", message);
     };
+    let public = |key: &str, text: Option<String>, v4: bool| {
+        let address = text.as_deref().map(|text| {
+            let address = parse_address(text).filter(|a| a.is_ipv4() == v4);
+            let family = if v4 { "IPv4" } else { "IPv6" };
+            address.ok_or_else(|| format!("\"{}\" is no {family} address", text.escape_debug()))
+        });
+        let key = format!("backends.firefly.{key}");
+        address.transpose().or_else(|message| error(&key, message))
+    };
     Ok(Firefly {
+        ongoing: raw.ongoing.unwrap_or(true),
+        public: [
+            public("publicIPv4", raw.public_ipv4, true)?,
+            public("publicIPv6", raw.public_ipv6, false)?,
+        ],
+        stun: raw.stun.map(stun::check).transpose()?,
         enrichment: raw.enrich.unwrap_or(false).then_some(mode),
         relayed,
         destination_port: port("destinationPort", raw.destination_port)?,

@@ -25,12 +25,11 @@ const EXTENSIONS: i64 = 255;
 const STATES: i64 = 3071;
 
 /// The netlink or the netstat plugin; `section` is its key.
-pub fn check(section: &str, raw: raw::Connections) -> Result<Connections> {
+pub fn check(section: &str, raw: raw::Connections, registry: &Registry) -> Result<Connections> {
     let key = |key: &str| format!("{section}.{key}");
-    let registry = Registry::builtin();
     let mut rules = Vec::new();
     for (index, raw) in raw.rules.into_iter().flatten().enumerate() {
-        let checked = rule(raw, &registry);
+        let checked = rule(raw, registry);
         let checked =
             checked.or_else(|why| error(&key("rules"), format!("rule {}: {why}", index + 1)));
         rules.push(checked?);
@@ -42,7 +41,7 @@ pub fn check(section: &str, raw: raw::Connections) -> Result<Connections> {
             return error(section, message);
         }
         (experiment, activity) => {
-            let tag = tag(&registry, experiment.as_deref(), activity.as_deref());
+            let tag = tag(registry, experiment.as_deref(), activity.as_deref());
             let tag = tag.or_else(|(which, why)| error(&key(which), why))?;
             let rule = Rule {
                 tag,
@@ -85,7 +84,10 @@ pub fn enricher(raw: raw::NetlinkEnricher, every: Option<&str>) -> Result<Netlin
     })
 }
 
-fn internal_or(networks: std::result::Result<Vec<IpNet>, String>, key: &str) -> Result<Vec<IpNet>> {
+pub fn internal_or(
+    networks: std::result::Result<Vec<IpNet>, String>,
+    key: &str,
+) -> Result<Vec<IpNet>> {
     networks.or_else(|why| error(key, why))
 }
 
@@ -113,7 +115,7 @@ pub fn period(key: &str, text: Option<&str>, default: Duration) -> Result<Durati
     }
 }
 
-fn network(text: &str) -> std::result::Result<IpNet, String> {
+pub fn network(text: &str) -> std::result::Result<IpNet, String> {
     let one = parse_address(text).map(IpNet::from);
     one.or_else(|| text.parse().ok()).ok_or_else(|| {
         format!(

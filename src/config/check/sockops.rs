@@ -3,7 +3,7 @@
 use std::ops::RangeInclusive;
 use std::path::PathBuf;
 
-use super::connections::{ENRICHER_PERIOD, period};
+use super::connections::{ENRICHER_PERIOD, internal_or, network, period};
 use super::{Result, error, path, range};
 use crate::config::{Iperf3, Sockops, raw};
 use crate::flow::Tag;
@@ -43,6 +43,10 @@ pub fn iperf3(raw: raw::Iperf3) -> Result<Iperf3> {
         );
         return error(&key("activityIDs"), message);
     }
+    let internal = raw.internal_networks.map(|texts| {
+        let networks = texts.iter().map(|text| network(text)).collect();
+        internal_or(networks, &key("internalNetworks"))
+    });
     let pairs = experiments.into_iter().zip(activities);
     Ok(Iperf3 {
         sockops: Sockops {
@@ -59,6 +63,7 @@ pub fn iperf3(raw: raw::Iperf3) -> Result<Iperf3> {
                 raw.debug_mode,
             )?
         },
+        internal_networks: internal.transpose()?,
         random: raw.random_ids.unwrap_or(false),
         tags: pairs
             .map(|(experiment, activity)| Tag {
