@@ -16,6 +16,7 @@ use crate::flow_table::FlowTable;
 use crate::metrics::Metrics;
 use crate::registry::Handle;
 use crate::scitag::Labeller;
+use crate::sys::stop::Handover;
 
 /// A consumer of flow events. Building one acquires every resource it needs.
 pub trait Backend: Send {
@@ -28,44 +29,67 @@ pub trait Backend: Send {
         Ok(())
     }
 
-    /// Whether it has a use for news of sockets: there is much of it.
-    fn wants_news(&self) -> bool {
-        false
-    }
-
     /// Runs on its own thread until the channel is closed and drained.
     fn run(self: Box<Self>, events: Receiver<Arc<FlowEvent>>) -> Result<()>;
 }
 
-/// Builds every backend that is configured.
-pub fn build(
-    config: &Config,
-    labeller: Option<&Labeller>,
-    registry: &Handle,
-    metrics: &Metrics,
-) -> Result<Vec<Box<dyn Backend>>> {
-    let mut backends: Vec<Box<dyn Backend>> = Vec::new();
-    let listener = config.firefly_plugin.as_ref().map(|plugin| plugin.bind);
-    if let Some(firefly) = &config.firefly {
-        backends.push(Box::new(firefly::Firefly::new(firefly, listener, metrics)?));
+/// What a backend is built with.
+pub struct Means<'a> {
+    /// The settings of the whole daemon.
+    pub config: &'a Config,
+    /// Labels of packets, where there is a marker.
+    pub labeller: Option<&'a Labeller>,
+    /// Names of tags.
+    pub registry: &'a Handle,
+    /// Counters.
+    pub metrics: &'a Metrics,
+    /// Whether another takes over.
+    pub handover: Handover,
+}
+
+/// Builds the backend of this name, if it is configured.
+pub fn build(name: &str, means: Means<'_>) -> Result<Option<Box<dyn Backend>>> {
+    let (config, metrics) = (means.config, means.metrics);
+    Ok(match name {
+        "firefly" => {
+            let listener = config.firefly_plugin.as_ref().map(|plugin| plugin.bind);
+            let build = |settings| firefly::Firefly::new(settings, listener, metrics);
+            boxed(config.firefly.as_ref().map(build).transpose()?)
+        }
+        #[cfg(feature = "bpf")]
+        "marker" => {
+            let settings = config.marker.as_ref().zip(means.labeller);
+            let build = |(settings, labeller)| {
+                let max_flows = config.flows.max_flows;
+                marker::Marker::new(settings, max_flows, labeller, metrics, means.handover)
+            };
+            boxed(settings.map(build).transpose()?)
+        }
+        "prometheus" => {
+            #[cfg(feature = "bpf")]
+            let marks = config.marker.as_ref().map(marker::read_marks);
+            #[cfg(not(feature = "bpf"))]
+            let marks = None;
+            let build =
+                |settings| prometheus::Prometheus::new(settings, means.registry, marks, metrics);
+            boxed(config.prometheus.as_ref().map(build).transpose()?)
+        }
+        _ => None,
+    })
+}
+
+/// Whether the backend of this name has a use for news of sockets: there is much of it.
+pub fn wants_news(name: &str, config: &Config) -> bool {
+    match name {
+        "firefly" => {
+            let firefly = config.firefly.as_ref();
+            firefly.is_some_and(|firefly| firefly.enrichment.is_some() && firefly.ongoing)
+        }
+        "prometheus" => true,
+        _ => false,
     }
-    #[cfg(not(feature = "bpf"))]
-    let (_, marks) = (labeller, None);
-    #[cfg(feature = "bpf")]
-    let mut marks = None;
-    #[cfg(feature = "bpf")]
-    if let (Some(marker), Some(labeller)) = (&config.marker, labeller) {
-        backends.push(Box::new(marker::Marker::new(
-            marker,
-            config.flows.max_flows,
-            labeller,
-            metrics,
-        )?));
-        marks = marker::read_marks(marker)?;
-    }
-    if let Some(config) = &config.prometheus {
-        let prometheus = prometheus::Prometheus::new(config, registry, marks, metrics)?;
-        backends.push(Box::new(prometheus));
-    }
-    Ok(backends)
+}
+
+fn boxed<B: Backend + 'static>(backend: Option<B>) -> Option<Box<dyn Backend>> {
+    backend.map(|backend| Box::new(backend) as Box<dyn Backend>)
 }

@@ -455,6 +455,16 @@ impl Config {
         marker.is_some_and(|marker| marker.strategy == Strategy::Label && !marker.match_all)
     }
 
+    /// Logs what has no effect, or another than it seems.
+    pub fn log_remarks(&self) {
+        for warning in &self.warnings {
+            log::warn!("{warning}");
+        }
+        for note in &self.notes {
+            log::info!("{note}");
+        }
+    }
+
     /// Reads and checks a file.
     pub fn load(path: &Path) -> Result<Config, ConfigError> {
         Config::parse(&read(path)?, path)

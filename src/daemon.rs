@@ -1,36 +1,38 @@
-//! Builds everything, starts the threads, and sees to signals, readiness, watchdog and the orderly end.
+//! Builds everything, starts the threads, and sees to signals, readiness, watchdog, reloads and the orderly
+//! end.
+
+mod parts;
 
 use std::fs;
-use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant};
 
+use arc_swap::ArcSwap;
 use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, bounded, unbounded};
 use jiff::Timestamp;
+use log::LevelFilter;
 use sd_notify::NotifyState;
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM, SIGUSR1, SIGUSR2};
 use signal_hook::iterator::Signals;
 
 use crate::config::{self, Config};
 use crate::control::Control;
-use crate::dispatcher::{Dispatcher, Heartbeat, Output};
+use crate::dispatcher::{Dispatcher, Heartbeat};
 use crate::echo::EchoFilter;
 use crate::error::{Context, Error, Result};
 use crate::flow_table::FlowTable;
 use crate::journal::Journal;
 use crate::metrics::Metrics;
-use crate::plugins::EventSender;
 use crate::registry::{self, Handle};
 use crate::routes::{Routes, Sources};
-use crate::scitag::Labeller;
 use crate::sys::state_dir;
 use crate::sys::stop::{StopSwitch, stop};
-use crate::{backends, enrichers, plugins};
+use parts::{Parts, spawn};
 
 /// Events that wait for the dispatcher.
 const DISPATCHER_QUEUE: usize = 4096;
-/// Events that wait for a backend.
-const BACKEND_QUEUE: usize = 16384;
 /// Questions that wait for the dispatcher.
 const QUERIES: usize = 16;
 /// How long threads may take to end.
@@ -47,17 +49,13 @@ enum Notice {
 }
 
 /// Runs the daemon until it is told to stop, or until one of its threads dies, which is an error.
-pub fn run(config: &Config) -> Result<()> {
+/// `path` is where `config` was read, and is read again on a reload; `log_level` is the command line's.
+pub fn run(config: Config, path: &Path, log_level: Option<LevelFilter>) -> Result<()> {
     let (notices, inbox) = unbounded();
     listen_for_signals(notices.clone())?;
     let _lock = state_dir::lock(&config.state_dir)?;
-    let pid_file = PidFile::write(config)?;
-    for warning in &config.warnings {
-        log::warn!("{warning}");
-    }
-    for note in &config.notes {
-        log::info!("{note}");
-    }
+    let pid_file = PidFile::write(&config)?;
+    config.log_remarks();
 
     let metrics = Metrics::new();
     let (known, source) = registry::known(&config.registry);
@@ -73,52 +71,22 @@ pub fn run(config: &Config) -> Result<()> {
             journal.path().display()
         );
     }
-    let labeller = match &config.marker {
-        Some(_) => Some(Labeller::new(state_dir::label_key(&config.state_dir)?)),
-        None => None,
-    };
-    let mut backends = backends::build(config, labeller.as_ref(), &registry, &metrics)?;
     let (ask, queries) = bounded(QUERIES);
     let sources = Sources {
         queries: ask,
         registry: registry.clone(),
         metrics: metrics.clone(),
-        labeller: labeller.filter(|_| config.labels_packets()),
-        plugins: config.plugin_names(),
-        enrichers: config.enricher_names(),
-        backends: config.backend_names(),
+        setup: Arc::new(ArcSwap::from_pointee(parts::setup(&config)?)),
         started: Timestamp::now(),
     };
-    let plugins = plugins::build(config, &sources)?;
-    let enrichers = enrichers::build(config, &sources)?;
-    let control = Control::new(&config.control_socket, Routes::new(sources))?;
-    for backend in &mut backends {
-        backend.restore(&table)?;
-    }
-
-    let wishes = keep_registry(config, &registry, &metrics)?;
-    let (switch, stop) = stop().context(|| "pipe of the stop switch".to_owned())?;
-    let mut running = 0;
-    let mut start = |name: String, work: Box<dyn FnOnce() -> Result<()> + Send>| {
-        running += 1;
-        spawn(name, notices.clone(), work)
-    };
-    let mut outputs = Vec::new();
-    for backend in backends {
-        let (channel, events) = bounded(BACKEND_QUEUE);
-        let queue = metrics.queue(backend.name());
-        let wants_news = backend.wants_news();
-        outputs.push(Output {
-            channel,
-            queue,
-            wants_news,
-        });
-        start(
-            format!("backend {}", backend.name()),
-            Box::new(move || backend.run(events)),
-        )?;
-    }
     let (channel, events) = bounded(DISPATCHER_QUEUE);
+    let built = Parts::build(&config, &sources)?;
+    let control = Control::new(&config.control_socket, Routes::new(sources.clone()))?;
+    let wishes = keep_registry(&config, &registry, &metrics)?;
+
+    let (switch, stop) = stop().context(|| "pipe of the stop switch".to_owned())?;
+    let mut parts = Parts::new(sources, channel, notices.clone());
+    let outputs = parts.start_backends(built.backends, &config, &table)?;
     let dispatcher = Dispatcher::new(
         table,
         journal,
@@ -128,61 +96,64 @@ pub fn run(config: &Config) -> Result<()> {
         &metrics,
     );
     let heartbeat = dispatcher.heartbeat();
-    start(
-        "dispatcher".to_owned(),
-        Box::new(move || {
-            dispatcher.run(&events, queries);
-            Ok(())
-        }),
-    )?;
-    for plugin in plugins {
-        let (events, stop) = (EventSender::new(channel.clone(), &metrics), stop.clone());
-        start(
-            format!("plugin {}", plugin.name()),
-            Box::new(move || plugin.run(events, stop)),
-        )?;
-    }
-    for enricher in enrichers {
-        let (events, stop) = (EventSender::new(channel.clone(), &metrics), stop.clone());
-        let name = format!("enricher {}", enricher.name());
-        start(name, Box::new(move || enricher.run(events, stop)))?;
-    }
-    drop(channel);
+    let dispatch = move || {
+        dispatcher.run(&events, queries);
+        Ok(())
+    };
+    spawn("dispatcher".to_owned(), notices.clone(), Box::new(dispatch))?;
+    parts.start_plugins(built.plugins)?;
+    let mut others = 1;
     if let Some(control) = control {
-        let stop = stop.clone();
-        start("control".to_owned(), Box::new(move || control.run(stop)))?;
+        let serve = move || control.run(stop);
+        spawn("control".to_owned(), notices, Box::new(serve))?;
+        others += 1;
     }
 
-    log::info!(
-        "flowd-rs {} is ready: plugins {}; backends {}",
-        env!("CARGO_PKG_VERSION"),
-        config.plugin_names().join(", "),
-        config.backend_names().join(", ")
-    );
+    log_ready("is ready", &config);
     notify(&[NotifyState::Ready]);
     let supervisor = Supervisor {
         inbox,
         switch,
-        running,
+        parts,
+        others,
         metrics,
         heartbeat,
         started: Instant::now(),
         result: Ok(()),
+        config,
+        path: path.to_owned(),
+        log_level,
+        wishes,
     };
     let result = supervisor.run();
     drop(pid_file);
     result
 }
 
+fn log_ready(what: &str, config: &Config) {
+    log::info!(
+        "flowd-rs {} {what}: plugins {}; backends {}",
+        env!("CARGO_PKG_VERSION"),
+        config.plugin_names().join(", "),
+        config.backend_names().join(", ")
+    );
+}
+
 /// The main thread's part once all others run.
 struct Supervisor {
     inbox: Receiver<Notice>,
     switch: StopSwitch,
-    running: usize,
+    parts: Parts,
+    /// Threads that run beside the parts: the dispatcher, the control socket.
+    others: usize,
     metrics: Metrics,
     heartbeat: Heartbeat,
     started: Instant,
     result: Result<()>,
+    config: Config,
+    path: PathBuf,
+    log_level: Option<LevelFilter>,
+    wishes: Sender<config::Registry>,
 }
 
 impl Supervisor {
@@ -196,24 +167,29 @@ impl Supervisor {
         let watchdog = sd_notify::watchdog_enabled().map(|period| period / 2);
         let mut beats = 0;
         let mut deadline = None;
-        while self.running > 0 {
+        while self.others + self.parts.running() > 0 {
             let patience = match deadline {
                 Some(deadline) => Instant::now()
                     .checked_duration_since(deadline)
                     .map_or(Duration::from_millis(100), |_| Duration::ZERO),
                 None => watchdog.unwrap_or(Duration::from_secs(3600)),
             };
-            match self.inbox.recv_timeout(patience) {
+            let notice = match self.parts.aside() {
+                Some(notice) => Ok(notice),
+                None => self.inbox.recv_timeout(patience),
+            };
+            match notice {
                 Ok(Notice::Signal(SIGUSR1)) => self.log_status("status"),
-                Ok(Notice::Signal(signal @ (SIGHUP | SIGUSR2))) => {
-                    let name = if signal == SIGHUP {
-                        "SIGHUP"
-                    } else {
-                        "SIGUSR2"
-                    };
-                    log::warn!(
-                        "{name}: not supported yet, restart the daemon to apply a new configuration"
-                    );
+                Ok(Notice::Signal(SIGHUP)) if deadline.is_none() => {
+                    if let Err(error) = self.reload() {
+                        let why = format!("{error}: stopping");
+                        deadline = Some(self.stop(&why));
+                        self.result = Err(error);
+                    }
+                }
+                Ok(Notice::Signal(SIGHUP)) => {}
+                Ok(Notice::Signal(SIGUSR2)) => {
+                    log::warn!("SIGUSR2: not supported yet, restart the daemon");
                 }
                 Ok(Notice::Signal(_)) if deadline.is_some() => {
                     // A terminal and a script may both say it; who says it again later means it.
@@ -234,13 +210,15 @@ impl Supervisor {
                     deadline = Some(self.stop(&format!("{name}: stopping")));
                 }
                 Ok(Notice::Ended(name, result)) => {
-                    self.running -= 1;
+                    if !self.parts.ended(&name) {
+                        self.others -= 1;
+                    }
                     self.thread_ended(&name, result, &mut deadline);
                 }
                 Err(RecvTimeoutError::Timeout) if deadline.is_some_and(|d| Instant::now() >= d) => {
                     let message = format!(
                         "{} threads did not end within {} s",
-                        self.running,
+                        self.others + self.parts.running(),
                         STOP_DEADLINE.as_secs()
                     );
                     return Err(Error::Failed(message));
@@ -260,6 +238,7 @@ impl Supervisor {
     fn stop(&mut self, why: &str) -> Instant {
         log::info!("{why}");
         notify(&[NotifyState::Stopping]);
+        self.parts.stop();
         self.switch.set();
         Instant::now() + STOP_DEADLINE
     }
@@ -279,10 +258,62 @@ impl Supervisor {
         }
     }
 
+    /// By the file as it is now. A wrong one is only said; an error is one that leaves the daemon without
+    /// a part of it.
+    fn reload(&mut self) -> Result<()> {
+        notify(&[
+            NotifyState::Reloading,
+            NotifyState::monotonic_usec_now().unwrap_or(NotifyState::Reloading),
+        ]);
+        let result = match Config::load(&self.path) {
+            Ok(config) => self.apply(config),
+            Err(error) => {
+                complain(&error);
+                Ok(())
+            }
+        };
+        let _ = self.wishes.send(self.config.registry.clone());
+        notify(&[NotifyState::Ready]);
+        result
+    }
+
+    fn apply(&mut self, config: Config) -> Result<()> {
+        config.log_remarks();
+        for (key, changed) in [
+            ("pidPath", config.pid_path != self.config.pid_path),
+            ("stateDir", config.state_dir != self.config.state_dir),
+            (
+                "controlSocket",
+                config.control_socket != self.config.control_socket,
+            ),
+        ] {
+            if changed {
+                log::warn!("reload: {key} is another, which takes effect at the next start");
+            }
+        }
+        if let Err(error) = self.parts.apply(&config, &self.config, &self.inbox) {
+            complain(&error);
+            return self.parts.apply(&self.config, &config, &self.inbox);
+        }
+        if self.log_level.is_none() {
+            log::set_max_level(config.log_level);
+        }
+        log_ready("has a new configuration", &config);
+        self.config = config;
+        Ok(())
+    }
+
     fn log_status(&self, what: &str) {
         let up = self.started.elapsed().as_secs();
         log::info!("{what}: up {up} s, {}", self.metrics.summary());
     }
+}
+
+/// Said to the log and to systemd.
+fn complain(error: &dyn std::fmt::Display) {
+    let text = format!("reload: {error}; going on with the former configuration");
+    log::error!("{text}");
+    notify(&[NotifyState::Status(&text)]);
 }
 
 /// A thread that updates the registry; it is not waited for on a stop, as it may wait for the network.
@@ -318,25 +349,6 @@ fn listen_for_signals(notices: Sender<Notice>) -> Result<()> {
     Ok(())
 }
 
-fn spawn(
-    name: String,
-    notices: Sender<Notice>,
-    work: Box<dyn FnOnce() -> Result<()> + Send>,
-) -> Result<()> {
-    let (thread, what) = (name.clone(), name.clone());
-    let work = move || {
-        // What a panicking thread leaves behind is dropped, not used: its channels close.
-        let result = catch_unwind(AssertUnwindSafe(work));
-        let result = result.unwrap_or_else(|_| Err(Error::Failed("it panicked".to_owned())));
-        let _ = notices.send(Notice::Ended(name, result));
-    };
-    thread::Builder::new()
-        .name(thread)
-        .spawn(work)
-        .context(|| format!("thread {what}"))?;
-    Ok(())
-}
-
 /// Without systemd there is nobody to tell.
 fn notify(state: &[NotifyState<'_>]) {
     if let Err(error) = sd_notify::notify(state) {
@@ -345,15 +357,15 @@ fn notify(state: &[NotifyState<'_>]) {
 }
 
 /// For scripts; the lock of the state directory is what keeps a second daemon out.
-struct PidFile<'a>(Option<&'a std::path::Path>);
+struct PidFile(Option<PathBuf>);
 
-impl PidFile<'_> {
-    fn write(config: &Config) -> Result<PidFile<'_>> {
+impl PidFile {
+    fn write(config: &Config) -> Result<PidFile> {
         let Some(path) = &config.pid_path else {
             return Ok(PidFile(None));
         };
         match fs::write(path, format!("{}\n", std::process::id())) {
-            Ok(()) => Ok(PidFile(Some(path))),
+            Ok(()) => Ok(PidFile(Some(path.clone()))),
             Err(error) if !config.pid_path_given => {
                 log::info!(
                     "{}: {error}; running without a PID file (pidPath)",
@@ -366,9 +378,9 @@ impl PidFile<'_> {
     }
 }
 
-impl Drop for PidFile<'_> {
+impl Drop for PidFile {
     fn drop(&mut self) {
-        if let Some(path) = self.0 {
+        if let Some(path) = &self.0 {
             let _ = fs::remove_file(path);
         }
     }

@@ -23,6 +23,8 @@ const BATCH: usize = 512;
 
 /// A backend's end of things: its channel and what is known of its length.
 pub struct Output {
+    /// The name of the backend.
+    pub name: &'static str,
     /// Where its events go.
     pub channel: Sender<Arc<FlowEvent>>,
     /// Depth and high-water mark of the channel.
@@ -31,8 +33,23 @@ pub struct Output {
     pub wants_news: bool,
 }
 
-/// A question about the open flows; the answer goes into the channel.
+/// What a reload may change.
+pub struct Settings {
+    /// `flows.maxFlows`.
+    pub max_flows: usize,
+    /// `flows.maxAge`.
+    pub max_age: Duration,
+    /// Whether fireflies come in, which may be echoes.
+    pub fireflies_come_in: bool,
+}
+
+/// A question about the open flows, or a change; the answer goes into the channel.
 pub enum Query {
+    /// From now on the events of the backend of this name go here, or nowhere. The answer is what is
+    /// open now.
+    Output(&'static str, Option<Output>, Sender<Vec<(Flow, OpenFlow)>>),
+    /// Other settings.
+    Settings(Settings),
     /// All of them, in no order.
     Flows(Sender<Vec<(Flow, OpenFlow)>>),
     /// One of them.
@@ -145,11 +162,27 @@ impl Dispatcher {
     }
 
     /// Who asked may have gone.
-    fn answer(&self, query: Query) {
+    fn answer(&mut self, query: Query) {
+        let flows = |table: &FlowTable| {
+            let flows = table.iter().map(|(flow, open)| (*flow, open.clone()));
+            flows.collect()
+        };
         match query {
+            Query::Output(name, output, reply) => {
+                self.outputs.retain(|output| output.name != name);
+                self.outputs.extend(output);
+                let _ = reply.send(flows(&self.table));
+            }
+            Query::Settings(settings) => {
+                self.table.set_max_flows(settings.max_flows);
+                self.max_age = settings.max_age;
+                match settings.fireflies_come_in {
+                    true => drop(self.echoes.get_or_insert_default()),
+                    false => self.echoes = None,
+                }
+            }
             Query::Flows(reply) => {
-                let flows = self.table.iter().map(|(flow, open)| (*flow, open.clone()));
-                let _ = reply.send(flows.collect());
+                let _ = reply.send(flows(&self.table));
             }
             Query::Flow(flow, reply) => {
                 let _ = reply.send(self.table.get(&flow).cloned());

@@ -10,19 +10,18 @@ pub mod sockets;
 
 use crate::config::Config;
 use crate::error::Result;
-use crate::plugins::Plugin;
+use crate::plugins::{Plugin, boxed};
 use crate::routes::Sources;
 
-/// Builds every enricher that is configured. Seen from the dispatcher they are plugins.
-pub fn build(config: &Config, sources: &Sources) -> Result<Vec<Box<dyn Plugin>>> {
-    let mut enrichers: Vec<Box<dyn Plugin>> = Vec::new();
-    if let Some(sockets) = sockets::Sockets::new(config, sources)? {
-        enrichers.push(Box::new(sockets));
-    }
-    #[cfg(feature = "bpf")]
-    if let Some(settings) = &config.skops_enricher {
-        let skops = skops::SkopsEnricher::new(settings, &sources.metrics)?;
-        enrichers.push(Box::new(skops));
-    }
-    Ok(enrichers)
+/// Builds the enricher of this name, if it is configured. Seen from the dispatcher it is a plugin.
+pub fn build(name: &str, config: &Config, sources: &Sources) -> Result<Option<Box<dyn Plugin>>> {
+    Ok(match name {
+        "sockets" => boxed(sockets::Sockets::new(config, sources)?),
+        #[cfg(feature = "bpf")]
+        "skops" => {
+            let build = |settings| skops::SkopsEnricher::new(settings, &sources.metrics);
+            boxed(config.skops_enricher.as_ref().map(build).transpose()?)
+        }
+        _ => None,
+    })
 }

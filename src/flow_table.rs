@@ -151,6 +151,11 @@ impl FlowTable {
         }
     }
 
+    /// From now on at most so many; those that are open stay.
+    pub fn set_max_flows(&mut self, max_flows: usize) {
+        self.max_flows = max_flows;
+    }
+
     /// Enters a flow that was open when the daemon last ran, beyond `max_flows` if need be.
     pub fn restore(&mut self, flow: Flow, open: OpenFlow) {
         self.flows.insert(flow, open);

@@ -48,9 +48,11 @@ fn remember(record: &log::Record<'_>) {
 pub fn start(level: LevelFilter, timestamps: bool) {
     let journal = is_journal();
     let mut builder = Builder::new();
-    builder.filter_level(level);
-    // The netlink library tells of its own threads.
-    builder.filter_module("neli", level.min(LevelFilter::Warn));
+    builder.filter_level(LevelFilter::Trace);
+    // Libraries tell of their own threads and requests.
+    for library in ["neli", "ureq", "ureq_proto", "rustls", "mio"] {
+        builder.filter_module(library, LevelFilter::Warn);
+    }
     builder.format(move |out, record| {
         if record.level() <= Level::Warn {
             remember(record);
@@ -68,6 +70,7 @@ pub fn start(level: LevelFilter, timestamps: bool) {
     });
     // Only a second start in one process could fail.
     let _ = builder.try_init();
+    log::set_max_level(level);
     std::panic::set_hook(Box::new(|panic| {
         let thread = std::thread::current();
         let name = thread.name().unwrap_or("?");

@@ -19,7 +19,7 @@ use crate::flow::{FlowEvent, State};
 use crate::metrics::Metrics;
 use crate::queue::{Pushed, push};
 use crate::routes::Sources;
-use crate::sys::stop::Stop;
+use crate::sys::stop::{Handover, Stop};
 
 /// A source of flow events. Building one acquires every resource it needs (socket, pipe, BPF program),
 /// so that a bad configuration or a missing privilege is an error before the daemon says it is ready.
@@ -31,35 +31,53 @@ pub trait Plugin: Send {
     fn run(self: Box<Self>, events: EventSender, stop: Stop) -> Result<()>;
 }
 
-/// Builds every plugin that is configured.
-pub fn build(config: &Config, sources: &Sources) -> Result<Vec<Box<dyn Plugin>>> {
+/// Builds the plugin of this name, if it is configured.
+pub fn build(
+    name: &str,
+    config: &Config,
+    sources: &Sources,
+    handover: Handover,
+) -> Result<Option<Box<dyn Plugin>>> {
     let (registry, metrics) = (&sources.registry, &sources.metrics);
-    let mut plugins: Vec<Box<dyn Plugin>> = Vec::new();
-    if let Some(config) = &config.named_pipe {
-        plugins.push(Box::new(named_pipe::NamedPipe::new(
-            config, registry, metrics,
-        )?));
-    }
-    if let Some(config) = &config.firefly_plugin {
-        plugins.push(Box::new(firefly::Firefly::new(config, metrics)?));
-    }
-    if let Some(config) = &config.api {
-        plugins.push(Box::new(api::Api::new(config, sources.clone())?));
-    }
-    if let Some(config) = &config.netlink {
-        plugins.push(Box::new(netlink::Netlink::new(config, metrics)?));
-    }
-    if let Some(config) = &config.netstat {
-        plugins.push(Box::new(netstat::Netstat::new(config, metrics)?));
-    }
-    #[cfg(feature = "bpf")]
-    if let Some(config) = &config.iperf3 {
-        plugins.push(Box::new(iperf3::Iperf3::new(config, metrics)?));
-    }
-    if let Some(tag) = config.perfsonar {
-        plugins.push(Box::new(perfsonar::Perfsonar::new(tag)?));
-    }
-    Ok(plugins)
+    Ok(match name {
+        "named_pipe" => {
+            let build = |pipe| named_pipe::NamedPipe::new(pipe, registry, metrics, handover);
+            boxed(config.named_pipe.as_ref().map(build).transpose()?)
+        }
+        "firefly" => {
+            let build = |firefly| firefly::Firefly::new(firefly, metrics);
+            boxed(config.firefly_plugin.as_ref().map(build).transpose()?)
+        }
+        "api" => {
+            let build = |api| api::Api::new(api, sources.clone());
+            boxed(config.api.as_ref().map(build).transpose()?)
+        }
+        "netlink" => {
+            let build = |netlink| netlink::Netlink::new(netlink, metrics);
+            boxed(config.netlink.as_ref().map(build).transpose()?)
+        }
+        "netstat" => {
+            let build = |netstat| netstat::Netstat::new(netstat, metrics);
+            boxed(config.netstat.as_ref().map(build).transpose()?)
+        }
+        #[cfg(feature = "bpf")]
+        "iperf3" => {
+            let build = |iperf3| iperf3::Iperf3::new(iperf3, metrics);
+            boxed(config.iperf3.as_ref().map(build).transpose()?)
+        }
+        "perfsonar" => boxed(
+            config
+                .perfsonar
+                .map(perfsonar::Perfsonar::new)
+                .transpose()?,
+        ),
+        _ => None,
+    })
+}
+
+/// As the trait object that the daemon runs.
+pub fn boxed<P: Plugin + 'static>(plugin: Option<P>) -> Option<Box<dyn Plugin>> {
+    plugin.map(|plugin| Box::new(plugin) as Box<dyn Plugin>)
 }
 
 /// The time to the microsecond, which is what a firefly and the journal keep.

@@ -5,6 +5,7 @@ use std::net::IpAddr;
 use std::sync::{Arc, Weak};
 use std::time::{Duration, Instant};
 
+use arc_swap::ArcSwap;
 use crossbeam_channel::{Sender, bounded};
 use form_urlencoded as query;
 use ipnet::IpNet;
@@ -52,6 +53,15 @@ pub struct Sources {
     pub registry: Handle,
     /// Counters.
     pub metrics: Metrics,
+    /// What a reload may change.
+    pub setup: Arc<ArcSwap<Setup>>,
+    /// When the daemon was started.
+    pub started: Timestamp,
+}
+
+/// What the daemon consists of.
+#[derive(Clone, Default)]
+pub struct Setup {
     /// Labels of packets, where they are marked with labels.
     pub labeller: Option<Labeller>,
     /// Names of the plugins.
@@ -60,8 +70,6 @@ pub struct Sources {
     pub enrichers: Vec<&'static str>,
     /// Names of the backends.
     pub backends: Vec<&'static str>,
-    /// When the daemon was started.
-    pub started: Timestamp,
 }
 
 /// Answers requests.
@@ -187,7 +195,7 @@ impl Routes {
         let addresses = interfaces::list().map(|(_, addresses)| addresses);
         Describer {
             registry: self.registry(),
-            labeller: self.sources.labeller.clone(),
+            labeller: self.sources.setup.load().labeller.clone(),
             local: addresses.unwrap_or_default(),
             now: Timestamp::now(),
         }
@@ -226,15 +234,16 @@ impl Routes {
                 })
             })
             .collect();
+        let setup = self.sources.setup.load();
         json!({
             "version": env!("CARGO_PKG_VERSION"),
             "pid": std::process::id(),
             "started": format!("{:.3}", self.sources.started),
             "uptime": self.since.elapsed().as_secs(),
             "flows-open": value("flowd_flows_open"),
-            "plugins": parts("plugin", &self.sources.plugins),
-            "backends": parts("backend", &self.sources.backends),
-            "enrichers": parts("plugin", &self.sources.enrichers),
+            "plugins": parts("plugin", &setup.plugins),
+            "backends": parts("backend", &setup.backends),
+            "enrichers": parts("plugin", &setup.enrichers),
             "dispatcher": outcomes(&samples, |s| s.name == "flowd_dispatcher_events_total"),
             "journal": outcomes(&samples, |s| s.name == "flowd_journal_writes_total"),
             "queues": queues,

@@ -51,9 +51,8 @@ pub struct Firefly {
     listener: Option<SocketAddr>,
     local: LocalAddresses,
     encoder: Encoder,
-    /// Whether fireflies say what is known of sockets, and whether news of sockets is sent.
+    /// Whether fireflies say what is known of sockets.
     enrich: bool,
-    ongoing: bool,
     /// What stands for the addresses of this host, IPv4 and IPv6.
     public: [Option<IpAddr>; 2],
     discovered: Option<PublicAddresses>,
@@ -101,7 +100,6 @@ impl Firefly {
             )
             .enriched(config.enrichment),
             enrich: config.enrichment.is_some(),
-            ongoing: config.enrichment.is_some() && config.ongoing,
             public: config.public,
             discovered: config
                 .stun
@@ -264,10 +262,6 @@ impl Firefly {
 impl Backend for Firefly {
     fn name(&self) -> &'static str {
         NAME
-    }
-
-    fn wants_news(&self) -> bool {
-        self.ongoing
     }
 
     fn run(mut self: Box<Self>, events: Receiver<Arc<FlowEvent>>) -> Result<()> {

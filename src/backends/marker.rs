@@ -23,6 +23,7 @@ use crate::scitag::{self, Labeller};
 use crate::sys::interfaces::{self, Interface};
 use crate::sys::mark_maps::{Entered, Key, Maps, Mark, UNMARKED};
 use crate::sys::marker::{Program, our_filters};
+use crate::sys::stop::Handover;
 
 const NAME: &str = "marker";
 /// Events in a row before a change of interfaces has its turn.
@@ -56,15 +57,16 @@ pub struct Marker {
     counters: Outcomes<Outcome>,
     /// How many interfaces it is attached to.
     interfaces: IntGauge,
+    handover: Handover,
     trouble: LogLimit,
 }
 
-/// What reads the maps of the marker that has just been built, from any thread.
-pub fn read_marks(config: &config::Marker) -> Result<Option<ReadMarks>> {
-    let Some(maps) = Maps::pinned(&config.bpf_fs_path)? else {
-        return Ok(None);
-    };
-    let read = move || {
+/// What reads the maps of the marker, from any thread.
+pub fn read_marks(config: &config::Marker) -> ReadMarks {
+    let bpffs = config.bpf_fs_path.clone();
+    Arc::new(move || {
+        let maps = Maps::pinned(&bpffs).inspect_err(|error| log::debug!("marker: {error}"));
+        let maps = maps.ok().flatten()?;
         let mut by_tag: HashMap<Tag, Marked> = HashMap::new();
         let mut add = |tag, packets, bytes| {
             let marked = by_tag.entry(tag).or_default();
@@ -80,14 +82,13 @@ pub fn read_marks(config: &config::Marker) -> Result<Option<ReadMarks>> {
             entries += 1;
             add(mark.tag, mark.packets, mark.bytes);
         }
-        Marks {
+        Some(Marks {
             by_tag: by_tag.into_iter().collect(),
             unmarked: UNMARKED.into_iter().zip(maps.unmarked()).collect(),
             entries,
             capacity: maps.capacity(),
-        }
-    };
-    Ok(Some(Arc::new(read)))
+        })
+    })
 }
 
 impl Marker {
@@ -98,6 +99,7 @@ impl Marker {
         max_flows: usize,
         labeller: &Labeller,
         metrics: &Metrics,
+        handover: Handover,
     ) -> Result<Marker> {
         let changes = interfaces::watch().context(|| "rtnetlink of the marker".to_owned())?;
         let (found, local) = interfaces::list().context(|| "interfaces of this host".to_owned())?;
@@ -124,6 +126,7 @@ impl Marker {
             all: None,
             counters: metrics.backend(NAME),
             interfaces: metrics.marker_interfaces.clone(),
+            handover,
             trouble: LogLimit::new(Level::Warn, "marker: flows not marked"),
         })
     }
@@ -356,7 +359,7 @@ impl Backend for Marker {
 /// Whichever way the daemon ends in good order, or fails to start: nothing of ours stays behind.
 impl Drop for Marker {
     fn drop(&mut self) {
-        if self.config.keep_on_exit {
+        if self.config.keep_on_exit || self.handover.is_begun() {
             return;
         }
         if let Err(error) = self.program.maps.detach_all(self.config.remove_qdisc) {

@@ -73,7 +73,7 @@ pub struct Marked {
 }
 
 /// Reads the marker's maps.
-pub type ReadMarks = Arc<dyn Fn() -> Marks + Send + Sync>;
+pub type ReadMarks = Arc<dyn Fn() -> Option<Marks> + Send + Sync>;
 
 /// The backend, with its sockets bound.
 pub struct Prometheus {
@@ -197,10 +197,6 @@ impl Backend for Prometheus {
             .iter()
             .for_each(|(_, open)| self.store.restore(open.tag));
         Ok(())
-    }
-
-    fn wants_news(&self) -> bool {
-        true
     }
 
     fn run(mut self: Box<Self>, events: Receiver<Arc<FlowEvent>>) -> Result<()> {
@@ -328,7 +324,7 @@ impl Scrapes {
     }
 
     fn read_marks(&mut self) -> Option<Marks> {
-        let mut marks = self.marks.as_ref()?();
+        let mut marks = self.marks.as_ref()?()?;
         for (tag, marked) in &marks.by_tag {
             let most = self.marked.entry(*tag).or_default();
             most.packets = most.packets.max(marked.packets);

@@ -43,6 +43,6 @@ impl Run {
         logging.level = self.log_level.or(debug).or(logging.level);
         logging.time |= self.log_time;
         logging.start(config.log_level);
-        daemon::run(&config)
+        daemon::run(config, &self.config, logging.level)
     }
 }

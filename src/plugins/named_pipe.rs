@@ -3,9 +3,10 @@
 //! The pipe is read on a poll loop until it is empty. One that somebody deletes or replaces is made
 //! again within a second; the old one is read until its last writer closes it.
 
-use std::fs::File;
+use std::fs::{self, File};
 use std::io::{self, Read};
 use std::os::fd::AsRawFd;
+use std::os::unix::fs::PermissionsExt;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -24,7 +25,7 @@ use crate::metrics::{Metrics, Outcomes};
 use crate::pipe_line::{self, LineOutcome};
 use crate::registry::{Handle, Registry};
 use crate::sys::fifo::{Fifo, group_id};
-use crate::sys::stop::Stop;
+use crate::sys::stop::{Handover, Stop};
 
 const NAME: &str = "named_pipe";
 /// What the loop does when nothing happens: see whether the pipe is still there.
@@ -47,6 +48,7 @@ pub struct NamedPipe {
     poll: Poll,
     registry: Handle,
     counters: Outcomes<LineOutcome>,
+    handover: Handover,
 }
 
 impl NamedPipe {
@@ -55,6 +57,7 @@ impl NamedPipe {
         config: &config::NamedPipe,
         registry: &Handle,
         metrics: &Metrics,
+        handover: Handover,
     ) -> Result<NamedPipe> {
         let group = config
             .group
@@ -77,8 +80,16 @@ impl NamedPipe {
             poll,
             registry: registry.clone(),
             counters: metrics.plugin(NAME),
+            handover,
         })
     }
+}
+
+/// Gives a pipe that is there the mode and group of these settings.
+pub fn adjust(config: &config::NamedPipe) -> io::Result<()> {
+    let group = config.group.as_deref().map(group_id).transpose()?;
+    nix::unistd::chown(&config.path, None, group)?;
+    fs::set_permissions(&config.path, fs::Permissions::from_mode(config.mode))
 }
 
 fn open(path: &std::path::Path, mode: u32, group: Option<Gid>) -> io::Result<Fifo> {
@@ -197,7 +208,9 @@ impl Plugin for NamedPipe {
             }
         }
         // Whoever comes now finds no pipe, instead of one that nobody reads.
-        if let Err(error) = pipe.remove() {
+        if !self.handover.is_begun()
+            && let Err(error) = pipe.remove()
+        {
             log::warn!(
                 "named pipe {}: cannot be removed: {error}",
                 pipe.path().display()
