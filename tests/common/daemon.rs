@@ -39,14 +39,25 @@ impl Home {
         home
     }
 
+    /// Beside the pipe; `more` may go on with plugins.
     pub fn configure(&self, more: &str) {
+        let pipe = self.path("pipe").display().to_string();
+        self.configure_plugins(&format!("  namedPipe:\n    pipePath: {pipe}\n"), more);
+    }
+
+    /// `plugins` is YAML of plugins, each line indented by two.
+    pub fn configure_plugins(&self, plugins: &str, more: &str) {
         let path = |name| self.path(name).display().to_string();
+        // No test asks the Internet.
+        let registry = match more.contains("registry:") {
+            true => "",
+            false => "registry: {url: ''}\n",
+        };
         let config = format!(
-            "pidPath: {}\nstateDir: {}\ncontrolSocket: {}\nplugins:\n  namedPipe:\n    pipePath: {}\n{more}",
+            "{registry}pidPath: {}\nstateDir: {}\ncontrolSocket: {}\nplugins:\n{plugins}{more}",
             path("pid"),
             path("state"),
             path("control.sock"),
-            path("pipe")
         );
         fs::write(self.path("flowd.cfg"), config).unwrap();
     }

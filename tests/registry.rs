@@ -1,0 +1,429 @@
+//! The registry from its URL, and public addresses behind a NAT: servers of the test's own.
+#![allow(missing_docs)]
+
+mod common;
+
+use std::fs;
+use std::io::{BufRead, BufReader, Read, Write};
+use std::net::{SocketAddr, TcpListener, TcpStream, UdpSocket};
+use std::sync::mpsc::{Receiver, Sender, channel};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use common::daemon::{Home, PROGRAM, run, write};
+use common::http::Client;
+use common::net::{HERE6, Hosts, NetNs, THERE6};
+use common::sink::Sink;
+use common::{DEADLINE, wait_for};
+use nix::sys::signal::Signal;
+use stun_types::attribute::XorMappedAddress;
+use stun_types::message::{Message, MessageWriteVec};
+use stun_types::prelude::*;
+
+/// What a web server answers to a request, whose head it is given.
+type Answer = Box<dyn Fn(&str, &mut TcpStream) + Send>;
+
+/// A web server in a namespace; tells the head of each request.
+fn web_server(ns: &NetNs, address: &str, answer: Answer) -> (SocketAddr, Receiver<String>) {
+    let listener = ns.enter(|| TcpListener::bind(address).unwrap());
+    let at = listener.local_addr().unwrap();
+    let (tell, told): (Sender<String>, _) = channel();
+    thread::spawn(move || {
+        for stream in listener.incoming() {
+            let mut stream = stream.unwrap();
+            let mut head = String::new();
+            let mut reader = BufReader::new(stream.try_clone().unwrap());
+            while !head.ends_with("\r\n\r\n") {
+                if reader.read_line(&mut head).unwrap_or(0) == 0 {
+                    break;
+                }
+            }
+            answer(&head, &mut stream);
+            // Not every test asks what was asked.
+            let _ = tell.send(head);
+        }
+    });
+    (at, told)
+}
+
+fn respond(stream: &mut TcpStream, status: &str, headers: &str, body: &str) {
+    let length = body.len();
+    let text = format!(
+        "HTTP/1.1 {status}\r\n{headers}Content-Length: {length}\r\nConnection: close\r\n\r\n{body}"
+    );
+    let _ = stream.write_all(text.as_bytes());
+}
+
+fn registry(name: &str) -> String {
+    format!(
+        r#"{{"version": 1, "experiments": [{{"expName": "{name}", "expId": 77, "activities": [{{"activityName": "Testing \"\\", "activityId": 7}}]}}]}}"#
+    )
+}
+
+/// With `registry.url` and a `workDir` of its own.
+fn home(url: &str) -> Home {
+    let home = Home::with("backends:\n  firefly: {}\n");
+    let work = home.path("work").display().to_string();
+    home.configure(&format!(
+        "backends:\n  firefly: {{}}\n  prometheus: {{port: 9000}}\nworkDir: {work}\nregistry: {{url: '{url}'}}\n"
+    ));
+    home
+}
+
+const NEW: &str = "start tcp 2001:db8::1 1 2001:db8::2 2 newexp Testing_\"\\\n";
+
+#[test]
+#[ignore = "needs root: network namespaces"]
+fn a_name_is_known_after_a_refresh_and_after_a_restart_without_one() {
+    let hosts = Hosts::new();
+    let (at, asked) = web_server(
+        &hosts.there,
+        &format!("[{THERE6}]:0"),
+        Box::new(
+            |head, stream| match head.contains("if-none-match: \"v1\"") {
+                true => respond(stream, "304 Not Modified", "", ""),
+                false => respond(stream, "200 OK", "ETag: \"v1\"\r\n", &registry("newexp")),
+            },
+        ),
+    );
+    let home = home(&format!("http://{at}/api.json"));
+    let daemon = home.start(&hosts.here);
+    asked.recv_timeout(DEADLINE).unwrap();
+    daemon.expect_status("registry_updates updated 1");
+    home.wait_for_log("registry: 1 experiments, from http://");
+    home.write(NEW);
+    daemon.expect_status("flows_open 1");
+    // Names with quotes and backslashes as labels.
+    let page = wait_for("the sums", || {
+        let page = Client::tcp(&hosts.here, "127.0.0.1:9000")
+            .get("/metrics")
+            .body;
+        page.contains("flowd_flows_open").then_some(page)
+    });
+    let expected = r#"flowd_flows_open{act="Testing \"\\",exp="newexp"} 1"#;
+    assert!(page.contains(expected), "{page}");
+    daemon.signal(Signal::SIGHUP);
+    let head = asked.recv_timeout(DEADLINE).unwrap();
+    assert!(head.contains("if-none-match: \"v1\""), "{head}");
+    daemon.expect_status("registry_updates unchanged 1");
+    daemon.stop();
+
+    // Nobody serves it any more, but it is in the cache.
+    let (config, url) = (home.path("flowd.cfg"), format!("http://{at}/api.json"));
+    fs::write(
+        &config,
+        fs::read_to_string(&config)
+            .unwrap()
+            .replace(&url, "http://[2001:db8::9]/"),
+    )
+    .unwrap();
+    let (_, said, _) = run(&["registry", "-c", config.to_str().unwrap()]);
+    assert!(said.contains("atlas"), "of another URL: {said}");
+    fs::write(
+        &config,
+        fs::read_to_string(&config)
+            .unwrap()
+            .replace("http://[2001:db8::9]/", &url),
+    )
+    .unwrap();
+    let (code, said, _) = run(&["registry", "-c", config.to_str().unwrap(), "lookup", "77"]);
+    assert_eq!(
+        (code, said.lines().nth(1)),
+        (0, Some("        77  newexp             7  Testing \"\\"))
+    );
+    let (code, _, said) = run(&[
+        "registry",
+        "-c",
+        config.to_str().unwrap(),
+        "lookup",
+        "atlas",
+    ]);
+    assert!(code == 1 && said.contains("(cached)"), "{said}");
+    let daemon = home.start(&hosts.here);
+    home.write(&NEW.replace("start", "end"));
+    daemon.expect_status("dispatcher_events ended 1");
+    daemon.stop();
+}
+
+#[test]
+#[ignore = "needs root: network namespaces"]
+fn start_up_waits_for_no_registry_and_a_wrong_one_changes_nothing() {
+    let hosts = Hosts::new();
+    let huge = format!("{{\"experiments\": [{}]}}", "1,".repeat(1 << 20));
+    let answers: Vec<(&str, Answer)> = vec![
+        (
+            "expected status 200, got 404",
+            Box::new(|_, stream| respond(stream, "404 Not Found", "", "gone")),
+        ),
+        (
+            "no registry: ",
+            Box::new(|_, stream| respond(stream, "200 OK", "", "<html>")),
+        ),
+        (
+            "is out of range",
+            Box::new(|_, stream| {
+                respond(stream, "200 OK", "", &registry("x").replace("77", "777"))
+            }),
+        ),
+        (
+            "",
+            Box::new(move |_, stream| respond(stream, "200 OK", "", &huge)),
+        ),
+        (
+            "",
+            Box::new(|_, stream| {
+                // Slow: more than anybody waits for.
+                let _ = stream.write_all(b"HTTP/1.1 200 OK\r\n");
+                let _ = stream.read(&mut [0]);
+            }),
+        ),
+    ];
+    for (expected, answer) in answers {
+        let (at, asked) = web_server(&hosts.there, &format!("[{THERE6}]:0"), answer);
+        let home = home(&format!("http://{at}/api.json"));
+        let began = Instant::now();
+        let daemon = home.start(&hosts.here);
+        assert!(began.elapsed() < Duration::from_secs(10), "waited");
+        home.write("start tcp 2001:db8::1 1 2001:db8::2 2 cms Cache\n");
+        daemon.expect_status("flows_open 1");
+        if !expected.is_empty() {
+            asked.recv_timeout(DEADLINE).unwrap();
+            home.wait_for_log(expected);
+            daemon.expect_status("registry_updates failed 1");
+        }
+        home.write(NEW);
+        daemon.expect_status("plugin_events experiment named_pipe 1");
+        assert!(!home.path("work/registry.json").exists());
+        daemon.stop();
+    }
+}
+
+#[test]
+fn a_local_file_is_a_registry() {
+    let home = Home::with("");
+    write(&home.path("registry.json"), &registry("ours"));
+    let url = format!("file://{}", home.path("registry.json").display());
+    home.configure(&format!(
+        "backends: {{dummy: {{}}}}\nregistry: {{url: '{url}'}}\n"
+    ));
+    let config = home.path("flowd.cfg");
+    let (code, said, _) = run(&["registry", "-c", config.to_str().unwrap(), "list"]);
+    assert!(code == 0 && said.contains("77  ours"), "{said}");
+    let (code, said, _) = run(&["registry", "-c", config.to_str().unwrap(), "update"]);
+    assert!(code == 0 && said.contains("1 experiments"), "{said}");
+    let (code, _, said) = run(&[
+        "registry",
+        "-c",
+        config.to_str().unwrap(),
+        "lookup",
+        "atlas",
+    ]);
+    assert!(
+        code == 1 && said.contains("no experiment or activity is named \"atlas\""),
+        "{said}"
+    );
+    write(&home.path("registry.json"), "{}");
+    let (code, _, said) = run(&["registry", "-c", config.to_str().unwrap(), "update"]);
+    assert!(
+        code == 1 && said.contains("missing field `experiments`"),
+        "{said}"
+    );
+}
+
+/// Private addresses behind a router that translates them: `inside`, `router`, and the hosts outside.
+struct Nat {
+    inside: NetNs,
+    _router: NetNs,
+    outside: NetNs,
+}
+
+const PUBLIC4: &str = "42.0.0.1";
+const PUBLIC6: &str = "2a00:1::1";
+const SERVER4: &str = "42.0.0.2";
+const SERVER6: &str = "2a00:1::2";
+
+impl Nat {
+    fn new() -> Nat {
+        let (inside, router, outside) = (
+            NetNs::new("inside"),
+            NetNs::new("router"),
+            NetNs::new("outside"),
+        );
+        for (ns, name) in [(&inside, "in"), (&outside, "out")] {
+            router.ip(&[
+                "link", "add", name, "type", "veth", "peer", "name", "veth0", "netns", &ns.name,
+            ]);
+            router.ip(&["link", "set", name, "up"]);
+            ns.ip(&["link", "set", "veth0", "up"]);
+            ns.ip(&["link", "set", "lo", "up"]);
+        }
+        for (ns, device, addresses) in [
+            (&inside, "veth0", ["10.0.0.2/24", "fd00::2/64"]),
+            (&router, "in", ["10.0.0.1/24", "fd00::1/64"]),
+            (&router, "out", ["42.0.0.1/24", "2a00:1::1/64"]),
+            (&outside, "veth0", ["42.0.0.2/24", "2a00:1::2/64"]),
+        ] {
+            ns.ip(&["addr", "add", addresses[0], "dev", device]);
+            ns.ip(&["addr", "add", addresses[1], "dev", device, "nodad"]);
+        }
+        inside.ip(&["route", "add", "default", "via", "10.0.0.1"]);
+        inside.ip(&["-6", "route", "add", "default", "via", "fd00::1"]);
+        let set = |key: &str| {
+            let status = router
+                .command("sh")
+                .args(["-c", &format!("echo 1 > /proc/sys/{key}")])
+                .status();
+            assert!(status.unwrap().success());
+        };
+        set("net/ipv4/ip_forward");
+        set("net/ipv6/conf/all/forwarding");
+        let rules = "table inet nat { chain post { type nat hook postrouting priority 100; oifname \"out\" masquerade; }; }";
+        let nft = router
+            .command("nft")
+            .arg(rules)
+            .output()
+            .expect("nft (nftables) is installed");
+        assert!(
+            nft.status.success(),
+            "{}",
+            String::from_utf8_lossy(&nft.stderr)
+        );
+        Nat {
+            inside,
+            _router: router,
+            outside,
+        }
+    }
+
+    /// A STUN server outside.
+    fn stun_server(&self, address: &str) {
+        let socket = self
+            .outside
+            .enter(|| UdpSocket::bind((address, 3478)).unwrap());
+        thread::spawn(move || {
+            let mut buffer = [0; 1500];
+            while let Ok((length, from)) = socket.recv_from(&mut buffer) {
+                let request = Message::from_bytes(&buffer[..length]).unwrap();
+                let mut answer = Message::builder_success(&request, MessageWriteVec::new());
+                let address = XorMappedAddress::new(from, request.transaction_id());
+                answer.add_attribute(&address).unwrap();
+                let _ = socket.send_to(&answer.finish(), from);
+            }
+        });
+    }
+
+    /// A web server outside that answers with the address of who asks.
+    fn echo_server(&self, address: &str) -> SocketAddr {
+        let answer = |_: &str, stream: &mut TcpStream| {
+            let from = stream.peer_addr().unwrap().ip();
+            respond(stream, "200 OK", "", &format!("{from}\n"));
+        };
+        web_server(&self.outside, address, Box::new(answer)).0
+    }
+}
+
+#[test]
+#[ignore = "needs root: network namespaces"]
+fn the_public_address_stands_for_the_local_end_of_fireflies() {
+    let nat = Nat::new();
+    nat.stun_server(SERVER4);
+    nat.stun_server(SERVER6);
+    let http4 = nat.echo_server(&format!("{SERVER4}:8000"));
+    let http6 = nat.echo_server(&format!("[{SERVER6}]:8000"));
+    let (broken, _) = web_server(
+        &nat.outside,
+        &format!("{SERVER4}:0"),
+        Box::new(|_, stream| respond(stream, "200 OK", "", "who knows")),
+    );
+    let firefly = |stun: &str| {
+        format!(
+            "backends:\n  firefly: {{sendToCollector: true, collectorAddress: {SERVER4}, stun: {{{stun}}}}}\n"
+        )
+    };
+    let sink = Sink::bind(&nat.outside, &format!("{SERVER4}:10514"));
+    for (stun, public4, public6) in [
+        (format!("stunServers: ['{SERVER4}', '[{SERVER6}]:3478'], httpServices: []"), PUBLIC4, PUBLIC6),
+        (format!("stunServers: [], httpServices: ['http://{broken}/', 'http://{http4}/', 'http://{http6}/']"), PUBLIC4, PUBLIC6),
+        ("stunServers: [], httpServices: [], manualMapping: {10.0.0.2: 9.9.9.9, 'fd00::2': '2a00:9::9'}".to_owned(), "9.9.9.9", "2a00:9::9"),
+    ] {
+        let home = Home::with(&firefly(&stun));
+        let daemon = home.start(&nat.inside);
+        if !stun.contains("manual") {
+            home.wait_for_log(&format!("{public4} stands for 10.0.0.2"));
+            home.wait_for_log(&format!("{public6} stands for fd00::2"));
+        }
+        // Either end, either family; and a flow that passes by is left alone.
+        for (line, key, public) in [
+            (format!("tcp 10.0.0.2 1 {SERVER4} 2"), "src-ip", public4),
+            (format!("tcp {SERVER4} 1 10.0.0.2 2"), "dst-ip", public4),
+            (format!("tcp fd00::2 1 {SERVER6} 2"), "src-ip", public6),
+            ("tcp 10.0.0.7 1 42.0.0.9 2".to_owned(), "src-ip", "10.0.0.7"),
+        ] {
+            home.write(&format!("start {line} 2 9\n"));
+            // A firefly to the destination may come to the same socket: it says the same.
+            let json = sink.firefly().json;
+            assert_eq!(json["flow-id"][key], public, "{line}: {json}");
+            while sink.datagram(Duration::from_millis(200)).is_some() {}
+        }
+        daemon.stop();
+        let config = home.path("flowd.cfg");
+        let output = nat.inside.command(PROGRAM).args(["stun", "sample", "-c"]).arg(config).output().unwrap();
+        let said = String::from_utf8(output.stdout).unwrap();
+        assert!(output.status.success() && said.contains(&format!("10.0.0.2 -> {public4}")), "{said}");
+    }
+}
+
+#[test]
+#[ignore = "needs root: network namespaces"]
+fn an_address_that_comes_later_is_asked_for_and_finding_nothing_is_no_delay() {
+    let nat = Nat::new();
+    nat.inside
+        .ip(&["addr", "del", "10.0.0.2/24", "dev", "veth0"]);
+    nat.inside.ip(&["-6", "addr", "flush", "dev", "veth0"]);
+    let home = Home::with(&format!(
+        "backends:\n  firefly: {{sendToCollector: true, stun: {{stunServers: [{SERVER4}], httpServices: []}}}}\n"
+    ));
+    let began = Instant::now();
+    let daemon = home.start(&nat.inside);
+    assert!(began.elapsed() < Duration::from_secs(10));
+    nat.inside
+        .ip(&["addr", "add", "10.0.0.2/24", "dev", "veth0"]);
+    nat.inside
+        .ip(&["route", "add", "default", "via", "10.0.0.1"]);
+    home.wait_for_log("nobody tells it of this host's private one");
+    nat.stun_server(SERVER4);
+    // Another change has it asked again.
+    nat.inside
+        .ip(&["addr", "add", "10.0.0.3/24", "dev", "veth0"]);
+    home.wait_for_log(&format!("{PUBLIC4} stands for 10.0.0.2"));
+    daemon.stop();
+}
+
+#[test]
+#[ignore = "needs root: network namespaces"]
+fn flowds_sources_stand_for_this_host() {
+    let hosts = Hosts::new();
+    let home = Home::with("");
+    let (pipe, config) = (home.path("pipe"), home.path("flowd.cfg"));
+    write(
+        &config,
+        &format!(
+            "PLUGIN='np_api'\nBACKEND='udp_firefly'\nFLOW_MAP_API='file:///nowhere'\nNP_API_FILE='{}'\nUDP_FIREFLY_DST='{THERE6}'\nUDP_FIREFLY_IP6_SRC='2a00:9::9'\n",
+            pipe.display()
+        ),
+    );
+    let sink = Sink::bind(&hosts.there, &format!("[{THERE6}]:10514"));
+    // State and control socket are where a service has them: a mount of the test's own.
+    let mounts = "mount -t tmpfs none /var/lib && mount -t tmpfs none /run && exec \"$@\"";
+    let mut daemon = hosts.here.command("unshare");
+    daemon.args(["--mount", "sh", "-c", mounts, "sh", PROGRAM, "run", "-c"]);
+    let log = fs::File::create(home.path("log")).unwrap();
+    let mut daemon = daemon.arg(&config).stderr(log).spawn().unwrap();
+    home.wait_for_log("is ready");
+    home.write(&format!("start tcp {HERE6} 1 {THERE6} 2 cms Cache\n"));
+    let json = sink.firefly().json;
+    assert_eq!(json["flow-id"]["src-ip"], "2a00:9::9", "{json}");
+    assert_eq!(json["flow-id"]["dst-ip"], THERE6);
+    daemon.kill().unwrap();
+    daemon.wait().unwrap();
+}

@@ -1,0 +1,299 @@
+//! SIGHUP: what has changed is replaced, what has not stays, and nothing is lost.
+#![cfg(feature = "bpf")]
+#![allow(missing_docs)]
+
+mod common;
+#[path = "common/prog_run.rs"]
+mod prog_run;
+
+use std::collections::HashSet;
+use std::fs;
+use std::os::unix::fs::{MetadataExt, PermissionsExt};
+use std::time::{Duration, Instant};
+
+use common::daemon::{Daemon, Home, line, lines, write};
+use common::http::Client;
+use common::net::{Hosts, NetNs};
+use common::sink::Sink;
+use common::wait_for;
+use nix::sys::signal::Signal;
+use prog_run::BpfFs;
+
+const SINK: &str = "[2001:db8::2]:20514";
+const FIREFLY: &str =
+    "firefly: {sendToCollector: true, collectorAddress: '2001:db8::2', collectorPort: 20514}";
+
+/// `home.configure`, and the word of it.
+fn reload(home: &Home, daemon: &Daemon<'_>, more: &str) {
+    home.configure(more);
+    daemon.signal(Signal::SIGHUP);
+    daemon.expect_notice("RELOADING=1");
+    daemon.expect_notice("READY=1");
+}
+
+#[test]
+#[ignore = "needs root: network namespaces"]
+fn a_broken_file_changes_nothing_and_says_why() {
+    let hosts = Hosts::new();
+    let good = format!("backends:\n  {FIREFLY}\n");
+    let home = Home::with(&good);
+    let sink = Sink::bind(&hosts.there, SINK);
+    let daemon = home.start(&hosts.here);
+    home.write(&line("start", 0, "2 9"));
+    daemon.expect_status("flows_open 1");
+    reload(&home, &daemon, "backends:\n  fireflies: {}\n");
+    home.wait_for_log("backends.fireflies: unknown key, did you mean `firefly`?; going on with the former configuration");
+    // A file that is good, but asks for what is not to be had.
+    let taken = hosts
+        .here
+        .enter(|| std::net::TcpListener::bind("127.0.0.1:9000").unwrap());
+    reload(
+        &home,
+        &daemon,
+        &format!("{good}  prometheus: {{port: 9000}}\nflows: {{maxFlows: 5}}\n"),
+    );
+    home.wait_for_log(
+        "Address already in use (os error 98); going on with the former configuration",
+    );
+    reload(
+        &home,
+        &daemon,
+        "backends:\n  marker: {targetInterfaces: [nowhere]}\n",
+    );
+    home.wait_for_log("interface nowhere (backends.marker.targetInterfaces) is not there");
+    drop(taken);
+    home.write(&lines("end", 0..1, "2 9"));
+    home.write(&lines("start", 1..11, "2 9"));
+    daemon.expect_status("flows_open 10");
+    assert_eq!(sink.collect("start", 11).len(), 11);
+    reload(&home, &daemon, &good);
+    home.wait_for_log("has a new configuration");
+    daemon.stop();
+}
+
+#[test]
+#[ignore = "needs root: network namespaces"]
+fn nothing_is_lost_under_load_whatever_changes() {
+    const FLOWS: usize = 40_000;
+    let hosts = Hosts::new();
+    let bpffs = BpfFs::new();
+    let marker = |more: &str| {
+        format!(
+            "  marker: {{bpfFsPath: {}, targetInterfaces: [veth0]{more}}}\n",
+            bpffs.path().display()
+        )
+    };
+    let base = format!("backends:\n  {FIREFLY}\n");
+    let home = Home::with(&base);
+    let sink = Sink::bind(&hosts.there, SINK);
+    let daemon = home.start(&hosts.here);
+    let pipe = fs::metadata(home.pipe()).unwrap().ino();
+    let http = |port: u16| {
+        Client::tcp(&hosts.here, &format!("127.0.0.1:{port}"))
+            .get("/healthz")
+            .status
+    };
+    std::thread::scope(|scope| {
+        let writer = scope.spawn(|| {
+            // 10,000 lines a second, by writers that come and go.
+            let began = Instant::now();
+            for n in (0..FLOWS).step_by(100) {
+                home.write(&lines("start", n..n + 100, "2 9"));
+                let due = Duration::from_micros(100 * n as u64);
+                std::thread::sleep(due.saturating_sub(began.elapsed()));
+            }
+        });
+        let more = |text: &str| format!("{base}{text}");
+        reload(&home, &daemon, &more("  prometheus: {port: 9000}\n"));
+        assert_eq!(http(9000), 200);
+        reload(&home, &daemon, &more("  prometheus: {port: 9001}\n"));
+        assert_eq!(http(9001), 200);
+        reload(&home, &daemon, &more(&marker("")));
+        reload(&home, &daemon, &more(&marker(", priority: 20")));
+        reload(
+            &home,
+            &daemon,
+            &more(&marker(", markingStrategy: destination")),
+        );
+        reload(&home, &daemon, &base);
+        // Another collector's port is another backend; both send to the same place.
+        for _ in 0..3 {
+            reload(
+                &home,
+                &daemon,
+                &base.replace("sendToCollector", "relayed: collector, sendToCollector"),
+            );
+            reload(&home, &daemon, &base);
+        }
+        reload(
+            &home,
+            &daemon,
+            &more(
+                "logLevel: debug\nflows: {maxFlows: 100000, maxAge: 1d, endOnSocketClose: false}\n",
+            ),
+        );
+        reload(&home, &daemon, &more("enrichers: {netlink: {}}\n"));
+        let mode = |mode: &str| {
+            home.configure_plugins(
+                &format!(
+                    "  namedPipe: {{pipePath: {}, mode: '{mode}'}}\n  api: {{bindPort: 7777}}\n",
+                    home.pipe().display()
+                ),
+                &base,
+            )
+        };
+        for text in ["0622", "0666", "0622"] {
+            mode(text);
+            daemon.signal(Signal::SIGHUP);
+            daemon.expect_notice("RELOADING=1");
+            daemon.expect_notice("READY=1");
+        }
+        assert_eq!(http(7777), 200);
+        reload(&home, &daemon, &base);
+        writer.join().unwrap();
+    });
+    let found = fs::metadata(home.pipe()).unwrap();
+    assert_eq!(found.ino(), pipe, "the pipe stays");
+    daemon.expect_status(&format!("flows_open {FLOWS}"));
+    assert_eq!(sink.collect("start", FLOWS).len(), FLOWS);
+    // Each once, with its own start time at the end.
+    daemon.expect_status(&format!("plugin_events accepted named_pipe {FLOWS}"));
+    home.write(&lines("end", 0..FLOWS, "2 9"));
+    assert_eq!(sink.collect("end", FLOWS).len(), FLOWS);
+    daemon.stop();
+}
+
+#[test]
+#[ignore = "needs root: network namespaces"]
+fn marking_goes_on_while_the_marker_changes() {
+    let hosts = Hosts::new();
+    let bpffs = BpfFs::new();
+    let config = |more: &str| {
+        format!(
+            "backends:\n  marker: {{bpfFsPath: {}, targetInterfaces: [veth0]{more}}}\n",
+            bpffs.path().display()
+        )
+    };
+    let home = Home::with(&config(""));
+    let daemon = home.start(&hosts.here);
+    let from = hosts
+        .here
+        .enter(|| std::net::UdpSocket::bind("[2001:db8::1]:4000").unwrap());
+    let to = hosts
+        .there
+        .enter(|| std::net::UdpSocket::bind("[2001:db8::2]:5000").unwrap());
+    home.write("start udp 2001:db8::1 4000 2001:db8::2 5000 2 19\n");
+    daemon.expect_status("backend_events marker entered 1");
+    let wire = common::wire::Wire::listen(&hosts);
+    let mut sent = 0;
+    let mut send = |count: usize| {
+        for _ in 0..count {
+            from.send_to(b"x", to.local_addr().unwrap()).unwrap();
+            std::thread::sleep(Duration::from_micros(200));
+        }
+        sent += count;
+    };
+    send(10);
+    for more in [", priority: 30", ", removeQdisc: false", ""] {
+        home.configure(&config(more));
+        daemon.signal(Signal::SIGHUP);
+        send(1000);
+        daemon.expect_notice("READY=1");
+    }
+    send(10);
+    let frames = wire.frames(sent, |frame| frame.source_port == 4000);
+    assert_eq!(frames.len(), sent);
+    let labels: HashSet<u32> = frames.iter().map(|frame| frame.label).collect();
+    assert_eq!(labels.len(), 1, "{labels:x?}");
+    assert!(!labels.contains(&0));
+    daemon.stop();
+}
+
+fn threads_and_fds(daemon: &Daemon<'_>) -> (usize, usize) {
+    let count = |what: &str| {
+        fs::read_dir(format!("/proc/{}/{what}", daemon.child.id()))
+            .unwrap()
+            .count()
+    };
+    (count("task"), count("fd"))
+}
+
+fn resident(daemon: &Daemon<'_>) -> u64 {
+    let status = fs::read_to_string(format!("/proc/{}/status", daemon.child.id())).unwrap();
+    let line = status.lines().find(|l| l.starts_with("VmRSS:")).unwrap();
+    line.split_whitespace().nth(1).unwrap().parse().unwrap()
+}
+
+#[test]
+#[ignore = "needs root: network namespaces"]
+fn a_hundred_reloads_leak_nothing() {
+    let hosts = Hosts::new();
+    let bpffs = BpfFs::new();
+    let config = |n: usize| {
+        format!(
+            "backends:\n  firefly: {{sendToCollector: true, collectorAddress: localhost, collectorPort: {}, stun: {{httpServices: [], stunServers: []}}}}\n  prometheus: {{port: {}}}\n  marker: {{bpfFsPath: {}, targetInterfaces: [veth0], priority: {}}}\nenrichers: {{netlink: {{}}, period: {}}}\n",
+            20_000 + n,
+            9000 + n,
+            bpffs.path().display(),
+            10 + n,
+            500 + n
+        )
+    };
+    let home = Home::with(&config(0));
+    let daemon = home.start(&hosts.here);
+    home.write(&lines("start", 0..1000, "2 9"));
+    daemon.expect_status("flows_open 1000");
+    // The first ones warm up the allocator.
+    for n in 1..20 {
+        reload(&home, &daemon, &config(n));
+    }
+    let (before, memory) = (threads_and_fds(&daemon), resident(&daemon));
+    for n in 20..120 {
+        reload(&home, &daemon, &config(n));
+    }
+    wait_for("threads and file descriptors as before", || {
+        (threads_and_fds(&daemon) == before).then_some(())
+    });
+    let after = resident(&daemon);
+    assert!(after < memory + 3000, "{after} kB after {memory} kB");
+    daemon.expect_status("flows_open 1000");
+    daemon.stop();
+}
+
+#[test]
+#[ignore = "needs root: network namespaces"]
+fn the_configuration_may_change_its_spelling() {
+    let ns = NetNs::new("here");
+    ns.ip(&["link", "set", "lo", "up"]);
+    let home = Home::with("backends: {dummy: {}}\n");
+    let daemon = home.start(&ns);
+    home.write(&line("start", 0, "2 9"));
+    daemon.expect_status("flows_open 1");
+    let state = fs::metadata(home.path("state/journal")).unwrap().ino();
+    write(
+        &home.path("flowd.cfg"),
+        &format!(
+            "PLUGIN='np_api'\nBACKEND='dummy,prometheus'\nFLOW_MAP_API='file:///nowhere'\nNP_API_FILE='{}'\nPROMETHEUS_SRV_PORT=9123\n",
+            home.pipe().display()
+        ),
+    );
+    daemon.signal(Signal::SIGHUP);
+    daemon.expect_notice("RELOADING=1");
+    daemon.expect_notice("READY=1");
+    home.wait_for_log("reload: stateDir is another, which takes effect at the next start");
+    let page = Client::tcp(&ns, "127.0.0.1:9123").get("/metrics").body;
+    assert!(
+        page.contains("flowd_flows_open{act=\"9\",exp=\"atlas\"} 1")
+            || page.contains("exp=\"atlas\"} 1"),
+        "{page}"
+    );
+    assert_eq!(
+        fs::metadata(home.path("state/journal")).unwrap().ino(),
+        state
+    );
+    assert_eq!(
+        fs::metadata(home.pipe()).unwrap().permissions().mode() & 0o777,
+        0o666
+    );
+    daemon.stop();
+}
