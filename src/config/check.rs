@@ -327,6 +327,78 @@ mod tests {
         assert_eq!(config.notes.len(), 1);
     }
 
+    /// Every key of flowd-go's manual page with its default, but for what it cannot do itself: with
+    /// perfSONAR ids of 0, and one plugin alone.
+    #[cfg(feature = "bpf")]
+    #[test]
+    fn flowd_gos_configuration_works_as_it_is() {
+        let config = parse(
+            r#"
+pidPath: "/var/run/flowd-go.pid"
+workDir: "/var/cache/flowd-go"
+plugins:
+    namedPipe: {maxReaders: 5, buffSize: 1000, pipePath: "/var/run/flowd-go/np"}
+    api: {bindAddress: "127.0.0.1", bindPort: 7777}
+    firefly: {bindAddress: "127.0.0.1", bindPort: 10514, bufferSize: 4096, deadline: 0, hasSyslogHeader: false}
+    perfsonar: {activityId: 9, experimentId: 2}
+    iperf3:
+        minSourcePort: 0
+        maxSourcePort: 0
+        minDestinationPort: 0
+        maxDestinationPort: 0
+        cgroupPath: /sys/fs/cgroup
+        programPath: ""
+        debugMode: false
+        randomIDs: false
+        experimentIDs: [0, 1, 2]
+        activityIDs: [0, 1, 2]
+backends:
+    marker:
+        targetInterfaces: ["lo"]
+        discoverInterfaces: false
+        removeQdisc: true
+        programPath: ""
+        markingStrategy: "label"
+        matchAll: false
+        debugMode: false
+    firefly:
+        destinationPort: 10514
+        prependSyslog: true
+        sendToCollector: false
+        collectorAddress: "127.0.0.1"
+        collectorPort: 10514
+        enrich: false
+        enrichmentMode: "lean"
+        stun:
+            manualMapping: {}
+            stunServers:
+                - "stun.l.google.com:3478"
+                - "stun1.l.google.com:3478"
+                - "stun2.l.google.com:3478"
+                - "stun3.l.google.com:3478"
+                - "stun4.l.google.com:3478"
+    prometheus: {log: true, bindAddress: "127.0.0.1", netlinkPort: 8080, skopsPort: 8081}
+enrichers:
+    period: 1000
+    netlink: {protocol: 6, ext: 255, state: 3071}
+    skops: {cgroupPath: "/sys/fs/cgroup", programPath: "", debugMode: false, strategy: "poll"}
+"#,
+        )
+        .unwrap();
+        // The same as with nothing behind the names, but for the pipe.
+        let defaults = parse(
+            "plugins: {namedPipe: {pipePath: /var/run/flowd-go/np}, api: , firefly: , perfsonar: {activityId: 9, experimentId: 2}, iperf3: }\n\
+             backends: {marker: , firefly: {stun: }, prometheus: }\nenrichers: {netlink: , skops: }\n",
+        )
+        .unwrap();
+        let same = |config: Config| Config {
+            notes: Vec::new(),
+            pid_path_given: false,
+            ..config
+        };
+        assert_eq!(same(config), same(defaults));
+    }
+
     #[test]
     fn each_error_names_line_key_and_what_was_expected() {
         for (text, expected) in [
