@@ -16,7 +16,7 @@ use crate::flow_table::FlowTable;
 use crate::metrics::Metrics;
 use crate::registry::Handle;
 use crate::scitag::Labeller;
-use crate::sys::stop::Handover;
+use crate::sys::handover::Handover;
 
 /// A consumer of flow events. Building one acquires every resource it needs.
 pub trait Backend: Send {

@@ -118,7 +118,7 @@ fn dispatch(arguments: Arguments) -> Result<ExitCode> {
     match arguments.command {
         _ if arguments.version => version(),
         Some(Command::Version(_)) => version(),
-        Some(Command::Run(command)) => command.run(logging)?,
+        Some(Command::Run(command)) => return command.run(logging),
         Some(Command::Config(command)) => command.run()?,
         Some(Command::Flows(command)) => command.run()?,
         Some(Command::Send(command)) => command.run()?,

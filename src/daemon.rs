@@ -5,6 +5,7 @@ mod parts;
 
 use std::fs;
 use std::path::{Path, PathBuf};
+use std::process::ExitCode;
 use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant};
@@ -27,10 +28,12 @@ use crate::journal::Journal;
 use crate::metrics::Metrics;
 use crate::registry::{self, Handle};
 use crate::routes::{Routes, Sources};
-use crate::sys::state_dir;
 use crate::sys::stop::{StopSwitch, stop};
+use crate::sys::{privileges, state_dir};
 use parts::{Parts, spawn};
 
+/// What the process ends with on SIGUSR2, EX_TEMPFAIL of sysexits(3): systemd starts it again at once.
+const RESTART: u8 = 75;
 /// Events that wait for the dispatcher.
 const DISPATCHER_QUEUE: usize = 4096;
 /// Questions that wait for the dispatcher.
@@ -48,9 +51,10 @@ enum Notice {
     Ended(String, Result<()>),
 }
 
-/// Runs the daemon until it is told to stop, or until one of its threads dies, which is an error.
+/// Runs the daemon until it is told to stop, which gives the exit code, or until one of its threads dies, which is an error.
 /// `path` is where `config` was read, and is read again on a reload; `log_level` is the command line's.
-pub fn run(config: Config, path: &Path, log_level: Option<LevelFilter>) -> Result<()> {
+pub fn run(config: Config, path: &Path, log_level: Option<LevelFilter>) -> Result<ExitCode> {
+    privileges::no_new_privileges();
     let (notices, inbox) = unbounded();
     listen_for_signals(notices.clone())?;
     let _lock = state_dir::lock(&config.state_dir)?;
@@ -84,6 +88,8 @@ pub fn run(config: Config, path: &Path, log_level: Option<LevelFilter>) -> Resul
     let control = Control::new(&config.control_socket, Routes::new(sources.clone()))?;
     let wishes = keep_registry(&config, &registry, &metrics)?;
 
+    // Everything is acquired. Threads that are started from now on have no more than this one.
+    privileges::keep(&privileges::kept(&config));
     let (switch, stop) = stop().context(|| "pipe of the stop switch".to_owned())?;
     let mut parts = Parts::new(sources, channel, notices.clone());
     let outputs = parts.start_backends(built.backends, &config, &table)?;
@@ -120,6 +126,7 @@ pub fn run(config: Config, path: &Path, log_level: Option<LevelFilter>) -> Resul
         heartbeat,
         started: Instant::now(),
         result: Ok(()),
+        ending: ExitCode::SUCCESS,
         config,
         path: path.to_owned(),
         log_level,
@@ -150,6 +157,8 @@ struct Supervisor {
     heartbeat: Heartbeat,
     started: Instant,
     result: Result<()>,
+    /// What an orderly stop ends with.
+    ending: ExitCode,
     config: Config,
     path: PathBuf,
     log_level: Option<LevelFilter>,
@@ -157,10 +166,10 @@ struct Supervisor {
 }
 
 impl Supervisor {
-    fn run(mut self) -> Result<()> {
+    fn run(mut self) -> Result<ExitCode> {
         let result = self.supervise();
         self.log_status("stopped");
-        result.and(self.result)
+        result.and(self.result).map(|()| self.ending)
     }
 
     fn supervise(&mut self) -> Result<()> {
@@ -188,9 +197,12 @@ impl Supervisor {
                     }
                 }
                 Ok(Notice::Signal(SIGHUP)) => {}
-                Ok(Notice::Signal(SIGUSR2)) => {
-                    log::warn!("SIGUSR2: not supported yet, restart the daemon");
+                Ok(Notice::Signal(SIGUSR2)) if deadline.is_none() => {
+                    self.parts.hand_over();
+                    self.ending = ExitCode::from(RESTART);
+                    deadline = Some(self.stop("SIGUSR2: stopping for the next process"));
                 }
+                Ok(Notice::Signal(SIGUSR2)) => {}
                 Ok(Notice::Signal(_)) if deadline.is_some() => {
                     // A terminal and a script may both say it; who says it again later means it.
                     if deadline.is_some_and(|d| {
@@ -327,7 +339,10 @@ fn keep_registry(
     let _ = wish.send(config.registry.clone());
     thread::Builder::new()
         .name("registry".to_owned())
-        .spawn(move || registry::keep(&handle, &wishes, &metrics))
+        .spawn(move || {
+            privileges::keep_none();
+            registry::keep(&handle, &wishes, &metrics);
+        })
         .context(|| "thread registry".to_owned())?;
     Ok(wish)
 }
@@ -336,6 +351,7 @@ fn listen_for_signals(notices: Sender<Notice>) -> Result<()> {
     let signals = Signals::new([SIGTERM, SIGINT, SIGHUP, SIGUSR1, SIGUSR2]);
     let mut signals = signals.context(|| "signal handlers".to_owned())?;
     let forward = move || {
+        privileges::keep_none();
         for signal in signals.forever() {
             if notices.send(Notice::Signal(signal)).is_err() {
                 return;

@@ -9,6 +9,8 @@ pub mod netlink;
 pub mod netstat;
 pub mod perfsonar;
 
+use std::os::fd::OwnedFd;
+
 use crossbeam_channel::Sender;
 use jiff::Timestamp;
 use prometheus::IntCounter;
@@ -19,7 +21,8 @@ use crate::flow::{FlowEvent, State};
 use crate::metrics::Metrics;
 use crate::queue::{Pushed, push};
 use crate::routes::Sources;
-use crate::sys::stop::{Handover, Stop};
+use crate::sys::handover::Handover;
+use crate::sys::stop::Stop;
 
 /// A source of flow events. Building one acquires every resource it needs (socket, pipe, BPF program),
 /// so that a bad configuration or a missing privilege is an error before the daemon says it is ready.
@@ -31,12 +34,13 @@ pub trait Plugin: Send {
     fn run(self: Box<Self>, events: EventSender, stop: Stop) -> Result<()>;
 }
 
-/// Builds the plugin of this name, if it is configured.
+/// Builds the plugin of this name, if it is configured. `inherited` is what it has left in a former process.
 pub fn build(
     name: &str,
     config: &Config,
     sources: &Sources,
     handover: Handover,
+    inherited: Option<OwnedFd>,
 ) -> Result<Option<Box<dyn Plugin>>> {
     let (registry, metrics) = (&sources.registry, &sources.metrics);
     Ok(match name {
@@ -45,7 +49,7 @@ pub fn build(
             boxed(config.named_pipe.as_ref().map(build).transpose()?)
         }
         "firefly" => {
-            let build = |firefly| firefly::Firefly::new(firefly, metrics);
+            let build = |firefly| firefly::Firefly::new(firefly, metrics, handover, inherited);
             boxed(config.firefly_plugin.as_ref().map(build).transpose()?)
         }
         "api" => {

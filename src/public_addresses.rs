@@ -17,7 +17,7 @@ use ureq::config::IpFamily;
 use crate::config::Stun;
 use crate::special_networks::is_public;
 use crate::sys::http_client::agent_of;
-use crate::sys::interfaces;
+use crate::sys::{interfaces, privileges};
 
 /// How long an HTTP service may take.
 const HTTP_PATIENCE: Duration = Duration::from_secs(5);
@@ -232,7 +232,10 @@ impl PublicAddresses {
         let mapping = settings.manual.clone();
         thread::Builder::new()
             .name("addresses".to_owned())
-            .spawn(move || keep(&settings, &tell, &stopped, &changes))?;
+            .spawn(move || {
+                privileges::keep_none();
+                keep(&settings, &tell, &stopped, &changes);
+            })?;
         Ok(PublicAddresses {
             mapping,
             news,

@@ -4,12 +4,14 @@
 pub mod clsact;
 pub mod connection_rules;
 pub mod fifo;
+pub mod handover;
 pub mod http_client;
 pub mod interfaces;
 #[cfg(feature = "bpf")]
 pub mod mark_maps;
 #[cfg(feature = "bpf")]
 pub mod marker;
+pub mod privileges;
 pub mod resolver;
 pub mod sock_diag;
 #[cfg(feature = "bpf")]

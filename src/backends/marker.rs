@@ -20,10 +20,10 @@ use crate::flow_table::FlowTable;
 use crate::log_limit::LogLimit;
 use crate::metrics::{Metrics, Outcomes, outcomes};
 use crate::scitag::{self, Labeller};
+use crate::sys::handover::Handover;
 use crate::sys::interfaces::{self, Interface};
 use crate::sys::mark_maps::{Entered, Key, Maps, Mark, UNMARKED};
 use crate::sys::marker::{Program, our_filters};
-use crate::sys::stop::Handover;
 
 const NAME: &str = "marker";
 /// Events in a row before a change of interfaces has its turn.

@@ -1,6 +1,7 @@
 //! `flowd-rs run`: the daemon.
 
 use std::path::PathBuf;
+use std::process::ExitCode;
 
 use argh::FromArgs;
 use log::LevelFilter;
@@ -37,7 +38,7 @@ pub struct Run {
 }
 
 impl Run {
-    pub fn run(self, mut logging: Logging) -> Result<()> {
+    pub fn run(self, mut logging: Logging) -> Result<ExitCode> {
         let config = Config::load(&self.config)?;
         let debug = self.debug.then_some(LevelFilter::Debug);
         logging.level = self.log_level.or(debug).or(logging.level);

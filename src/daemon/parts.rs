@@ -3,6 +3,7 @@
 
 use std::collections::VecDeque;
 use std::fs::{File, OpenOptions};
+use std::os::fd::OwnedFd;
 use std::os::unix::fs::OpenOptionsExt;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
@@ -23,8 +24,9 @@ use crate::flow_table::{FlowTable, OpenFlow};
 use crate::plugins::{self, EventSender, Plugin, named_pipe};
 use crate::routes::{Setup, Sources};
 use crate::scitag::Labeller;
+use crate::sys::handover::{self, Handover};
 use crate::sys::state_dir;
-use crate::sys::stop::{Handover, StopSwitch, stop};
+use crate::sys::stop::{StopSwitch, stop};
 
 /// Events that wait for a backend.
 const BACKEND_QUEUE: usize = 16384;
@@ -165,10 +167,16 @@ impl Parts {
     /// Acquires what all parts of a configuration need, the backends first.
     pub fn build(config: &Config, sources: &Sources) -> Result<Built> {
         let mut built = Built::default();
+        let mut inherited = handover::inherited();
         for part in wanted(config) {
             match part.kind {
                 Kind::Backend => built.backends.extend(build_backend(part, config, sources)?),
-                _ => built.plugins.extend(build_plugin(part, config, sources)?),
+                _ => {
+                    let inherited = inherited.remove(part.name);
+                    built
+                        .plugins
+                        .extend(build_plugin(part, config, sources, inherited)?);
+                }
             }
         }
         Ok(built)
@@ -229,6 +237,13 @@ impl Parts {
         self.aside.pop_front()
     }
 
+    /// Whatever is to be taken down on a stop is left to the next process.
+    pub fn hand_over(&self) {
+        self.running
+            .iter()
+            .for_each(|running| running.handover.begin_restart());
+    }
+
     /// Plugins and enrichers are told to stop. With the last of them the dispatcher ends, and with it the
     /// backends.
     pub fn stop(&mut self) {
@@ -278,7 +293,7 @@ impl Parts {
             match part.kind {
                 Kind::Backend => self.put_backend(part, config, former, inbox)?,
                 _ => {
-                    let built = build_plugin(part, config, &self.sources)?;
+                    let built = build_plugin(part, config, &self.sources, None)?;
                     built
                         .into_iter()
                         .try_for_each(|built| self.start_plugin(built))?;
@@ -461,10 +476,15 @@ fn build_backend(part: Part, config: &Config, sources: &Sources) -> Result<Optio
     Ok(backend.map(|backend| BuiltBackend(part, handover, backend)))
 }
 
-fn build_plugin(part: Part, config: &Config, sources: &Sources) -> Result<Option<BuiltPlugin>> {
+fn build_plugin(
+    part: Part,
+    config: &Config,
+    sources: &Sources,
+    inherited: Option<OwnedFd>,
+) -> Result<Option<BuiltPlugin>> {
     let handover = Handover::default();
     let plugin = match part.kind {
-        Kind::Plugin => plugins::build(part.name, config, sources, handover.clone()),
+        Kind::Plugin => plugins::build(part.name, config, sources, handover.clone(), inherited),
         _ => enrichers::build(part.name, config, sources),
     };
     Ok(plugin?.map(|plugin| BuiltPlugin(part, handover, plugin)))

@@ -5,6 +5,7 @@
 //! drops for want of room are counted, and so are those that are no fireflies, by reason.
 
 use std::io;
+use std::os::fd::OwnedFd;
 use std::time::{Duration, Instant};
 
 use jiff::Timestamp;
@@ -17,6 +18,7 @@ use crate::error::{Context, Result};
 use crate::firefly::{self, Rejection};
 use crate::log_limit::{LogLimit, quote};
 use crate::metrics::{Metrics, Outcomes, outcomes};
+use crate::sys::handover::Handover;
 use crate::sys::stop::Stop;
 use crate::sys::udp_receiver::{Datagram, Receiver, Room};
 
@@ -41,12 +43,20 @@ pub struct Firefly {
     poll: Poll,
     taken: Outcomes<Taken>,
     rejected: Outcomes<Rejection>,
+    handover: Handover,
 }
 
 impl Firefly {
-    /// Binds the socket.
-    pub fn new(config: &config::FireflyPlugin, metrics: &Metrics) -> Result<Firefly> {
-        let mut socket = Receiver::bind(config.bind).context(|| {
+    /// Binds the socket, or takes over that of the former process, with what waits in it.
+    pub fn new(
+        config: &config::FireflyPlugin,
+        metrics: &Metrics,
+        handover: Handover,
+        inherited: Option<OwnedFd>,
+    ) -> Result<Firefly> {
+        let inherited = inherited.and_then(|fd| Receiver::adopt(fd, config.bind));
+        let socket = inherited.map_or_else(|| Receiver::bind(config.bind), Ok);
+        let mut socket = socket.context(|| {
             format!(
                 "UDP {} (plugins.firefly.bindAddress, bindPort)",
                 config.bind
@@ -65,6 +75,7 @@ impl Firefly {
             poll,
             taken: metrics.plugin(NAME),
             rejected: metrics.plugin(NAME),
+            handover,
         })
     }
 }
@@ -139,6 +150,8 @@ impl Plugin for Firefly {
                 break;
             }
         }
+        // With what comes from now on.
+        self.handover.leave(NAME, self.socket.as_fd());
         intake.complaints.flush();
         losses.flush();
         Ok(())

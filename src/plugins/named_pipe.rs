@@ -5,7 +5,7 @@
 
 use std::fs::{self, File};
 use std::io::{self, Read};
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsFd, AsRawFd};
 use std::os::unix::fs::PermissionsExt;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -25,7 +25,8 @@ use crate::metrics::{Metrics, Outcomes};
 use crate::pipe_line::{self, LineOutcome};
 use crate::registry::{Handle, Registry};
 use crate::sys::fifo::{Fifo, group_id};
-use crate::sys::stop::{Handover, Stop};
+use crate::sys::handover::Handover;
+use crate::sys::stop::Stop;
 
 const NAME: &str = "named_pipe";
 /// What the loop does when nothing happens: see whether the pipe is still there.
@@ -207,6 +208,7 @@ impl Plugin for NamedPipe {
                 }),
             }
         }
+        self.handover.leave(NAME, pipe.file().as_fd());
         // Whoever comes now finds no pipe, instead of one that nobody reads.
         if !self.handover.is_begun()
             && let Err(error) = pipe.remove()

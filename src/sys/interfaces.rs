@@ -17,6 +17,7 @@ use nix::sys::socket::{
     AddressFamily, MsgFlags, NetlinkAddr, SockFlag, SockProtocol, SockType, bind, recv, socket,
 };
 
+use super::privileges;
 use super::stop::{StopSwitch, stop};
 use crate::flow::Flow;
 
@@ -167,6 +168,7 @@ pub fn watch() -> io::Result<Changes> {
     registry.register(&mut stop, Token(1), Interest::READABLE)?;
     let (changed, receiver) = bounded(1);
     let watch = move || {
+        privileges::keep_none();
         let mut wakeups = Events::with_capacity(2);
         let mut message = [0; 8192];
         while !stop.is_set() {

@@ -5,6 +5,7 @@ use std::net::{SocketAddr, ToSocketAddrs};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use super::privileges;
 use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, bounded};
 
 /// How long a found address is good for.
@@ -28,7 +29,10 @@ impl Resolver {
         let (again, asked) = bounded(1);
         thread::Builder::new()
             .name("resolver".to_owned())
-            .spawn(move || look_up(&host, port, &answer, &asked))?;
+            .spawn(move || {
+                privileges::keep_none();
+                look_up(&host, port, &answer, &asked);
+            })?;
         let mut resolver = Resolver {
             addresses: Vec::new(),
             answers,

@@ -50,22 +50,6 @@ impl Drop for StopSwitch {
     }
 }
 
-/// Says that somebody else takes over what a part of the daemon would take down when it ends.
-#[derive(Clone, Default)]
-pub struct Handover(Arc<AtomicBool>);
-
-impl Handover {
-    /// From now on nothing is taken down.
-    pub fn begin(&self) {
-        self.0.store(true, Ordering::Release);
-    }
-
-    /// Whether somebody takes over.
-    pub fn is_begun(&self) -> bool {
-        self.0.load(Ordering::Acquire)
-    }
-}
-
 impl Stop {
     /// Whether it is time to stop.
     pub fn is_set(&self) -> bool {

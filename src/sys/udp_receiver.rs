@@ -2,7 +2,7 @@
 
 use std::io::{self, IoSliceMut};
 use std::net::{IpAddr, SocketAddr};
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 
 use mio::event::Source;
 use mio::unix::SourceFd;
@@ -10,8 +10,8 @@ use mio::{Interest, Registry, Token};
 use nix::errno::Errno;
 use nix::libc;
 use nix::sys::socket::{
-    AddressFamily, MsgFlags, MultiHeaders, SockFlag, SockType, SockaddrStorage, bind, recvmmsg,
-    setsockopt, socket, sockopt,
+    AddressFamily, MsgFlags, MultiHeaders, SockFlag, SockType, SockaddrStorage, bind, getsockname,
+    recvmmsg, setsockopt, socket, sockopt,
 };
 
 /// The most datagrams of one system call.
@@ -84,6 +84,20 @@ impl Receiver {
         }
         bind(socket.as_raw_fd(), &SockaddrStorage::from(address))?;
         Ok(Receiver { socket, dropped: 0 })
+    }
+
+    /// Takes over a socket if it is bound to this address.
+    pub fn adopt(socket: OwnedFd, address: SocketAddr) -> Option<Receiver> {
+        let bound: SockaddrStorage = getsockname(socket.as_raw_fd()).ok()?;
+        let mut receiver = Receiver { socket, dropped: 0 };
+        // What was dropped before is not this process's to count.
+        receiver.dropped();
+        (bound == SockaddrStorage::from(address)).then_some(receiver)
+    }
+
+    /// The socket.
+    pub fn as_fd(&self) -> BorrowedFd<'_> {
+        self.socket.as_fd()
     }
 
     /// Hands out the datagrams of one system call and returns how many there were: 0 when none waits.

@@ -1,6 +1,7 @@
 //! A UDP socket that catches fireflies, checks them against the schema, and hands them out.
 
 use std::collections::HashMap;
+use std::io::ErrorKind;
 use std::net::{SocketAddr, UdpSocket};
 use std::sync::OnceLock;
 use std::time::{Duration, Instant};
@@ -48,8 +49,15 @@ impl Sink {
     pub fn datagram(&self, patience: Duration) -> Option<Vec<u8>> {
         self.socket.set_read_timeout(Some(patience)).unwrap();
         let mut buffer = [0; 65536];
-        let length = self.socket.recv(&mut buffer).ok()?;
-        Some(buffer[..length].to_vec())
+        loop {
+            match self.socket.recv(&mut buffer) {
+                Ok(length) => return Some(buffer[..length].to_vec()),
+                // A process that was stopped and goes on.
+                Err(error) if error.kind() == ErrorKind::Interrupted => {}
+                Err(error) if error.kind() == ErrorKind::WouldBlock => return None,
+                Err(error) => panic!("sink: {error}"),
+            }
+        }
     }
 
     /// The next firefly, checked; there must be one.
