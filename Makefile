@@ -5,6 +5,8 @@ PREFIX ?= /usr
 SYSCONFDIR ?= /etc
 DESTDIR ?=
 MANDIR = $(PREFIX)/share/man
+PROGRAM ?= target/release/flowd-rs
+RPM_TOP = $(CURDIR)/target/rpm
 
 # command:Debian package:RHEL package. Only what is missing is installed.
 TOOLS = cc:gcc:gcc clang:clang:clang pkg-config:pkg-config:pkgconf-pkg-config mandoc:mandoc:mandoc \
@@ -14,15 +16,17 @@ TOOLS = cc:gcc:gcc clang:clang:clang pkg-config:pkg-config:pkgconf-pkg-config ma
 TEST_TOOLS = ip:iproute2:iproute tc:iproute2:iproute-tc nsenter:util-linux:util-linux \
 	setpriv:util-linux:util-linux ethtool:ethtool:ethtool tshark:tshark:wireshark-cli \
 	iperf3:iperf3:iperf3 python3:python3-venv:python3 prometheus:prometheus:prometheus curl:curl:curl nft:nftables:nftables
+# What the package needs beside them.
+RPM_TOOLS = rpmbuild:rpm:rpm-build rpmlint:rpmlint:rpmlint systemd-analyze:systemd:systemd git:git:git
 # What the benches need beside them.
 BENCH_TOOLS = wrk:wrk:wrk
 # Tries the API by its own description; from PyPI.
 SCHEMATHESIS = target/schemathesis/bin/schemathesis
 
-.PHONY: help deps test-deps test-tools build run test bench lint install
+.PHONY: help deps test-deps test-tools build run test bench lint install rpm test-rpm
 
 help: ## this list
-	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 10
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 10
 
 deps: ## install what is missing (apt or dnf, with sudo unless root)
 	@conf/install-deps $(TOOLS)
@@ -64,14 +68,31 @@ lint: deps ## formatting, clippy, manual pages
 	$(CARGO) fmt --check
 	$(CARGO) clippy --locked --all-targets -- -D warnings
 	$(CARGO) clippy --locked --all-targets --no-default-features -- -D warnings
-	mandoc -T lint -W warning man/*.[58]
+	mandoc -T lint -W warning man/*.[578]
 
 install: ## install what `make build` built, below DESTDIR
-	install -D -m 755 target/release/flowd-rs $(DESTDIR)$(PREFIX)/bin/flowd-rs
+	install -D -m 755 $(PROGRAM) $(DESTDIR)$(PREFIX)/bin/flowd-rs
 	[ -e $(DESTDIR)$(SYSCONFDIR)/flowd/flowd.cfg ] || \
 		install -D -m 644 conf/flowd.cfg $(DESTDIR)$(SYSCONFDIR)/flowd/flowd.cfg
+	install -d $(DESTDIR)$(PREFIX)/lib/systemd/system
+	for unit in flowd-rs.service flowd-rs@.service; do \
+		sed 's,/usr/bin/flowd-rs,$(PREFIX)/bin/flowd-rs,' conf/$$unit > $(DESTDIR)$(PREFIX)/lib/systemd/system/$$unit; \
+		chmod 644 $(DESTDIR)$(PREFIX)/lib/systemd/system/$$unit; \
+	done
+	install -D -m 644 conf/flowd-rs.sysusers $(DESTDIR)$(PREFIX)/lib/sysusers.d/flowd-rs.conf
+	install -D -m 644 conf/flowd-rs.tmpfiles $(DESTDIR)$(PREFIX)/lib/tmpfiles.d/flowd-rs.conf
 	install -D -m 644 man/flowd-rs.8 $(DESTDIR)$(MANDIR)/man8/flowd-rs.8
 	ln -sf flowd-rs.8 $(DESTDIR)$(MANDIR)/man8/flowd.8
+	install -D -m 644 man/flowd.cfg.5 $(DESTDIR)$(MANDIR)/man5/flowd.cfg.5
+	install -D -m 644 man/flowd-rs-migration.7 $(DESTDIR)$(MANDIR)/man7/flowd-rs-migration.7
 	install -D -m 644 conf/grafana/flowd-rs.json $(DESTDIR)$(PREFIX)/share/flowd-rs/grafana/flowd-rs.json
 	install -D -m 644 conf/prometheus/flowd-rs.rules.yml $(DESTDIR)$(PREFIX)/share/flowd-rs/prometheus/flowd-rs.rules.yml
-	install -D -m 644 man/flowd.cfg.5 $(DESTDIR)$(MANDIR)/man5/flowd.cfg.5
+	install -D -m 644 conf/completion/flowd-rs.bash $(DESTDIR)$(PREFIX)/share/bash-completion/completions/flowd-rs
+	install -D -m 644 conf/completion/flowd-rs.zsh $(DESTDIR)$(PREFIX)/share/zsh/site-functions/_flowd-rs
+
+rpm: deps ## source and binary packages in target/rpm, of the commit that is checked out
+	@conf/install-deps $(RPM_TOOLS)
+	rpm/build $(RPM_TOP)
+
+test-rpm: rpm ## the package: files, modes, scriptlets, the daemon out of it (needs root)
+	$(CARGO) test --locked --test package -- --include-ignored

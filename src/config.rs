@@ -14,6 +14,7 @@ use std::collections::BTreeMap;
 use std::fmt;
 use std::net::{IpAddr, SocketAddr};
 use std::ops::RangeInclusive;
+use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -529,8 +530,21 @@ impl Config {
     }
 }
 
+/// What is wrong with a file that [`is_writable_by_all`].
+pub const WRITABLE_BY_ALL: &str =
+    "everybody may write to it, expected a mode of at most 0664 (chmod o-w)";
+
+/// Whether any user of this host could have written what stands in the file.
+pub fn is_writable_by_all(path: &Path) -> bool {
+    let metadata = std::fs::metadata(path);
+    metadata.is_ok_and(|found| found.is_file() && found.permissions().mode() & 0o002 != 0)
+}
+
 fn read(path: &Path) -> Result<String, ConfigError> {
     let whole = |message: String| at(path, "", None, String::new(), message);
+    if is_writable_by_all(path) {
+        return Err(whole(WRITABLE_BY_ALL.to_owned()));
+    }
     let bytes = std::fs::read(path).map_err(|e| whole(format!("cannot be read: {e}")))?;
     String::from_utf8(bytes).map_err(|e| {
         let valid = &e.as_bytes()[..e.utf8_error().valid_up_to()];

@@ -103,6 +103,7 @@ pub fn run(config: Config, path: &Path, log_level: Option<LevelFilter>) -> Resul
     );
     let heartbeat = dispatcher.heartbeat();
     let dispatch = move || {
+        privileges::keep_none();
         dispatcher.run(&events, queries);
         Ok(())
     };
@@ -110,7 +111,10 @@ pub fn run(config: Config, path: &Path, log_level: Option<LevelFilter>) -> Resul
     parts.start_plugins(built.plugins)?;
     let mut others = 1;
     if let Some(control) = control {
-        let serve = move || control.run(stop);
+        let serve = move || {
+            privileges::keep_none();
+            control.run(stop)
+        };
         spawn("control".to_owned(), notices, Box::new(serve))?;
         others += 1;
     }

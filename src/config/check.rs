@@ -52,7 +52,11 @@ pub fn check(raw: raw::Raw) -> Result<Config> {
         .map(|p| plugins::firefly(p, &mut notes))
         .transpose()?;
     let api = plugins.api.map(plugins::api).transpose()?;
-    let work_dir = path("workDir", raw.work_dir, WORK_DIR)?;
+    let work_dir = path(
+        "workDir",
+        raw.work_dir,
+        &directory("CACHE_DIRECTORY", WORK_DIR),
+    )?;
     let registry = registry(raw.registry, &work_dir)?;
     let check = |section: &str, raw| {
         let (registry, _) = registry::known(&registry);
@@ -112,10 +116,14 @@ pub fn check(raw: raw::Raw) -> Result<Config> {
         },
         work_dir,
         registry,
-        state_dir: path("stateDir", raw.state_dir, STATE_DIR)?,
+        state_dir: path(
+            "stateDir",
+            raw.state_dir,
+            &directory("STATE_DIRECTORY", STATE_DIR),
+        )?,
         control_socket: ControlSocket {
             given: raw.control_socket.is_some(),
-            path: path("controlSocket", raw.control_socket, CONTROL_SOCKET)?,
+            path: path("controlSocket", raw.control_socket, &control_socket())?,
         },
         log_level: match raw.log_level {
             Some(level) => log_level(&level).or_else(|message| error("logLevel", message))?,
@@ -174,6 +182,23 @@ pub fn check(raw: raw::Raw) -> Result<Config> {
         );
     }
     Ok(config)
+}
+
+/// The directory that systemd has made for the service (systemd.exec(5)), or the default.
+fn directory(variable: &str, default: &str) -> String {
+    let given = std::env::var(variable).ok();
+    let first = given.as_deref().and_then(|list| list.split(':').next());
+    first
+        .filter(|path| !path.is_empty())
+        .unwrap_or(default)
+        .to_owned()
+}
+
+fn control_socket() -> String {
+    match directory("RUNTIME_DIRECTORY", "").as_str() {
+        "" => CONTROL_SOCKET.to_owned(),
+        runtime => format!("{runtime}/control.sock"),
+    }
 }
 
 fn registry(raw: raw::Registry, work_dir: &Path) -> Result<Registry> {

@@ -25,8 +25,8 @@ use crate::plugins::{self, EventSender, Plugin, named_pipe};
 use crate::routes::{Setup, Sources};
 use crate::scitag::Labeller;
 use crate::sys::handover::{self, Handover};
-use crate::sys::state_dir;
 use crate::sys::stop::{StopSwitch, stop};
+use crate::sys::{privileges, state_dir};
 
 /// Events that wait for a backend.
 const BACKEND_QUEUE: usize = 16384;
@@ -377,7 +377,7 @@ impl Parts {
         backend: Box<dyn Backend>,
         events: Receiver<Arc<FlowEvent>>,
     ) -> Result<()> {
-        let work = Box::new(move || backend.run(events));
+        let work = confined(&part, move || backend.run(events));
         spawn(part.thread(), self.notices.clone(), work)?;
         self.running.push(Running {
             part,
@@ -394,7 +394,7 @@ impl Parts {
         };
         let (switch, stop) = stop().context(|| "pipe of the stop switch".to_owned())?;
         let events = EventSender::new(channel, &self.sources.metrics);
-        let work = Box::new(move || plugin.run(events, stop));
+        let work = confined(&part, move || plugin.run(events, stop));
         spawn(part.thread(), self.notices.clone(), work)?;
         self.running.push(Running {
             part,
@@ -488,6 +488,20 @@ fn build_plugin(
         _ => enrichers::build(part.name, config, sources),
     };
     Ok(plugin?.map(|plugin| BuiltPlugin(part, handover, plugin)))
+}
+
+/// Threads that have no business with eBPF, and those that read what others send, have no privileges.
+fn confined(
+    part: &Part,
+    work: impl FnOnce() -> Result<()> + Send + 'static,
+) -> Box<dyn FnOnce() -> Result<()> + Send> {
+    let privileged = matches!(part.name, "marker" | "prometheus" | "iperf3" | "skops");
+    Box::new(move || {
+        if !privileged {
+            privileges::keep_none();
+        }
+        work()
+    })
 }
 
 /// Runs `work` on a thread of this name, and gives notice of its end.

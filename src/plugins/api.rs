@@ -81,6 +81,13 @@ fn token(config: &config::Api) -> Result<Option<String>> {
         return Ok(config.token.clone());
     };
     let what = || format!("{} (plugins.api.tokenFile)", path.display());
+    if config::is_writable_by_all(path) {
+        return Err(Error::Failed(format!(
+            "{}: {}",
+            what(),
+            config::WRITABLE_BY_ALL
+        )));
+    }
     let content = fs::read_to_string(path).context(what)?;
     match content.trim() {
         "" => Err(Error::Failed(format!(

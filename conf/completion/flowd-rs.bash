@@ -1,0 +1,52 @@
+# Completion of flowd-rs(8) for bash.
+
+_flowd_rs()
+{
+	local word=${COMP_WORDS[COMP_CWORD]} before=${COMP_WORDS[COMP_CWORD - 1]} words= command= sub= i
+	for ((i = 1; i < COMP_CWORD; i++)); do
+		case ${COMP_WORDS[i]} in
+		-*) ;;
+		*)
+			if [ -z "$command" ]; then
+				command=${COMP_WORDS[i]}
+			elif [ -z "$sub" ]; then
+				sub=${COMP_WORDS[i]}
+			fi
+			;;
+		esac
+	done
+	case $before in
+	-c | --config | --socket | --pipe | --bpf-fs-path)
+		COMPREPLY=($(compgen -f -- "$word"))
+		return
+		;;
+	--log-level)
+		COMPREPLY=($(compgen -W "error warn info debug trace" -- "$word"))
+		return
+		;;
+	--sort)
+		COMPREPLY=($(compgen -W "age experiment source destination" -- "$word"))
+		return
+		;;
+	--target-interface)
+		COMPREPLY=($(compgen -W "$(ls /sys/class/net 2>/dev/null)" -- "$word"))
+		return
+		;;
+	esac
+	case $command in
+	"") words="run config flows listen marker registry send status stun tag version help --log-level --log-time --version --help" ;;
+	run) words="--config --debug --fg --log-level --log-time" ;;
+	config) [ -n "$sub" ] && words="--config" || words="check convert schema show" ;;
+	flows) words="--config --socket --experiment --address --sort --json --watch" ;;
+	listen) words="--address --port --json" ;;
+	marker) [ "$sub" = clean ] && words="--target-interface --remove-qdisc" || words="show clean --bpf-fs-path" ;;
+	registry) words="list update lookup --config" ;;
+	send) words="start end --config --pipe" ;;
+	status) words="--config --socket --json" ;;
+	stun) [ -n "$sub" ] && words="--config" || words="sample" ;;
+	tag) [ "$sub" = decode ] && words="--scitag" || words="encode decode" ;;
+	esac
+	COMPREPLY=($(compgen -W "$words" -- "$word"))
+}
+
+complete -F _flowd_rs flowd-rs
