@@ -16,13 +16,13 @@ mod tag;
 use std::ffi::OsString;
 use std::process::ExitCode;
 
-use argh::FromArgs;
+use argh::{ArgsInfo, FromArgs};
 use log::LevelFilter;
 
 use crate::error::Result;
 
 /// SciTags network flow and packet marking daemon.
-#[derive(FromArgs)]
+#[derive(ArgsInfo, FromArgs)]
 #[argh(help_triggers("-h", "--help", "help"))]
 struct Arguments {
     /// error, warn, info, debug or trace; stronger than the configuration
@@ -41,7 +41,7 @@ struct Arguments {
     command: Option<Command>,
 }
 
-#[derive(FromArgs)]
+#[derive(ArgsInfo, FromArgs)]
 #[argh(subcommand)]
 enum Command {
     Run(run::Run),
@@ -59,7 +59,7 @@ enum Command {
 }
 
 /// Print the version.
-#[derive(FromArgs)]
+#[derive(ArgsInfo, FromArgs)]
 #[argh(subcommand, name = "version", help_triggers("-h", "--help", "help"))]
 struct Version {}
 
@@ -72,6 +72,34 @@ struct Logging {
 impl Logging {
     fn start(&self, default: LevelFilter) {
         crate::logging::start(self.level.unwrap_or(default), self.time);
+    }
+}
+
+/// A command and its options, for the documentation.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct CommandLine {
+    /// `config check`; empty for the program itself.
+    pub command: String,
+    /// Long names without the dashes, and short ones.
+    pub options: Vec<(String, Option<char>)>,
+}
+
+/// Every command.
+pub fn commands() -> Vec<CommandLine> {
+    let mut commands = Vec::new();
+    describe("", &Arguments::get_args_info(), &mut commands);
+    commands
+}
+
+fn describe(path: &str, info: &argh::CommandInfoWithArgs, commands: &mut Vec<CommandLine>) {
+    let long = |flag: &argh::FlagInfo| flag.long.trim_start_matches('-').to_owned();
+    let options = info.flags.iter().map(|flag| (long(flag), flag.short));
+    commands.push(CommandLine {
+        command: path.trim_start().to_owned(),
+        options: options.collect(),
+    });
+    for sub in &info.commands {
+        describe(&format!("{path} {}", sub.name), &sub.command, commands);
     }
 }
 

@@ -26,6 +26,7 @@ use crate::enrichment::Mode;
 use crate::flow::{Protocol, Tag};
 
 pub use check::log_level;
+pub use flowd::KEYS as FLOWD_KEYS;
 pub use show::{keys, schema};
 
 /// Where the pinned maps of the marker lie, unless `bpfFsPath` says otherwise.

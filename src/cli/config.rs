@@ -4,21 +4,21 @@ use std::io::Write;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 
-use argh::FromArgs;
+use argh::{ArgsInfo, FromArgs};
 
 use crate::config::{self, DEFAULT_PATH};
 use crate::error::Result;
 use crate::sys::interfaces;
 
 /// Look at a configuration file.
-#[derive(FromArgs)]
+#[derive(ArgsInfo, FromArgs)]
 #[argh(subcommand, name = "config", help_triggers("-h", "--help", "help"))]
 pub struct Config {
     #[argh(subcommand)]
     command: Command,
 }
 
-#[derive(FromArgs)]
+#[derive(ArgsInfo, FromArgs)]
 #[argh(subcommand)]
 enum Command {
     Check(Check),
@@ -28,7 +28,7 @@ enum Command {
 }
 
 /// Check a configuration file, and say what the daemon would do by it: exit code 0 if it would take it, 2 if not.
-#[derive(FromArgs)]
+#[derive(ArgsInfo, FromArgs)]
 #[argh(subcommand, name = "check", help_triggers("-h", "--help", "help"))]
 struct Check {
     /// configuration file (default: /etc/flowd/flowd.cfg)
@@ -37,7 +37,7 @@ struct Check {
 }
 
 /// Print the YAML that a KEY=value file of flowd means, each line with the key that it comes from.
-#[derive(FromArgs)]
+#[derive(ArgsInfo, FromArgs)]
 #[argh(subcommand, name = "convert", help_triggers("-h", "--help", "help"))]
 struct Convert {
     /// configuration file (default: /etc/flowd/flowd.cfg)
@@ -46,12 +46,12 @@ struct Convert {
 }
 
 /// Print a JSON schema of the YAML, for editors.
-#[derive(FromArgs)]
+#[derive(ArgsInfo, FromArgs)]
 #[argh(subcommand, name = "schema", help_triggers("-h", "--help", "help"))]
 struct Schema {}
 
 /// Print the settings in effect as YAML, with every default.
-#[derive(FromArgs)]
+#[derive(ArgsInfo, FromArgs)]
 #[argh(subcommand, name = "show", help_triggers("-h", "--help", "help"))]
 struct Show {
     /// configuration file (default: /etc/flowd/flowd.cfg)

@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use std::thread::sleep;
 use std::time::Duration;
 
-use argh::FromArgs;
+use argh::{ArgsInfo, FromArgs};
 use form_urlencoded::Serializer;
 use serde_json::Value;
 use terminal_size::{Width, terminal_size};
@@ -17,7 +17,7 @@ use crate::error::{Error, Result};
 const WATCH: Duration = Duration::from_secs(2);
 
 /// Print the open flows of the running daemon.
-#[derive(FromArgs)]
+#[derive(ArgsInfo, FromArgs)]
 #[argh(subcommand, name = "flows", help_triggers("-h", "--help", "help"))]
 pub struct Flows {
     /// configuration file, for its controlSocket (default: /etc/flowd/flowd.cfg)

@@ -3,7 +3,7 @@
 use std::io::Write;
 use std::net::{IpAddr, Ipv6Addr, SocketAddr, UdpSocket};
 
-use argh::FromArgs;
+use argh::{ArgsInfo, FromArgs};
 use jiff::Timestamp;
 
 use crate::error::{Context, Result};
@@ -14,7 +14,7 @@ use crate::registry::Registry;
 
 /// Print incoming fireflies, one line each: time, host, state, flow, experiment and activity,
 /// application, bytes.
-#[derive(FromArgs)]
+#[derive(ArgsInfo, FromArgs)]
 #[argh(subcommand, name = "listen", help_triggers("-h", "--help", "help"))]
 pub struct Listen {
     /// UDP port (default: 10514)

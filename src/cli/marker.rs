@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::io::Write;
 use std::path::PathBuf;
 
-use argh::FromArgs;
+use argh::{ArgsInfo, FromArgs};
 
 use crate::config::BPF_FS_PATH;
 use crate::error::{Context, Error, Result};
@@ -14,7 +14,7 @@ use crate::sys::mark_maps::{Key, Maps, Mark, Total, UNMARKED};
 use crate::sys::marker::{lock, our_filters};
 
 /// Look at packet marking in the kernel, or clean it up.
-#[derive(FromArgs)]
+#[derive(ArgsInfo, FromArgs)]
 #[argh(subcommand, name = "marker", help_triggers("-h", "--help", "help"))]
 pub struct Marker {
     /// where the bpffs is (default: /sys/fs/bpf)
@@ -25,7 +25,7 @@ pub struct Marker {
     command: Command,
 }
 
-#[derive(FromArgs)]
+#[derive(ArgsInfo, FromArgs)]
 #[argh(subcommand)]
 enum Command {
     Show(Show),
@@ -33,12 +33,12 @@ enum Command {
 }
 
 /// Print interfaces, strategy, marked flows with their counts, and sums by tag.
-#[derive(FromArgs)]
+#[derive(ArgsInfo, FromArgs)]
 #[argh(subcommand, name = "show", help_triggers("-h", "--help", "help"))]
 struct Show {}
 
 /// Remove filters, pinned maps and, if asked to, clsact qdiscs that a killed daemon left.
-#[derive(FromArgs)]
+#[derive(ArgsInfo, FromArgs)]
 #[argh(subcommand, name = "clean", help_triggers("-h", "--help", "help"))]
 struct Clean {
     /// only this interface; the pinned maps stay

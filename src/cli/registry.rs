@@ -3,14 +3,14 @@
 use std::io::Write;
 use std::path::{Path, PathBuf};
 
-use argh::FromArgs;
+use argh::{ArgsInfo, FromArgs};
 
 use crate::config::{Config, DEFAULT_PATH};
 use crate::error::{Error, Result};
 use crate::registry::{self, Experiment};
 
 /// Print, fetch or search the registry: ids and names of experiments and their activities.
-#[derive(FromArgs)]
+#[derive(ArgsInfo, FromArgs)]
 #[argh(subcommand, name = "registry", help_triggers("-h", "--help", "help"))]
 pub struct Registry {
     /// configuration file, for its registry.url and workDir (default: /etc/flowd/flowd.cfg)
@@ -21,7 +21,7 @@ pub struct Registry {
     command: Option<Command>,
 }
 
-#[derive(FromArgs)]
+#[derive(ArgsInfo, FromArgs)]
 #[argh(subcommand)]
 enum Command {
     List(List),
@@ -30,17 +30,17 @@ enum Command {
 }
 
 /// Print all of it, from the cache, or what is built in: what is done without a command, too.
-#[derive(FromArgs)]
+#[derive(ArgsInfo, FromArgs)]
 #[argh(subcommand, name = "list", help_triggers("-h", "--help", "help"))]
 struct List {}
 
 /// Fetch it from registry.url into the cache in workDir. A running daemon does so every day, and on a reload.
-#[derive(FromArgs)]
+#[derive(ArgsInfo, FromArgs)]
 #[argh(subcommand, name = "update", help_triggers("-h", "--help", "help"))]
 struct Update {}
 
 /// Print the entries with a name or an id; exit code 1 if there is none.
-#[derive(FromArgs)]
+#[derive(ArgsInfo, FromArgs)]
 #[argh(subcommand, name = "lookup", help_triggers("-h", "--help", "help"))]
 struct Lookup {
     /// name of an experiment or an activity, or the id of an experiment

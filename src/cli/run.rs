@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 use std::process::ExitCode;
 
-use argh::FromArgs;
+use argh::{ArgsInfo, FromArgs};
 use log::LevelFilter;
 
 use super::Logging;
@@ -12,7 +12,7 @@ use crate::daemon;
 use crate::error::Result;
 
 /// Run the daemon in the foreground until SIGTERM or SIGINT.
-#[derive(FromArgs)]
+#[derive(ArgsInfo, FromArgs)]
 #[argh(subcommand, name = "run", help_triggers("-h", "--help", "help"))]
 pub struct Run {
     /// configuration file (default: /etc/flowd/flowd.cfg)

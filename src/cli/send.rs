@@ -5,7 +5,7 @@ use std::io::{self, Write};
 use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
-use argh::FromArgs;
+use argh::{ArgsInfo, FromArgs};
 use jiff::Timestamp;
 use nix::libc;
 
@@ -14,7 +14,7 @@ use crate::error::{Context, Error, Result};
 use crate::pipe_line;
 
 /// Tell the daemon through the named pipe that a transfer starts or ends.
-#[derive(FromArgs)]
+#[derive(ArgsInfo, FromArgs)]
 #[argh(subcommand, name = "send", help_triggers("-h", "--help", "help"))]
 pub struct Send {
     /// configuration file, for its pipePath (default: /etc/flowd/flowd.cfg)

@@ -4,14 +4,14 @@ use std::fmt::Write as _;
 use std::io::Write as _;
 use std::path::PathBuf;
 
-use argh::FromArgs;
+use argh::{ArgsInfo, FromArgs};
 use serde_json::{Map, Value};
 
 use super::{client, flows};
 use crate::error::Result;
 
 /// Print how the running daemon is doing: uptime, open flows, counters, queues, last warnings.
-#[derive(FromArgs)]
+#[derive(ArgsInfo, FromArgs)]
 #[argh(subcommand, name = "status", help_triggers("-h", "--help", "help"))]
 pub struct Status {
     /// configuration file, for its controlSocket (default: /etc/flowd/flowd.cfg)

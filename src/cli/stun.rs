@@ -2,28 +2,28 @@
 
 use std::path::PathBuf;
 
-use argh::FromArgs;
+use argh::{ArgsInfo, FromArgs};
 
 use crate::config::{Config, DEFAULT_PATH};
 use crate::error::{Error, Result};
 use crate::public_addresses::discover;
 
 /// See how the public addresses of this host are found.
-#[derive(FromArgs)]
+#[derive(ArgsInfo, FromArgs)]
 #[argh(subcommand, name = "stun", help_triggers("-h", "--help", "help"))]
 pub struct Stun {
     #[argh(subcommand)]
     command: Command,
 }
 
-#[derive(FromArgs)]
+#[derive(ArgsInfo, FromArgs)]
 #[argh(subcommand)]
 enum Command {
     Sample(Sample),
 }
 
 /// Look for them as the daemon would, and print each step; exit code 1 if a private address is left without a public one.
-#[derive(FromArgs)]
+#[derive(ArgsInfo, FromArgs)]
 #[argh(subcommand, name = "sample", help_triggers("-h", "--help", "help"))]
 struct Sample {
     /// configuration file, for its backends.firefly.stun (default: /etc/flowd/flowd.cfg)

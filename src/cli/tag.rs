@@ -2,21 +2,21 @@
 
 use std::process::ExitCode;
 
-use argh::FromArgs;
+use argh::{ArgsInfo, FromArgs};
 
 use crate::flow;
 use crate::registry::Registry;
 use crate::scitag;
 
 /// Show what a tag looks like in a packet, or what a packet's label means.
-#[derive(FromArgs)]
+#[derive(ArgsInfo, FromArgs)]
 #[argh(subcommand, name = "tag", help_triggers("-h", "--help", "help"))]
 pub struct Tag {
     #[argh(subcommand)]
     command: Command,
 }
 
-#[derive(FromArgs)]
+#[derive(ArgsInfo, FromArgs)]
 #[argh(subcommand)]
 enum Command {
     Encode(Encode),
@@ -24,7 +24,7 @@ enum Command {
 }
 
 /// Show scitag, flow label and option of an experiment and an activity.
-#[derive(FromArgs)]
+#[derive(ArgsInfo, FromArgs)]
 #[argh(subcommand, name = "encode", help_triggers("-h", "--help", "help"))]
 struct Encode {
     /// id of 1 to 511, or a name of the registry
@@ -37,7 +37,7 @@ struct Encode {
 }
 
 /// Show the experiment and activity of a flow label.
-#[derive(FromArgs)]
+#[derive(ArgsInfo, FromArgs)]
 #[argh(subcommand, name = "decode", help_triggers("-h", "--help", "help"))]
 struct Decode {
     /// the value is a scitag, not a label

@@ -1,0 +1,159 @@
+//! The documentation says what the program takes, and nothing else.
+#![cfg(feature = "bpf")]
+#![allow(missing_docs)]
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use flowd_rs::{cli, config};
+
+const MAN8: &str = include_str!("../man/flowd-rs.8");
+const MAN5: &str = include_str!("../man/flowd.cfg.5");
+const CONF: &str = include_str!("../conf/flowd.cfg");
+const BASH: &str = include_str!("../conf/completion/flowd-rs.bash");
+
+/// Sections of flowd.cfg(5) and the keys that their lists have, nested lists too.
+fn documented() -> BTreeMap<String, BTreeSet<String>> {
+    let (mut sections, mut section) = (BTreeMap::<_, BTreeSet<String>>::new(), None);
+    for line in MAN5.lines() {
+        if let Some(name) = line.strip_prefix(".Ss ") {
+            let name = if name == "Top level" { "" } else { name };
+            section = Some(name.to_owned());
+            sections.entry(name.to_owned()).or_default();
+        } else if line.starts_with(".Sh ") {
+            section = None;
+        } else if let (Some(section), Some(item)) = (&section, line.strip_prefix(".It Ic ")) {
+            let names = item.split(" : ").next().unwrap();
+            let names = names.split(" , ").map(|name| name.trim().to_owned());
+            sections.get_mut(section).unwrap().extend(names);
+        }
+    }
+    sections
+}
+
+/// Sections of the program, and their keys.
+fn known() -> BTreeMap<String, BTreeSet<String>> {
+    let keys = config::keys();
+    let is_section = |path: &str| keys.iter().any(|key| key.starts_with(&format!("{path}.")));
+    let mut sections = BTreeMap::<String, BTreeSet<String>>::new();
+    for key in &keys {
+        let (section, name) = key.rsplit_once('.').unwrap_or(("", key));
+        if is_section(key) && !key.ends_with(".rules") {
+            sections.entry(key.clone()).or_default();
+        } else {
+            // The keys of a rule are listed where the rules are.
+            let section = section.strip_suffix(".rules").unwrap_or(section);
+            sections
+                .entry(section.to_owned())
+                .or_default()
+                .insert(name.to_owned());
+        }
+    }
+    // It has no keys of its own.
+    sections.remove("backends");
+    sections.insert("backends.dummy".to_owned(), BTreeSet::new());
+    sections.retain(|section, keys| !keys.is_empty() || section == "backends.dummy");
+    sections
+}
+
+#[test]
+fn the_manual_page_has_every_key_of_the_configuration_and_no_other() {
+    let (mut known, documented) = (known(), documented());
+    // It says: the same as netlink.
+    let netstat = known.insert("plugins.netstat".to_owned(), BTreeSet::new());
+    assert_eq!(netstat.as_ref(), known.get("plugins.netlink"));
+    assert_eq!(documented, known);
+}
+
+#[test]
+fn the_commented_configuration_shows_every_key() {
+    for key in config::keys() {
+        let name = key.rsplit('.').next().unwrap();
+        let shown = CONF.match_indices(&format!("{name}:")).any(|(at, _)| {
+            let before = CONF[..at].chars().next_back();
+            before.is_none_or(|c| !c.is_alphanumeric())
+        });
+        // What is accepted and has no effect is not shown, nor is what only flowd has.
+        let without_effect = [
+            "maxReaders",
+            "buffSize",
+            "deadline",
+            "hasSyslogHeader",
+            "log",
+            "dummy",
+        ];
+        assert_eq!(shown, !without_effect.contains(&name), "{key}");
+    }
+}
+
+/// What stands behind `Fl` in the manual page.
+fn documented_options() -> BTreeSet<String> {
+    let mut options = BTreeSet::new();
+    for line in MAN8.lines().filter(|line| line.starts_with('.')) {
+        let mut flag = false;
+        for word in line.split_whitespace() {
+            match word {
+                "Fl" | ".Fl" => flag = true,
+                "," | "|" => {}
+                _ if flag && word.starts_with('-') => {
+                    options.insert(word.trim_start_matches('-').to_owned());
+                }
+                _ if flag && word.len() == 1 && word.chars().all(char::is_alphabetic) => {
+                    options.insert(word.to_owned());
+                }
+                _ => flag = false,
+            }
+        }
+    }
+    options
+}
+
+#[test]
+fn the_manual_page_has_every_command_and_option_and_no_other() {
+    let commands = cli::commands();
+    let mut options: BTreeSet<String> = ["h", "help"].map(str::to_owned).into();
+    for command in &commands {
+        let last = command.command.rsplit(' ').next().unwrap();
+        let there = last.is_empty()
+            || MAN8
+                .lines()
+                .any(|line| line.contains("Cm ") && line.split(' ').any(|w| w == last));
+        assert!(there, "{}", command.command);
+        for (long, short) in &command.options {
+            options.insert(long.clone());
+            options.extend(short.map(String::from));
+        }
+    }
+    assert_eq!(documented_options(), options);
+    let named: BTreeSet<&str> = MAN8
+        .lines()
+        .filter_map(|line| line.strip_prefix(".It Cm "))
+        .filter_map(|rest| rest.split(' ').next())
+        .filter(|name| !matches!(*name, "help" | "start" | "end"))
+        .collect();
+    let top: BTreeSet<&str> = commands
+        .iter()
+        .filter_map(|c| c.command.split(' ').next())
+        .filter(|c| !c.is_empty())
+        .collect();
+    assert_eq!(named, top);
+}
+
+#[test]
+fn completion_has_every_command_and_option() {
+    let words: BTreeSet<&str> = BASH.split([' ', '"', '\n', '\t', ';', ')']).collect();
+    for command in cli::commands() {
+        for word in command.command.split(' ').filter(|word| !word.is_empty()) {
+            assert!(words.contains(word), "{word}");
+        }
+        for (long, _) in &command.options {
+            assert!(words.contains(format!("--{long}").as_str()), "--{long}");
+        }
+    }
+}
+
+#[test]
+fn every_key_of_flowd_is_in_the_manual_page() {
+    for key in config::FLOWD_KEYS {
+        assert!(MAN5.split([' ', '\n']).any(|word| word == key), "{key}");
+    }
+}

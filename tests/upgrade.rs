@@ -1,0 +1,302 @@
+//! SIGUSR2, by which the package replaces a running daemon: no event lost, no unmarked gap.
+#![cfg(feature = "bpf")]
+#![allow(missing_docs)]
+
+mod common;
+#[path = "common/prog_run.rs"]
+mod prog_run;
+
+use std::fs::{self, File};
+use std::io::{IoSliceMut, Write};
+use std::net::UdpSocket;
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+use std::os::unix::net::UnixDatagram;
+use std::process::{Child, Stdio};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+
+use common::daemon::{Home, PROGRAM, lines};
+use common::net::Hosts;
+use common::sink::Sink;
+use common::wire::Wire;
+use common::{DEADLINE, wait_for};
+use flowd_rs::firefly::Encoder;
+use flowd_rs::flow::{Flow, FlowEvent, Origin, Protocol, State, Tag};
+use jiff::Timestamp;
+use nix::fcntl::{FcntlArg, FdFlag, fcntl};
+use nix::sys::signal::{Signal, kill};
+use nix::sys::socket::{ControlMessageOwned, MsgFlags, recvmsg};
+use nix::unistd::Pid;
+use prog_run::BpfFs;
+
+/// What systemd does for a service of `Type=notify` with a file descriptor store.
+struct Service<'a> {
+    home: &'a Home,
+    hosts: &'a Hosts,
+    notify: UnixDatagram,
+    child: Child,
+    store: Vec<(String, OwnedFd)>,
+}
+
+impl<'a> Service<'a> {
+    fn start(home: &'a Home, hosts: &'a Hosts) -> Service<'a> {
+        let notify = UnixDatagram::bind(home.path("notify")).unwrap();
+        notify.set_read_timeout(Some(DEADLINE)).unwrap();
+        let child = spawn(home, hosts, &[]);
+        let mut service = Service {
+            home,
+            hosts,
+            notify,
+            child,
+            store: Vec::new(),
+        };
+        service.wait_until_ready();
+        service
+    }
+
+    /// One notification; file descriptors that come with it are stored.
+    fn notification(&mut self) -> Option<String> {
+        let mut buffer = [0; 4096];
+        let mut space = nix::cmsg_space!([i32; 8]);
+        let mut slices = [IoSliceMut::new(&mut buffer)];
+        let flags = MsgFlags::MSG_CMSG_CLOEXEC;
+        let message = recvmsg::<()>(
+            self.notify.as_raw_fd(),
+            &mut slices,
+            Some(&mut space),
+            flags,
+        )
+        .ok()?;
+        let mut fds = Vec::new();
+        for control in message.cmsgs().unwrap() {
+            if let ControlMessageOwned::ScmRights(given) = control {
+                // SAFETY: the kernel has just made them for this process.
+                fds.extend(
+                    given
+                        .into_iter()
+                        .map(|fd| unsafe { OwnedFd::from_raw_fd(fd) }),
+                );
+            }
+        }
+        let length = message.bytes;
+        let text = String::from_utf8(buffer[..length].to_vec()).unwrap();
+        let name = text.lines().find_map(|line| line.strip_prefix("FDNAME="));
+        let name = name.unwrap_or_default().to_owned();
+        if text.contains("FDSTOREREMOVE=1") {
+            self.store.retain(|(stored, _)| *stored != name);
+        } else if text.contains("FDSTORE=1") {
+            self.store
+                .extend(fds.into_iter().map(|fd| (name.clone(), fd)));
+        }
+        Some(text)
+    }
+
+    fn wait_until_ready(&mut self) {
+        while !self
+            .notification()
+            .unwrap_or_else(|| panic!("not ready:\n{}", self.home.log()))
+            .contains("READY=1")
+        {}
+    }
+
+    /// What the package does, and what systemd does on exit code 75.
+    fn replace(&mut self) {
+        kill(Pid::from_raw(self.child.id() as i32), Signal::SIGUSR2).unwrap();
+        let status = wait_for("the exit", || {
+            self.notify
+                .set_read_timeout(Some(Duration::from_millis(1)))
+                .unwrap();
+            while self.notification().is_some() {}
+            self.child.try_wait().unwrap()
+        });
+        while self.notification().is_some() {}
+        self.notify.set_read_timeout(Some(DEADLINE)).unwrap();
+        assert_eq!(status.code(), Some(75), "{}", self.home.log());
+        self.child = spawn(self.home, self.hosts, &self.store);
+        self.wait_until_ready();
+    }
+}
+
+impl Drop for Service<'_> {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+        if std::thread::panicking() {
+            eprintln!("{}", self.home.log());
+        }
+    }
+}
+
+fn spawn(home: &Home, hosts: &Hosts, store: &[(String, OwnedFd)]) -> Child {
+    // The shell puts them where systemd does: from 3 on.
+    let mut script = String::new();
+    for (index, (_, fd)) in store.iter().enumerate() {
+        fcntl(fd, FcntlArg::F_SETFD(FdFlag::empty())).unwrap();
+        script += &format!("exec {}<&{}; ", 3 + index, fd.as_raw_fd());
+    }
+    script += "LISTEN_PID=$$ exec \"$@\"";
+    let names: Vec<&str> = store.iter().map(|(name, _)| name.as_str()).collect();
+    let log = File::options()
+        .create(true)
+        .append(true)
+        .open(home.path("log"));
+    let mut command = hosts.here.command("bash");
+    command
+        .args(["-c", &script, "bash", PROGRAM, "run", "-c"])
+        .arg(home.path("flowd.cfg"))
+        .env("NOTIFY_SOCKET", home.path("notify"))
+        .stdin(Stdio::null())
+        .stderr(log.unwrap());
+    if !store.is_empty() {
+        command.env("LISTEN_FDS", store.len().to_string());
+        command.env("LISTEN_FDNAMES", names.join(":"));
+    }
+    command.spawn().unwrap()
+}
+
+/// Also if the test fails.
+struct SetOnDrop<'a>(&'a AtomicBool);
+
+impl Drop for SetOnDrop<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Relaxed);
+    }
+}
+
+/// A firefly datagram for flow number `n` of another producer.
+fn datagram(encoder: &mut Encoder, state: State, n: u16) -> String {
+    let flow = Flow::new(
+        Protocol::Tcp,
+        ("2001:db8::1".parse().unwrap(), n),
+        ("2001:db8::2".parse().unwrap(), 9),
+    );
+    let tag = Tag {
+        experiment: 2,
+        activity: 9,
+    };
+    let event = FlowEvent {
+        tag: Some(tag),
+        ..FlowEvent::new(state, flow.unwrap(), Timestamp::now(), Origin::Firefly)
+    };
+    let mut out = String::new();
+    encoder.encode(&event, Timestamp::now(), &mut out);
+    out
+}
+
+#[test]
+#[ignore = "needs root: network namespaces"]
+fn a_new_version_takes_over_a_thousand_flows_under_load() {
+    const OPEN: usize = 1000;
+    const LINES: usize = 20_000;
+    const FIREFLIES: u16 = 5000;
+    let hosts = Hosts::new();
+    hosts.here.ip(&["link", "set", "lo", "up"]);
+    let bpffs = BpfFs::new();
+    let home = Home::with("");
+    let plugins = format!(
+        "  namedPipe: {{pipePath: {}}}\n  firefly: {{bindAddress: '::1'}}\n",
+        home.pipe().display()
+    );
+    home.configure_plugins(
+        &plugins,
+        &format!(
+            "backends:\n  firefly: {{destinationPort: 20514, relayed: destination}}\n  marker: {{bpfFsPath: {}, targetInterfaces: [veth0]}}\n",
+            bpffs.path().display()
+        ),
+    );
+    let sink = Sink::bind(&hosts.there, "[2001:db8::2]:20514");
+    let mut service = Service::start(&home, &hosts);
+    home.write(&lines("start", 100_000..100_000 + OPEN, "2 9"));
+    home.write("start udp 2001:db8::1 4000 2001:db8::2 5000 2 19\n");
+    assert_eq!(sink.collect("start", OPEN + 1).len(), OPEN + 1);
+    let (pipe, wire) = (fs::metadata(home.pipe()).unwrap(), Wire::listen(&hosts));
+    let stop = AtomicBool::new(false);
+    let sent = std::thread::scope(|scope| {
+        // Packets of an open flow flow all the time.
+        let packets = scope.spawn(|| {
+            let from = hosts
+                .here
+                .enter(|| UdpSocket::bind("[2001:db8::1]:4000").unwrap());
+            let mut sent = 0;
+            while !stop.load(Ordering::Relaxed) {
+                from.send_to(b"x", "[2001:db8::2]:5000").unwrap();
+                sent += 1;
+                std::thread::sleep(Duration::from_micros(300));
+            }
+            sent
+        });
+        let writer = scope.spawn(|| {
+            // As storage services do: open without waiting, write, close. Nobody may be told that there is no reader.
+            let began = Instant::now();
+            for n in (0..LINES).step_by(10) {
+                let mut options = File::options();
+                let mut pipe = std::os::unix::fs::OpenOptionsExt::custom_flags(
+                    options.write(true),
+                    nix::libc::O_NONBLOCK,
+                )
+                .open(home.pipe())
+                .expect("the pipe has a reader");
+                pipe.write_all(lines("start", n..n + 10, "2 9").as_bytes())
+                    .unwrap();
+                std::thread::sleep(
+                    Duration::from_micros(100 * n as u64).saturating_sub(began.elapsed()),
+                );
+            }
+        });
+        let fireflies = scope.spawn(|| {
+            let socket = hosts.here.enter(|| UdpSocket::bind("[::1]:0").unwrap());
+            let mut encoder = Encoder::new("storage", "mover 1", true);
+            for n in 1..=FIREFLIES {
+                socket
+                    .send_to(
+                        datagram(&mut encoder, State::Start, n).as_bytes(),
+                        "[::1]:10514",
+                    )
+                    .unwrap();
+                std::thread::sleep(Duration::from_micros(300));
+            }
+        });
+        let done = SetOnDrop(&stop);
+        for _ in 0..3 {
+            std::thread::sleep(Duration::from_millis(300));
+            service.replace();
+        }
+        writer.join().unwrap();
+        fireflies.join().unwrap();
+        drop(done);
+        packets.join().unwrap()
+    });
+    // Every start, once, from the pipe and relayed.
+    let starts = LINES + usize::from(FIREFLIES);
+    assert_eq!(sink.collect("start", starts).len(), starts);
+    // Every packet, with one label.
+    let frames = wire.frames(sent, |frame| frame.source_port == 4000);
+    assert_eq!(frames.len(), sent);
+    assert!(
+        frames
+            .iter()
+            .all(|frame| frame.label == frames[0].label && frame.label != 0),
+        "a gap"
+    );
+    // What was open is still, and ends with the time at which it started.
+    home.write(&lines("end", 100_000..100_000 + OPEN, "2 9"));
+    for (flow, end) in sink.collect("end", OPEN) {
+        assert!(
+            end.start_time.is_some_and(|start| start < end.time),
+            "{flow}"
+        );
+    }
+    use std::os::unix::fs::MetadataExt;
+    assert_eq!(fs::metadata(home.pipe()).unwrap().ino(), pipe.ino());
+    assert!(
+        service.store.is_empty(),
+        "systemd keeps nothing that is in use"
+    );
+    // A plain stop takes everything down.
+    kill(Pid::from_raw(service.child.id() as i32), Signal::SIGTERM).unwrap();
+    assert_eq!(
+        wait_for("the end", || service.child.try_wait().unwrap()).code(),
+        Some(0)
+    );
+    assert!(!bpffs.path().join("flowd-rs/v1/flows").exists());
+}
