@@ -15,7 +15,7 @@ TOOLS = cc:gcc:gcc clang:clang:clang pkg-config:pkg-config:pkgconf-pkg-config ma
 # What tests and benches need beside them.
 TEST_TOOLS = ip:iproute2:iproute tc:iproute2:iproute-tc nsenter:util-linux:util-linux \
 	setpriv:util-linux:util-linux ethtool:ethtool:ethtool tshark:tshark:wireshark-cli \
-	iperf3:iperf3:iperf3 python3:python3-venv:python3 prometheus:prometheus:prometheus curl:curl:curl nft:nftables:nftables
+	iperf3:iperf3:iperf3 python3:python3-venv:python3 prometheus:prometheus:prometheus curl:curl:curl nft:nftables:nftables systemd-analyze:systemd:systemd /usr/share/doc/python3-seccomp:python3-seccomp:python3-libseccomp
 # What the package needs beside them.
 RPM_TOOLS = rpmbuild:rpm:rpm-build rpmlint:rpmlint:rpmlint systemd-analyze:systemd:systemd git:git:git
 # What the benches need beside them.
