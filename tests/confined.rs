@@ -81,7 +81,7 @@ fn it_does_all_that_it_is_for() {
         near.write_all(b"x").unwrap();
         far.read_exact(&mut [0]).unwrap();
         let marked = wire.frames(1, |frame| {
-            frame.source_port == port && frame.label & 0x3fdfc == 196_620 & 0x3fdfc
+            frame.source_port == port && frame.label & 0x3fefc == 196_620 & 0x3fefc
         });
         (!marked.is_empty()).then_some(())
     });

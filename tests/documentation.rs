@@ -152,6 +152,35 @@ fn completion_has_every_command_and_option() {
 }
 
 #[test]
+fn bash_completes_commands_and_options() {
+    let complete = |words: &str, at: usize| {
+        let path = concat!(env!("CARGO_MANIFEST_DIR"), "/conf/completion/flowd-rs.bash");
+        let script = format!(
+            "source {path}; COMP_WORDS=({words}); COMP_CWORD={at}; _flowd_rs; echo ${{COMPREPLY[*]}}"
+        );
+        let output = std::process::Command::new("bash")
+            .args(["-c", &script])
+            .output()
+            .unwrap();
+        String::from_utf8(output.stdout)
+            .unwrap()
+            .trim_end()
+            .to_owned()
+    };
+    assert_eq!(complete("flowd-rs re", 1), "registry");
+    assert_eq!(
+        complete("flowd-rs config ''", 2),
+        "check convert schema show"
+    );
+    assert_eq!(complete("flowd-rs config check --c", 3), "--config");
+    assert_eq!(
+        complete("flowd-rs flows --sort ''", 3),
+        "age experiment source destination"
+    );
+    assert_eq!(complete("flowd-rs marker clean --r", 3), "--remove-qdisc");
+}
+
+#[test]
 fn every_key_of_flowd_is_in_the_manual_page() {
     for key in config::FLOWD_KEYS {
         assert!(MAN5.split([' ', '\n']).any(|word| word == key), "{key}");

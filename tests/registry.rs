@@ -166,7 +166,7 @@ fn start_up_waits_for_no_registry_and_a_wrong_one_changes_nothing() {
             }),
         ),
         (
-            "",
+            "larger than",
             Box::new(move |_, stream| respond(stream, "200 OK", "", &huge)),
         ),
         (

@@ -4,7 +4,7 @@
 mod common;
 
 use std::fs;
-use std::os::unix::fs::MetadataExt;
+use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::process::{Command, Stdio};
 
 use common::daemon::{Home, PROGRAM, line, run, write};
@@ -274,5 +274,42 @@ fn listen_prints_what_arrives() {
     assert!(
         line.ends_with(" se.example end     tcp 192.0.2.1:1094 > 192.0.2.2:2 cms / Cache by xrootd after 2.000 s sent 7 received 5 bytes"),
         "{line}"
+    );
+}
+
+#[test]
+fn a_file_that_everybody_may_write_to_is_refused() {
+    let home = Home::new("{}");
+    let (config, token) = (home.path("flowd.cfg"), home.path("token"));
+    let mode = |path: &std::path::Path, mode| {
+        fs::set_permissions(path, fs::Permissions::from_mode(mode)).unwrap();
+    };
+    let pipe = home.pipe().display().to_string();
+    let api = format!(
+        "  namedPipe: {{pipePath: {pipe}}}\n  api: {{bindPort: 0, unixSocket: {pipe}.api, tokenFile: {}}}\n",
+        token.display()
+    );
+    home.configure_plugins(&api, "backends: {dummy: }\n");
+    write(&token, "secret\n");
+    mode(&token, 0o602);
+    let expected = "everybody may write to it, expected a mode of at most 0664 (chmod o-w)";
+    let run_with = |path: &std::path::Path| run(&["run", "-c", path.to_str().unwrap()]);
+    let (code, _, error) = run_with(&config);
+    let last = error.lines().last().unwrap();
+    assert_eq!(
+        (code, last),
+        (
+            1,
+            &*format!(
+                "flowd-rs: {} (plugins.api.tokenFile): {expected}",
+                token.display()
+            )
+        )
+    );
+    mode(&config, 0o666);
+    let (code, _, error) = run_with(&config);
+    assert_eq!(
+        (code, error),
+        (2, format!("flowd-rs: {}: {expected}\n", config.display()))
     );
 }
