@@ -315,6 +315,7 @@ impl Supervisor {
             log::set_max_level(config.log_level);
         }
         log_ready("has a new configuration", &config);
+        notify(&[NotifyState::Status("")]);
         self.config = config;
         Ok(())
     }

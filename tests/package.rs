@@ -5,7 +5,7 @@ mod common;
 
 use std::collections::BTreeSet;
 use std::fs;
-use std::os::unix::fs::PermissionsExt;
+use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 
@@ -243,6 +243,38 @@ fn what_is_installed_runs_as_it_is() {
         .output();
     assert_eq!(text(verified.unwrap()), "");
     let at = |path: &str| root.path().join(path);
+    // User, pipe and directories, as systemd makes them of the package's files.
+    fs::create_dir_all(at("sys/fs/bpf")).unwrap();
+    for (program, arguments) in [
+        ("systemd-sysusers", vec![]),
+        ("systemd-tmpfiles", vec!["--create"]),
+    ] {
+        let output = Command::new(program)
+            .arg("--root")
+            .arg(root.path())
+            .args(arguments)
+            .output();
+        text(output.unwrap());
+    }
+    let passwd = fs::read_to_string(at("etc/passwd")).unwrap();
+    let user = passwd
+        .lines()
+        .find(|line| line.starts_with("flowd:"))
+        .unwrap();
+    let uid: u32 = user.split(':').nth(2).unwrap().parse().unwrap();
+    for (path, mode) in [
+        ("run/flowd", 0o666),
+        ("run/flowd-rs", 0o755),
+        ("sys/fs/bpf/flowd-rs", 0o700),
+    ] {
+        let found = fs::metadata(at(path)).unwrap();
+        assert_eq!(
+            (found.permissions().mode() & 0o777, found.uid()),
+            (mode, uid),
+            "{path}"
+        );
+    }
+    assert!(fs::metadata(at("run/flowd")).unwrap().file_type().is_fifo());
     let output = Command::new("systemd-analyze")
         .args(["verify", "--man=no", "--root"])
         .arg(root.path())
