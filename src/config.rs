@@ -40,8 +40,12 @@ pub const PIPE_PATH: &str = "/var/run/flowd";
 pub const WORK_DIR: &str = "/var/cache/flowd-go";
 /// Where the registry is published.
 pub const REGISTRY_URL: &str = "https://www.scitags.org/api.json";
-/// Where the control socket is, unless `controlSocket` says otherwise.
-pub const CONTROL_SOCKET: &str = "/run/flowd-rs/control.sock";
+
+/// Where the control socket is, unless `controlSocket` says otherwise; `instance` is `-NAME` of a daemon
+/// beside others, empty for the only one.
+pub fn control_socket(instance: &str) -> String {
+    format!("/run/flowd-rs{instance}/control.sock")
+}
 
 /// Settings that the daemon can run with.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -476,10 +480,11 @@ impl Config {
     pub fn parse(text: &str, path: &Path) -> Result<Config, ConfigError> {
         let error = |place, key, message| at(path, text, place, key, message);
         if !is_python(text) {
-            return Config::from_yaml(text).map_err(|e| error(e.place, e.key, e.message));
+            return Config::from_yaml(text, &instance(path))
+                .map_err(|e| error(e.place, e.key, e.message));
         }
         let converted = Config::convert(text).map_err(|e| error(e.place, e.key, e.message))?;
-        let config = Config::from_yaml(&converted.yaml);
+        let config = Config::from_yaml(&converted.yaml, &instance(path));
         let mut config = config.map_err(|e| {
             // The nearest key above that has an origin.
             let mut known = e.key.as_str();
@@ -509,9 +514,9 @@ impl Config {
         Ok(converted.yaml + &notes.collect::<String>())
     }
 
-    fn from_yaml(text: &str) -> Result<Config, yaml::YamlError> {
+    fn from_yaml(text: &str, instance: &str) -> Result<Config, yaml::YamlError> {
         let raw = yaml::read(text)?;
-        check::check(raw).map_err(|e| {
+        check::check(raw, instance).map_err(|e| {
             let parts: Vec<&str> = e.key.split('.').collect();
             yaml::YamlError {
                 place: yaml::locate(text, &parts),
@@ -569,6 +574,15 @@ fn at(
         key,
         message,
     }
+}
+
+/// `-NAME` of a file `flowd-NAME.cfg`, as `flowd-rs@NAME.service` reads it.
+fn instance(path: &Path) -> String {
+    let name = path.file_name().and_then(|name| name.to_str());
+    let name = name.and_then(|name| name.strip_prefix("flowd-")?.strip_suffix(".cfg"));
+    let good = |c: char| c.is_ascii_alphanumeric() || matches!(c, '_' | '-' | '.' | '@');
+    let name = name.filter(|name| !name.is_empty() && name.chars().all(good));
+    name.map_or_else(String::new, |name| format!("-{name}"))
 }
 
 fn enabled(parts: &[(&'static str, bool)]) -> Vec<&'static str> {

@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use serde_json::Value;
 
-use crate::config::{CONTROL_SOCKET, Config};
+use crate::config::{Config, control_socket};
 use crate::error::{Context, Error, Result};
 
 /// How long the daemon may keep silent.
@@ -23,7 +23,7 @@ pub fn socket(socket: Option<PathBuf>, config: Option<PathBuf>) -> Result<PathBu
             let config = Path::new(crate::config::DEFAULT_PATH);
             match config.exists() {
                 true => Ok(Config::load(config)?.control_socket.path),
-                false => Ok(CONTROL_SOCKET.into()),
+                false => Ok(control_socket("").into()),
             }
         }
     }

@@ -13,7 +13,7 @@ use std::time::Duration;
 use jiff::{Span, SpanRelativeTo};
 use log::LevelFilter;
 
-use super::{CONTROL_SOCKET, Config, ControlSocket, Flows, REGISTRY_URL, Registry, WORK_DIR, raw};
+use super::{Config, ControlSocket, Flows, REGISTRY_URL, Registry, WORK_DIR, control_socket, raw};
 use crate::registry;
 
 /// flowd-go's.
@@ -37,8 +37,9 @@ fn error<T>(key: &str, message: impl Into<String>) -> Result<T> {
     })
 }
 
-/// Gives every value its default and refuses those out of range.
-pub fn check(raw: raw::Raw) -> Result<Config> {
+/// Gives every value its default and refuses those out of range. `instance` is `-NAME` of a daemon beside
+/// others, and empty for the only one: directories of its own are called after it.
+pub fn check(raw: raw::Raw, instance: &str) -> Result<Config> {
     let (mut notes, mut warnings) = (Vec::new(), Vec::new());
     let (plugins, backends) = (raw.plugins, raw.backends);
     let enrichers = raw.enrichers.unwrap_or_default();
@@ -52,11 +53,7 @@ pub fn check(raw: raw::Raw) -> Result<Config> {
         .map(|p| plugins::firefly(p, &mut notes))
         .transpose()?;
     let api = plugins.api.map(plugins::api).transpose()?;
-    let work_dir = path(
-        "workDir",
-        raw.work_dir,
-        &directory("CACHE_DIRECTORY", WORK_DIR),
-    )?;
+    let work_dir = path("workDir", raw.work_dir, WORK_DIR)?;
     let registry = registry(raw.registry, &work_dir)?;
     let check = |section: &str, raw| {
         let (registry, _) = registry::known(&registry);
@@ -116,14 +113,14 @@ pub fn check(raw: raw::Raw) -> Result<Config> {
         },
         work_dir,
         registry,
-        state_dir: path(
-            "stateDir",
-            raw.state_dir,
-            &directory("STATE_DIRECTORY", STATE_DIR),
-        )?,
+        state_dir: path("stateDir", raw.state_dir, &format!("{STATE_DIR}{instance}"))?,
         control_socket: ControlSocket {
             given: raw.control_socket.is_some(),
-            path: path("controlSocket", raw.control_socket, &control_socket())?,
+            path: path(
+                "controlSocket",
+                raw.control_socket,
+                &control_socket(instance),
+            )?,
         },
         log_level: match raw.log_level {
             Some(level) => log_level(&level).or_else(|message| error("logLevel", message))?,
@@ -182,23 +179,6 @@ pub fn check(raw: raw::Raw) -> Result<Config> {
         );
     }
     Ok(config)
-}
-
-/// The directory that systemd has made for the service (systemd.exec(5)), or the default.
-fn directory(variable: &str, default: &str) -> String {
-    let given = std::env::var(variable).ok();
-    let first = given.as_deref().and_then(|list| list.split(':').next());
-    first
-        .filter(|path| !path.is_empty())
-        .unwrap_or(default)
-        .to_owned()
-}
-
-fn control_socket() -> String {
-    match directory("RUNTIME_DIRECTORY", "").as_str() {
-        "" => CONTROL_SOCKET.to_owned(),
-        runtime => format!("{runtime}/control.sock"),
-    }
 }
 
 fn registry(raw: raw::Registry, work_dir: &Path) -> Result<Registry> {

@@ -736,6 +736,33 @@ backends:
     }
 
     #[test]
+    fn an_instance_has_directories_of_its_own() {
+        let config = |name: &str| {
+            let text = "PLUGIN='np_api'\nBACKEND='dummy'\n";
+            let config = Config::parse(text, Path::new(name)).unwrap();
+            (config.state_dir, config.control_socket.path)
+        };
+        let plain = (
+            Path::new("/var/lib/flowd").to_owned(),
+            Path::new("/run/flowd-rs/control.sock").to_owned(),
+        );
+        for name in [
+            "/etc/flowd/flowd.cfg",
+            "flowd-.cfg",
+            "flowd-a b.cfg",
+            "conf.yaml",
+            "flowd-x",
+        ] {
+            assert_eq!(config(name), plain, "{name}");
+        }
+        let tags = (
+            Path::new("/var/lib/flowd-tags").to_owned(),
+            Path::new("/run/flowd-rs-tags/control.sock").to_owned(),
+        );
+        assert_eq!(config("/etc/flowd/flowd-tags.cfg"), tags);
+    }
+
+    #[test]
     fn the_last_of_two_holds() {
         let config =
             parse("PLUGIN='np_api'\nBACKEND='dummy'\nNP_API_FILE='/a'\nNP_API_FILE='/b'\n")

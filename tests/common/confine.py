@@ -103,8 +103,6 @@ def main():
         capabilities = ",".join("+" + c[4:].lower() for c in unit["AmbientCapabilities"][0].split())
         bounding = ",".join("+" + c[4:].lower() for c in unit["CapabilityBoundingSet"][0].split())
         os.umask(int(unit["UMask"][0], 8))
-        for line in unit["Environment"]:
-            os.environ.update(word.split("=", 1) for word in line.split())
         user = ["--reuid", str(USER), "--regid", str(USER), "--clear-groups", "--no-new-privs"]
         bounds = ["--bounding-set", "-all," + bounding]
         held = ["--inh-caps", "-all," + capabilities, "--ambient-caps", "-all," + capabilities]
