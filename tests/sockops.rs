@@ -195,7 +195,7 @@ fn the_skops_enricher_tells_of_open_flows_beside_another_program() {
         let daemon = home.start(&hosts.here);
         let listener = hosts
             .there
-            .enter(|| TcpListener::bind("[::]:5203").unwrap());
+            .enter(|| wait_for("the port", || TcpListener::bind("[::]:5203").ok()));
         let line = format!(
             "exec 3<>/dev/tcp/{THERE6}/5203 && while read -r line; do printf %s \"$line\" >&3; done"
         );

@@ -13,8 +13,8 @@ use jsonschema::Validator;
 use nix::sys::socket::{setsockopt, sockopt};
 use serde_json::Value;
 
-use super::DEADLINE;
 use super::net::NetNs;
+use super::{DEADLINE, wait_for};
 
 /// A firefly as it came over the wire.
 pub struct Received {
@@ -35,7 +35,11 @@ impl Sink {
     }
 
     pub fn bind_here(address: SocketAddr) -> Sink {
-        let socket = UdpSocket::bind(address).unwrap();
+        // A process that another test is just starting holds the former socket until it has begun.
+        let socket = wait_for("the port of a sink", || match UdpSocket::bind(address) {
+            Err(error) if error.kind() == ErrorKind::AddrInUse => None,
+            bound => Some(bound.unwrap()),
+        });
         // Without privileges the buffer is as large as it may be.
         let _ = setsockopt(&socket, sockopt::RcvBufForce, &(512 << 20));
         Sink { socket }
