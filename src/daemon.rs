@@ -294,6 +294,16 @@ impl Supervisor {
     }
 
     fn apply(&mut self, config: Config) -> Result<()> {
+        let missing = privileges::missing(&config);
+        if !missing.is_empty()
+            && !privileges::kept(&self.config).is_superset(&privileges::kept(&config))
+        {
+            complain(&format!(
+                "eBPF needs {}, which was given up at the start, as there was no need of it: restart the daemon",
+                missing.join(", ")
+            ));
+            return Ok(());
+        }
         config.log_remarks();
         for (key, changed) in [
             ("pidPath", config.pid_path != self.config.pid_path),

@@ -55,12 +55,15 @@ fn a_broken_file_changes_nothing_and_says_why() {
     home.wait_for_log(
         "Address already in use (os error 98); going on with the former configuration",
     );
-    reload(
-        &home,
-        &daemon,
-        "backends:\n  marker: {targetInterfaces: [nowhere]}\n",
+    // A plugin this time: the pipe's reader is the same throughout.
+    let pipe = home.pipe().display().to_string();
+    let elsewhere =
+        format!("  namedPipe: {{pipePath: {pipe}}}\n  firefly: {{bindAddress: 2001:db8::99}}\n");
+    home.configure_plugins(&elsewhere, &good);
+    daemon.signal(Signal::SIGHUP);
+    home.wait_for_log(
+        "Cannot assign requested address (os error 99); going on with the former configuration",
     );
-    home.wait_for_log("interface nowhere (backends.marker.targetInterfaces) is not there");
     drop(taken);
     home.write(&lines("end", 0..1, "2 9"));
     home.write(&lines("start", 1..11, "2 9"));
@@ -84,7 +87,8 @@ fn nothing_is_lost_under_load_whatever_changes() {
         )
     };
     let base = format!("backends:\n  {FIREFLY}\n");
-    let home = Home::with(&base);
+    // What the marker needs is kept only if there is one at the start.
+    let home = Home::with(&format!("{base}{}", marker("")));
     let sink = Sink::bind(&hosts.there, SINK);
     let daemon = home.start(&hosts.here);
     let pipe = fs::metadata(home.pipe()).unwrap().ino();
@@ -154,6 +158,10 @@ fn nothing_is_lost_under_load_whatever_changes() {
     });
     let found = fs::metadata(home.pipe()).unwrap();
     assert_eq!(found.ino(), pipe, "the pipe stays");
+    assert!(
+        !home.log().contains("former configuration"),
+        "a reload failed"
+    );
     daemon.expect_status(&format!("flows_open {FLOWS}"));
     assert_eq!(sink.collect("start", FLOWS).len(), FLOWS);
     // Each once, with its own start time at the end.
@@ -206,6 +214,33 @@ fn marking_goes_on_while_the_marker_changes() {
     let labels: HashSet<u32> = frames.iter().map(|frame| frame.label).collect();
     assert_eq!(labels.len(), 1, "{labels:x?}");
     assert!(!labels.contains(&0));
+    daemon.stop();
+}
+
+#[test]
+#[ignore = "needs root: network namespaces"]
+fn privileges_that_were_given_up_are_a_clear_error() {
+    let hosts = Hosts::new();
+    let bpffs = BpfFs::new();
+    let home = Home::with("backends: {dummy: }\n");
+    let daemon = home.start(&hosts.here);
+    let status = fs::read_to_string(format!("/proc/{}/status", daemon.child.id())).unwrap();
+    for line in [
+        "CapEff:\t0000000000000000",
+        "CapPrm:\t0000000000000000",
+        "NoNewPrivs:\t1",
+    ] {
+        assert!(status.contains(line), "{line}: {status}");
+    }
+    let marker = format!(
+        "backends: {{marker: {{bpfFsPath: {}, targetInterfaces: [veth0]}}}}\n",
+        bpffs.path().display()
+    );
+    reload(&home, &daemon, &marker);
+    home.wait_for_log("reload: eBPF needs CAP_BPF, CAP_NET_ADMIN, CAP_PERFMON, which was given up at the start, as there was no need of it: restart the daemon; going on with the former configuration");
+    daemon.stop();
+    let daemon = home.start(&hosts.here);
+    daemon.expect_status("backend_events marker attached 1");
     daemon.stop();
 }
 

@@ -25,6 +25,15 @@ pub fn kept(config: &Config) -> HashSet<Capability> {
     kept
 }
 
+/// Which of them this thread does not have, or has given up; in the order of their names.
+pub fn missing(config: &Config) -> Vec<String> {
+    let permitted = caps::read(None, CapSet::Permitted).unwrap_or_default();
+    let missing = kept(config).into_iter().filter(|c| !permitted.contains(c));
+    let mut names: Vec<String> = missing.map(|capability| capability.to_string()).collect();
+    names.sort();
+    names
+}
+
 /// No program that this process could ever start gets more privileges than it has.
 pub fn no_new_privileges() {
     if let Err(error) = nix::sys::prctl::set_no_new_privs() {
