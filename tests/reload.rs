@@ -87,6 +87,20 @@ fn nothing_is_lost_under_load_whatever_changes() {
         )
     };
     let base = format!("backends:\n  {FIREFLY}\n");
+    // While a clsact qdisc comes or goes the kernel drops what the interface sends, of everybody: one that
+    // is there before stays.
+    let added = std::process::Command::new("tc")
+        .args([
+            "-n",
+            &hosts.here.name,
+            "qdisc",
+            "add",
+            "dev",
+            "veth0",
+            "clsact",
+        ])
+        .status();
+    assert!(added.unwrap().success());
     // What the marker needs is kept only if there is one at the start.
     let home = Home::with(&format!("{base}{}", marker("")));
     let sink = Sink::bind(&hosts.there, SINK);
@@ -163,6 +177,7 @@ fn nothing_is_lost_under_load_whatever_changes() {
         "a reload failed"
     );
     daemon.expect_status(&format!("flows_open {FLOWS}"));
+    daemon.expect_status(&format!("backend_events firefly sent {}", 2 * FLOWS));
     assert_eq!(sink.collect("start", FLOWS).len(), FLOWS);
     // Each once, with its own start time at the end.
     daemon.expect_status(&format!("plugin_events accepted named_pipe {FLOWS}"));
