@@ -128,24 +128,24 @@ impl Dispatcher {
     pub fn run(mut self, events: &Receiver<FlowEvent>, mut queries: Receiver<Query>) {
         let mut ticked = Instant::now();
         loop {
-            let first = select! {
+            let (mut first, mut asked) = (None, None);
+            select! {
                 recv(events) -> event => match event {
-                    Ok(event) => Some(event),
+                    Ok(event) => first = Some(event),
                     Err(_) => break,
                 },
-                recv(queries) -> query => {
-                    match query {
-                        Ok(query) => self.answer(query),
-                        Err(_) => queries = never(),
-                    }
-                    None
-                }
-                default(TICK) => None,
-            };
+                recv(queries) -> query => match query {
+                    Ok(query) => asked = Some(query),
+                    Err(_) => queries = never(),
+                },
+                default(TICK) => {}
+            }
+            // Who asks is to see what was sent before.
+            let batch = if asked.is_some() { events.len() } else { BATCH };
             self.queue
                 .observe(events.len() + usize::from(first.is_some()));
             let (time, now) = (Timestamp::now(), Instant::now());
-            for event in first.into_iter().chain(events.try_iter()).take(BATCH) {
+            for event in first.into_iter().chain(events.try_iter()).take(batch) {
                 self.step(event, time, now);
             }
             if now.duration_since(ticked) >= TICK {
@@ -154,6 +154,9 @@ impl Dispatcher {
                 self.refused.tick(now);
             }
             self.pass_on(now);
+            if let Some(query) = asked {
+                self.answer(query);
+            }
             self.journal.tend(&self.table, now);
             self.queue.observe(events.len());
             self.heartbeat.beat();
