@@ -288,11 +288,9 @@ fn errors_say_which_field_and_why() {
         .as_bytes(),
     );
     assert_eq!(client.answer().json(), json!({"accepted": 1}));
-    let status = daemon.expect_status("plugin_events invalid api 4");
-    assert!(
-        status.contains("plugin_events accepted api 1") && status.contains("flows_open 1"),
-        "{status}"
-    );
+    daemon.expect_status("plugin_events invalid api 4");
+    daemon.expect_status("plugin_events accepted api 1");
+    daemon.expect_status("flows_open 1");
     daemon.stop();
 }
 
