@@ -60,7 +60,7 @@ impl Wire {
                         last = Instant::now();
                     }
                 }
-                Err(Errno::EAGAIN) => {}
+                Err(Errno::EAGAIN | Errno::EINTR) => {}
                 Err(error) => panic!("{error}"),
             }
         }
