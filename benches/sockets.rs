@@ -206,7 +206,7 @@ fn latency(hosts: &Hosts) {
             next("start");
             starts.push(began.elapsed().as_secs_f64() * 1e3);
             drop(far);
-            assert_eq!(near.read(&mut [0]).unwrap(), 0);
+            assert_eq!(near.read_to_end(&mut Vec::new()).unwrap(), 0);
             let began = Instant::now();
             drop(near);
             next("end");

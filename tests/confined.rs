@@ -99,7 +99,7 @@ fn it_does_all_that_it_is_for() {
         assert!(page.contains(name), "{name}: {page}");
     }
     drop(far);
-    assert_eq!(near.read(&mut [0]).unwrap(), 0);
+    assert_eq!(near.read_to_end(&mut Vec::new()).unwrap(), 0);
     drop(near);
     let end = wait_for("the end with its socket", || {
         let firefly = sink.firefly();

@@ -92,11 +92,9 @@ impl<'a> Service<'a> {
     }
 
     fn wait_until_ready(&mut self) {
-        while !self
-            .notification()
-            .unwrap_or_else(|| panic!("not ready:\n{}", self.home.log()))
-            .contains("READY=1")
-        {}
+        wait_for("READY=1", || {
+            self.notification().filter(|text| text.contains("READY=1"))
+        });
     }
 
     /// What the package does, and what systemd does on exit code 75.

@@ -1,7 +1,7 @@
 //! Runs the real binary: configuration file, readiness, signals, log, exit code.
 
 use std::fs::{self, File, OpenOptions};
-use std::io::Write;
+use std::io::{ErrorKind, Write};
 use std::os::unix::fs::{FileTypeExt, OpenOptionsExt, PermissionsExt};
 use std::os::unix::net::UnixDatagram;
 use std::path::{Path, PathBuf};
@@ -172,9 +172,11 @@ impl Daemon<'_> {
         self.notify.set_read_timeout(Some(DEADLINE)).unwrap();
         let mut buffer = [0; 4096];
         loop {
-            let length = self.notify.recv(&mut buffer).unwrap_or_else(|e| {
-                panic!("no {expected}: {e}; log:\n{}", self.home.log());
-            });
+            let length = match self.notify.recv(&mut buffer) {
+                Ok(length) => length,
+                Err(error) if error.kind() == ErrorKind::Interrupted => continue,
+                Err(error) => panic!("no {expected}: {error}; log:\n{}", self.home.log()),
+            };
             if std::str::from_utf8(&buffer[..length])
                 .unwrap()
                 .lines()
