@@ -13,8 +13,10 @@ pub use message::{Body, Request, Response, problem};
 pub use socket::{Listener, UnixPath};
 
 use std::io;
+use std::os::fd::AsRawFd;
 use std::time::{Duration, Instant};
 
+use mio::unix::SourceFd;
 use mio::{Events, Interest, Poll, Token};
 use slab::Slab;
 
@@ -55,10 +57,12 @@ impl Server {
     }
 
     /// Serves until it is time to stop. An error of one connection ends that one only.
-    pub fn run(mut self, handler: &mut dyn Handler, mut stop: Stop) -> io::Result<()> {
-        self.poll
-            .registry()
-            .register(&mut stop, STOP, Interest::READABLE)?;
+    pub fn run(mut self, handler: &mut dyn Handler, stop: Stop) -> io::Result<()> {
+        self.poll.registry().register(
+            &mut SourceFd(&stop.as_raw_fd()),
+            STOP,
+            Interest::READABLE,
+        )?;
         let mut events = Events::with_capacity(CONNECTIONS);
         let mut connections: Slab<Connection> = Slab::with_capacity(16);
         let mut ready: Vec<usize> = Vec::new();

@@ -20,3 +20,4 @@ pub mod state_dir;
 pub mod stop;
 pub mod udp;
 pub mod udp_receiver;
+pub mod waiter;

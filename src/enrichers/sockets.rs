@@ -12,7 +12,6 @@ use std::time::{Duration, Instant};
 use crossbeam_channel::{Sender, bounded};
 use jiff::Timestamp;
 use log::Level;
-use mio::{Events, Interest, Poll, Token};
 use prometheus::Histogram;
 
 use crate::config::{Config, NetlinkEnricher};
@@ -26,6 +25,7 @@ use crate::routes::Sources;
 use crate::socket::{CONNECTED, Socket};
 use crate::sys::sock_diag::{Destroyed, Dump, Notified};
 use crate::sys::stop::Stop;
+use crate::sys::waiter::Waiter;
 
 /// The name in metrics; the netlink plugin has that of the protocol.
 pub const NAME: &str = "sockets";
@@ -54,7 +54,7 @@ pub struct Sockets {
     period: Duration,
     dump: Dump,
     destroyed: Option<Destroyed>,
-    poll: Poll,
+    waiter: Waiter,
     /// The connections that the last scan showed.
     seen: HashSet<Flow>,
     queries: Sender<Query>,
@@ -82,11 +82,10 @@ impl Sockets {
             }
             Err(error) => return Err(error).context(sock_diag),
         };
-        let poll = Poll::new().context(poll_loop)?;
+        let waiter = Waiter::new().context(poll_loop)?;
         let subscribe = || {
-            let mut destroyed = Destroyed::subscribe()?;
-            poll.registry()
-                .register(&mut destroyed, Token(0), Interest::READABLE)?;
+            let destroyed = Destroyed::subscribe()?;
+            waiter.watch(&destroyed)?;
             Ok::<_, io::Error>(destroyed)
         };
         let destroyed = if end { subscribe().map(Some) } else { Ok(None) };
@@ -105,7 +104,7 @@ impl Sockets {
             news: news.clone(),
             dump,
             destroyed,
-            poll,
+            waiter,
             seen: HashSet::new(),
             queries: sources.queries.clone(),
             counters: sources.metrics.plugin(NAME),
@@ -226,16 +225,12 @@ impl Plugin for Sockets {
         NAME
     }
 
-    fn run(mut self: Box<Self>, events: EventSender, mut stop: Stop) -> Result<()> {
-        self.poll
-            .registry()
-            .register(&mut stop, Token(1), Interest::READABLE)
-            .context(poll_loop)?;
+    fn run(mut self: Box<Self>, events: EventSender, stop: Stop) -> Result<()> {
+        self.waiter.watch(&stop).context(poll_loop)?;
         if self.end {
             self.remember();
         }
         let mut trouble = LogLimit::new(Level::Error, "sockets: failures");
-        let mut wakeups = Events::with_capacity(2);
         let (mut due, mut first) = (Instant::now(), true);
         while !stop.is_set() {
             let Ok(overrun) = self.closed(&events).context(sock_diag)? else {
@@ -257,12 +252,7 @@ impl Plugin for Sockets {
             }
             trouble.tick(began);
             let rest = due.saturating_duration_since(Instant::now());
-            match self.poll.poll(&mut wakeups, Some(rest)) {
-                Err(error) if error.kind() != io::ErrorKind::Interrupted => {
-                    return Err(error).context(poll_loop);
-                }
-                _ => {}
-            }
+            self.waiter.wait(Some(rest)).context(poll_loop)?;
         }
         trouble.flush();
         Ok(())

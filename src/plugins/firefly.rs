@@ -4,13 +4,11 @@
 //! What a firefly carries is passed on as it came: see [`crate::firefly`]. Datagrams that the kernel
 //! drops for want of room are counted, and so are those that are no fireflies, by reason.
 
-use std::io;
 use std::os::fd::OwnedFd;
 use std::time::{Duration, Instant};
 
 use jiff::Timestamp;
 use log::Level;
-use mio::{Events, Interest, Poll, Token};
 
 use super::{Closed, EventSender, Plugin, now};
 use crate::config;
@@ -21,6 +19,7 @@ use crate::metrics::{Metrics, Outcomes, outcomes};
 use crate::sys::handover::Handover;
 use crate::sys::stop::Stop;
 use crate::sys::udp_receiver::{Datagram, Receiver, Room};
+use crate::sys::waiter::Waiter;
 
 const NAME: &str = "firefly";
 /// How often the kernel is asked what it dropped.
@@ -40,7 +39,7 @@ outcomes! {
 pub struct Firefly {
     config: config::FireflyPlugin,
     socket: Receiver,
-    poll: Poll,
+    waiter: Waiter,
     taken: Outcomes<Taken>,
     rejected: Outcomes<Rejection>,
     handover: Handover,
@@ -56,23 +55,18 @@ impl Firefly {
     ) -> Result<Firefly> {
         let inherited = inherited.and_then(|fd| Receiver::adopt(fd, config.bind));
         let socket = inherited.map_or_else(|| Receiver::bind(config.bind), Ok);
-        let mut socket = socket.context(|| {
+        let socket = socket.context(|| {
             format!(
                 "UDP {} (plugins.firefly.bindAddress, bindPort)",
                 config.bind
             )
         })?;
-        let poll = Poll::new()
-            .and_then(|poll| {
-                poll.registry()
-                    .register(&mut socket, Token(0), Interest::READABLE)?;
-                Ok(poll)
-            })
-            .context(poll_loop)?;
+        let waiter = Waiter::new().context(poll_loop)?;
+        waiter.watch(&socket).context(poll_loop)?;
         Ok(Firefly {
             config: config.clone(),
             socket,
-            poll,
+            waiter,
             taken: metrics.plugin(NAME),
             rejected: metrics.plugin(NAME),
             handover,
@@ -89,11 +83,8 @@ impl Plugin for Firefly {
         NAME
     }
 
-    fn run(mut self: Box<Self>, events: EventSender, mut stop: Stop) -> Result<()> {
-        self.poll
-            .registry()
-            .register(&mut stop, Token(1), Interest::READABLE)
-            .context(poll_loop)?;
+    fn run(mut self: Box<Self>, events: EventSender, stop: Stop) -> Result<()> {
+        self.waiter.watch(&stop).context(poll_loop)?;
         let mut intake = Intake {
             taken: &self.taken,
             rejected: &self.rejected,
@@ -103,18 +94,12 @@ impl Plugin for Firefly {
         };
         let mut room = Room::new(self.config.buffer_size);
         let mut losses = LogLimit::new(Level::Warn, "firefly: losses");
-        let mut wakeups = Events::with_capacity(2);
         let mut asked = Instant::now();
         let mut more = false;
         let mut stopping: Option<Instant> = None;
         loop {
             let patience = if more { Duration::ZERO } else { TICK };
-            match self.poll.poll(&mut wakeups, Some(patience)) {
-                Err(error) if error.kind() != io::ErrorKind::Interrupted => {
-                    return Err(error).context(poll_loop);
-                }
-                _ => {}
-            }
+            self.waiter.wait(Some(patience)).context(poll_loop)?;
             let time = now();
             let mut closed = Ok(());
             let received = self

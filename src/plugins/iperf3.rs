@@ -2,19 +2,13 @@
 //! flow with a tag out of a list: test traffic that looks like that of many experiments.
 
 use std::hash::{BuildHasher, RandomState};
-use std::io;
-use std::time::{Duration, Instant};
 
 use ipnet::IpNet;
-use log::Level;
-use mio::unix::SourceFd;
-use mio::{Events, Interest, Poll, Token};
 
 use super::{EventSender, Plugin};
 use crate::config;
-use crate::error::{Context, Result};
+use crate::error::Result;
 use crate::flow::{FlowEvent, Origin, State, Tag};
-use crate::log_limit::LogLimit;
 use crate::metrics::{Metrics, Outcomes, outcomes};
 use crate::special_networks::is_public;
 use crate::sys::sockops::{Event, Kind, Sockops};
@@ -22,8 +16,6 @@ use crate::sys::stop::Stop;
 
 const NAME: &str = "iperf3";
 const SECTION: &str = "plugins.iperf3";
-/// How often the buffer is looked at in any case.
-const TICK: Duration = Duration::from_millis(250);
 
 outcomes! {
     enum Outcome {
@@ -36,10 +28,14 @@ outcomes! {
 /// The plugin, with its program attached.
 pub struct Iperf3 {
     sockops: Sockops,
+    intake: Intake,
+}
+
+/// Makes flow events of what the program says.
+struct Intake {
     tags: Tags,
     /// Connections to these, and to addresses that are nobody's on the Internet, are left out.
     internal: Option<Vec<IpNet>>,
-    poll: Poll,
     counters: Outcomes<Outcome>,
 }
 
@@ -48,14 +44,15 @@ impl Iperf3 {
     pub fn new(config: &config::Iperf3, metrics: &Metrics) -> Result<Iperf3> {
         Ok(Iperf3 {
             sockops: Sockops::attach(&config.sockops, SECTION)?,
-            tags: Tags {
-                tags: config.tags.clone(),
-                random: config.random.then(RandomState::new),
-                given: 0,
+            intake: Intake {
+                tags: Tags {
+                    tags: config.tags.clone(),
+                    random: config.random.then(RandomState::new),
+                    given: 0,
+                },
+                internal: config.internal_networks.clone(),
+                counters: metrics.plugin(NAME),
             },
-            internal: config.internal_networks.clone(),
-            poll: Poll::new().context(poll_loop)?,
-            counters: metrics.plugin(NAME),
         })
     }
 }
@@ -79,56 +76,25 @@ impl Tags {
     }
 }
 
-fn poll_loop() -> String {
-    "poll loop of the iperf3 plugin".to_owned()
-}
-
 impl Plugin for Iperf3 {
     fn name(&self) -> &'static str {
         NAME
     }
 
-    fn run(mut self: Box<Self>, events: EventSender, mut stop: Stop) -> Result<()> {
-        let buffer = || "buffer of the sockops program".to_owned();
-        let mut reader = self.sockops.reader().context(buffer)?;
-        let registry = self.poll.registry();
-        registry
-            .register(&mut SourceFd(&reader.fd()), Token(0), Interest::READABLE)
-            .and_then(|()| registry.register(&mut stop, Token(1), Interest::READABLE))
-            .context(poll_loop)?;
-        let mut losses = LogLimit::new(Level::Warn, "iperf3: losses");
-        let mut wakeups = Events::with_capacity(2);
-        let mut lost = 0;
-        while !stop.is_set() {
-            match self.poll.poll(&mut wakeups, Some(TICK)) {
-                Err(error) if error.kind() != io::ErrorKind::Interrupted => {
-                    return Err(error).context(poll_loop);
-                }
-                _ => {}
-            }
-            for told in reader.events().context(buffer)? {
-                let Some(event) = self.event(told) else {
-                    continue;
-                };
-                if events.send(event).is_err() {
-                    return Ok(());
-                }
-            }
-            let more = self.sockops.lost() - lost;
-            if more > 0 {
-                lost += more;
-                self.counters.add_many(Outcome::Lost, more);
-                losses.log(Instant::now(), || {
-                    format!("iperf3: {more} connections were not heard of: the buffer was full")
-                });
-            }
-            losses.tick(Instant::now());
-        }
-        Ok(())
+    fn run(self: Box<Self>, events: EventSender, stop: Stop) -> Result<()> {
+        let mut intake = self.intake;
+        let counters = intake.counters.clone();
+        let take = |told| {
+            intake
+                .event(told)
+                .map_or(Ok(()), |event| events.send(event))
+        };
+        let lost = |count| counters.add_many(Outcome::Lost, count);
+        self.sockops.follow(NAME, &stop, take, lost)
     }
 }
 
-impl Iperf3 {
+impl Intake {
     /// The end has no counts: those of `sock_diag` are exact, and come in the same moment.
     fn event(&mut self, told: Event) -> Option<FlowEvent> {
         let remote = told.flow.destination.address;

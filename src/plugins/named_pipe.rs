@@ -5,15 +5,13 @@
 
 use std::fs::{self, File};
 use std::io::{self, Read};
-use std::os::fd::{AsFd, AsRawFd};
+use std::os::fd::AsFd;
 use std::os::unix::fs::PermissionsExt;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use jiff::Timestamp;
 use log::Level;
-use mio::unix::SourceFd;
-use mio::{Events, Interest, Poll, Token};
 use nix::unistd::Gid;
 
 use super::{Closed, EventSender, Plugin, now};
@@ -27,6 +25,7 @@ use crate::registry::{Handle, Registry};
 use crate::sys::fifo::{Fifo, group_id};
 use crate::sys::handover::Handover;
 use crate::sys::stop::Stop;
+use crate::sys::waiter::Waiter;
 
 const NAME: &str = "named_pipe";
 /// What the loop does when nothing happens: see whether the pipe is still there.
@@ -46,7 +45,7 @@ pub struct NamedPipe {
     mode: u32,
     group: Option<Gid>,
     pipe: Fifo,
-    poll: Poll,
+    waiter: Waiter,
     registry: Handle,
     counters: Outcomes<LineOutcome>,
     handover: Handover,
@@ -71,14 +70,13 @@ impl NamedPipe {
                 config.path.display()
             )
         })?;
-        let poll = Poll::new()
-            .and_then(|poll| watch(&poll, pipe.file()).map(|()| poll))
-            .context(poll_loop)?;
+        let waiter = Waiter::new().context(poll_loop)?;
+        waiter.watch(pipe.file()).context(poll_loop)?;
         Ok(NamedPipe {
             mode: config.mode,
             group,
             pipe,
-            poll,
+            waiter,
             registry: registry.clone(),
             counters: metrics.plugin(NAME),
             handover,
@@ -105,12 +103,6 @@ fn open(path: &std::path::Path, mode: u32, group: Option<Gid>) -> io::Result<Fif
     Ok(opened.fifo)
 }
 
-fn watch(poll: &Poll, file: &File) -> io::Result<()> {
-    let fd = file.as_raw_fd();
-    poll.registry()
-        .register(&mut SourceFd(&fd), Token(0), Interest::READABLE)
-}
-
 fn poll_loop() -> String {
     "poll loop of the named pipe".to_owned()
 }
@@ -120,11 +112,9 @@ impl Plugin for NamedPipe {
         NAME
     }
 
-    fn run(self: Box<Self>, events: EventSender, mut stop: Stop) -> Result<()> {
-        let mut poll = self.poll;
-        poll.registry()
-            .register(&mut stop, Token(1), Interest::READABLE)
-            .context(poll_loop)?;
+    fn run(self: Box<Self>, events: EventSender, stop: Stop) -> Result<()> {
+        let mut waiter = self.waiter;
+        waiter.watch(&stop).context(poll_loop)?;
         let mut intake = Intake {
             registry: self.registry.load(),
             counters: &self.counters,
@@ -135,17 +125,11 @@ impl Plugin for NamedPipe {
         let mut pipe = self.pipe;
         let mut lines = Lines::new();
         let mut retired: Vec<(File, Lines)> = Vec::new();
-        let mut wakeups = Events::with_capacity(8);
         let mut checked = Instant::now();
         let mut more = false;
         while !stop.is_set() {
             let patience = if more { Duration::ZERO } else { TICK };
-            match poll.poll(&mut wakeups, Some(patience)) {
-                Err(error) if error.kind() != io::ErrorKind::Interrupted => {
-                    return Err(error).context(poll_loop);
-                }
-                _ => {}
-            }
+            waiter.wait(Some(patience)).context(poll_loop)?;
             intake.registry = self.registry.load();
             let read = match lines.read(pipe.file(), &mut intake) {
                 Err(Closed) => return Ok(()),
@@ -182,7 +166,7 @@ impl Plugin for NamedPipe {
                 continue;
             }
             let again = open(pipe.path(), self.mode, self.group).and_then(|new| {
-                watch(&poll, new.file())?;
+                waiter.watch(new.file())?;
                 Ok(new)
             });
             match again {
@@ -195,7 +179,7 @@ impl Plugin for NamedPipe {
                     let old = std::mem::replace(&mut pipe, new);
                     let old_lines = std::mem::replace(&mut lines, Lines::new());
                     match old.retire() {
-                        Ok(file) if watch(&poll, &file).is_ok() => retired.push((file, old_lines)),
+                        Ok(file) if waiter.watch(&file).is_ok() => retired.push((file, old_lines)),
                         _ => {}
                     }
                     if retired.len() > RETIRED {

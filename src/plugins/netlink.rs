@@ -8,7 +8,6 @@ use std::io;
 use std::time::Instant;
 
 use log::Level;
-use mio::{Events, Interest, Poll, Token};
 use prometheus::Histogram;
 
 use super::{Closed, EventSender, Plugin, now};
@@ -23,6 +22,7 @@ use crate::sys::connection_rules;
 use crate::sys::interfaces::LocalAddresses;
 use crate::sys::sock_diag::{Destroyed, Dump, Notified};
 use crate::sys::stop::Stop;
+use crate::sys::waiter::Waiter;
 
 const NAME: &str = "netlink";
 /// Nothing but `struct inet_diag_msg` is needed to know a connection.
@@ -55,7 +55,7 @@ pub struct Netlink {
     local: LocalAddresses,
     dump: Dump,
     destroyed: Option<Destroyed>,
-    poll: Poll,
+    waiter: Waiter,
     counters: Outcomes<Outcome>,
     scans: Histogram,
 }
@@ -65,11 +65,10 @@ impl Netlink {
     pub fn new(config: &config::Connections, metrics: &Metrics) -> Result<Netlink> {
         let rules = connection_rules::build(&config.rules)?;
         let networks = config.internal_networks.clone();
-        let poll = Poll::new().context(poll_loop)?;
+        let waiter = Waiter::new().context(poll_loop)?;
         // The notifications first, so that nothing goes unseen between the two.
-        let destroyed = Destroyed::subscribe().and_then(|mut destroyed| {
-            poll.registry()
-                .register(&mut destroyed, Token(0), Interest::READABLE)?;
+        let destroyed = Destroyed::subscribe().and_then(|destroyed| {
+            waiter.watch(&destroyed)?;
             Ok(destroyed)
         });
         let destroyed = destroyed
@@ -89,7 +88,7 @@ impl Netlink {
             local: LocalAddresses::watch().context(|| "addresses of this host".to_owned())?,
             dump,
             destroyed,
-            poll,
+            waiter,
             counters: metrics.plugin(NAME),
             scans: metrics.scans(NAME),
         })
@@ -168,13 +167,9 @@ impl Plugin for Netlink {
         NAME
     }
 
-    fn run(mut self: Box<Self>, events: EventSender, mut stop: Stop) -> Result<()> {
-        self.poll
-            .registry()
-            .register(&mut stop, Token(1), Interest::READABLE)
-            .context(poll_loop)?;
+    fn run(mut self: Box<Self>, events: EventSender, stop: Stop) -> Result<()> {
+        self.waiter.watch(&stop).context(poll_loop)?;
         let mut trouble = LogLimit::new(Level::Error, "netlink: failures");
-        let mut wakeups = Events::with_capacity(2);
         let mut due = Instant::now();
         while !stop.is_set() {
             let closings = self.closed().context(sock_diag)?;
@@ -199,12 +194,7 @@ impl Plugin for Netlink {
             }
             trouble.tick(began);
             let rest = due.saturating_duration_since(Instant::now());
-            match self.poll.poll(&mut wakeups, Some(rest)) {
-                Err(error) if error.kind() != io::ErrorKind::Interrupted => {
-                    return Err(error).context(poll_loop);
-                }
-                _ => {}
-            }
+            self.waiter.wait(Some(rest)).context(poll_loop)?;
         }
         trouble.flush();
         Ok(())

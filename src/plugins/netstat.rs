@@ -5,7 +5,6 @@
 use std::time::Instant;
 
 use log::Level;
-use mio::{Events, Interest, Poll, Token};
 use procfs::net::{TcpNetEntry, TcpState, tcp, tcp6};
 use prometheus::Histogram;
 
@@ -19,6 +18,7 @@ use crate::metrics::{Metrics, Outcomes, outcomes};
 use crate::sys::connection_rules;
 use crate::sys::interfaces::LocalAddresses;
 use crate::sys::stop::Stop;
+use crate::sys::waiter::Waiter;
 
 const NAME: &str = "netstat";
 
@@ -36,7 +36,7 @@ pub struct Netstat {
     config: config::Connections,
     tracker: Tracker,
     local: LocalAddresses,
-    poll: Poll,
+    waiter: Waiter,
     counters: Outcomes<Outcome>,
     scans: Histogram,
 }
@@ -51,7 +51,7 @@ impl Netstat {
             config: config.clone(),
             tracker: Tracker::new(Origin::Netstat, rules, networks, config.announce_existing),
             local: LocalAddresses::watch().context(|| "addresses of this host".to_owned())?,
-            poll: Poll::new().context(poll_loop)?,
+            waiter: Waiter::new().context(poll_loop)?,
             counters: metrics.plugin(NAME),
             scans: metrics.scans(NAME),
         })
@@ -130,13 +130,9 @@ impl Plugin for Netstat {
         NAME
     }
 
-    fn run(mut self: Box<Self>, events: EventSender, mut stop: Stop) -> Result<()> {
-        self.poll
-            .registry()
-            .register(&mut stop, Token(0), Interest::READABLE)
-            .context(poll_loop)?;
+    fn run(mut self: Box<Self>, events: EventSender, stop: Stop) -> Result<()> {
+        self.waiter.watch(&stop).context(poll_loop)?;
         let mut trouble = LogLimit::new(Level::Error, "netstat: failures");
-        let mut wakeups = Events::with_capacity(1);
         while !stop.is_set() {
             let began = Instant::now();
             match self.scan(&events) {
@@ -149,12 +145,7 @@ impl Plugin for Netstat {
             }
             trouble.tick(began);
             let rest = self.config.period.saturating_sub(began.elapsed());
-            match self.poll.poll(&mut wakeups, Some(rest)) {
-                Err(error) if error.kind() != std::io::ErrorKind::Interrupted => {
-                    return Err(error).context(poll_loop);
-                }
-                _ => {}
-            }
+            self.waiter.wait(Some(rest)).context(poll_loop)?;
         }
         trouble.flush();
         Ok(())

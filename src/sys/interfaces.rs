@@ -7,8 +7,6 @@ use std::os::fd::AsRawFd;
 use std::thread;
 
 use crossbeam_channel::{Receiver, bounded};
-use mio::unix::SourceFd;
-use mio::{Events, Interest, Poll, Token};
 use nix::errno::Errno;
 use nix::ifaddrs::getifaddrs;
 use nix::libc;
@@ -19,6 +17,7 @@ use nix::sys::socket::{
 
 use super::privileges;
 use super::stop::{StopSwitch, stop};
+use super::waiter::Waiter;
 use crate::flow::Flow;
 
 /// A network interface.
@@ -157,24 +156,16 @@ pub fn watch() -> io::Result<Changes> {
         SockProtocol::NetlinkRoute,
     )?;
     bind(netlink.as_raw_fd(), &NetlinkAddr::new(0, GROUPS))?;
-    let (stop_switch, mut stop) = stop()?;
-    let mut poll = Poll::new()?;
-    let registry = poll.registry();
-    registry.register(
-        &mut SourceFd(&netlink.as_raw_fd()),
-        Token(0),
-        Interest::READABLE,
-    )?;
-    registry.register(&mut stop, Token(1), Interest::READABLE)?;
+    let (stop_switch, stop) = stop()?;
+    let mut waiter = Waiter::new()?;
+    waiter.watch(&netlink)?;
+    waiter.watch(&stop)?;
     let (changed, receiver) = bounded(1);
     let watch = move || {
         privileges::keep_none();
-        let mut wakeups = Events::with_capacity(2);
         let mut message = [0; 8192];
         while !stop.is_set() {
-            if let Err(error) = poll.poll(&mut wakeups, None)
-                && error.kind() != io::ErrorKind::Interrupted
-            {
+            if let Err(error) = waiter.wait(None) {
                 log::error!("rtnetlink: {error}: changes of interfaces are no longer seen");
                 return;
             }

@@ -5,24 +5,28 @@ use std::cell::RefCell;
 use std::fs::File;
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsRawFd, RawFd};
 use std::path::{Path, PathBuf};
 use std::rc::Rc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use jiff::{SignedDuration, Timestamp};
 use libbpf_rs::{
     ErrorKind, Link, MapCore, MapFlags, MapType, Object, ObjectBuilder, PerfBuffer,
     PerfBufferBuilder, RingBuffer, RingBufferBuilder,
 };
+use log::Level;
 use nix::libc;
 use nix::sys::statfs::{CGROUP2_SUPER_MAGIC, statfs};
 use nix::time::{ClockId, clock_gettime};
 
 use super::mark_maps::{failure, io_error};
+use super::stop::Stop;
+use super::waiter::Waiter;
 use crate::config::Sockops as Settings;
 use crate::error::{Context, Error, Result};
 use crate::flow::{Flow, Protocol};
+use crate::log_limit::LogLimit;
 use crate::socket::{Algorithm, Skops};
 
 const OBJECT: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/sockops.bpf.o"));
@@ -31,6 +35,8 @@ const CGROUP: &str = "/sys/fs/cgroup";
 const UNIFIED: &str = "/sys/fs/cgroup/unified";
 /// `struct sockops_event`
 const EVENT: usize = 144;
+/// How often the buffer is looked at in any case.
+const TICK: Duration = Duration::from_millis(250);
 /// Pages of a perf buffer, a CPU.
 const PERF_PAGES: usize = 64;
 
@@ -125,8 +131,44 @@ impl Sockops {
         })
     }
 
+    /// Hands out events until it is time to stop or nobody wants more. Says how many were lost, because
+    /// the buffer was full, to `count` and, as `name`, to the log.
+    pub fn follow<E>(
+        &self,
+        name: &str,
+        stop: &Stop,
+        mut take: impl FnMut(Event) -> std::result::Result<(), E>,
+        count: impl Fn(u64),
+    ) -> Result<()> {
+        let buffer = || format!("{name}: buffer of the sockops program");
+        let mut reader = self.reader().context(buffer)?;
+        let mut waiter = Waiter::new().context(buffer)?;
+        waiter.watch(&reader).context(buffer)?;
+        waiter.watch(stop).context(buffer)?;
+        let mut losses = LogLimit::new(Level::Warn, "sockops: losses");
+        let mut lost = 0;
+        while !stop.is_set() {
+            waiter.wait(Some(TICK)).context(buffer)?;
+            for event in reader.events().context(buffer)? {
+                if take(event).is_err() {
+                    return Ok(());
+                }
+            }
+            let more = self.lost() - lost;
+            if more > 0 {
+                lost += more;
+                count(more);
+                losses.log(Instant::now(), || {
+                    format!("{name}: {more} events were lost: the buffer was full")
+                });
+            }
+            losses.tick(Instant::now());
+        }
+        Ok(())
+    }
+
     /// Opens the buffer of events, for the thread that reads them.
-    pub fn reader(&self) -> io::Result<Reader> {
+    fn reader(&self) -> io::Result<Reader> {
         let events = Rc::new(RefCell::new(Vec::new()));
         let name = if self.ring { "ring" } else { "perf" };
         let maps = self.object.maps();
@@ -153,7 +195,7 @@ impl Sockops {
     }
 
     /// Events that found the buffer full.
-    pub fn lost(&self) -> u64 {
+    fn lost(&self) -> u64 {
         let maps = self.object.maps();
         let lost = maps.into_iter().find(|map| map.name() == "lost");
         let counts =
@@ -169,22 +211,14 @@ enum Buffer {
 }
 
 /// The buffer of events.
-pub struct Reader {
+struct Reader {
     buffer: Buffer,
     events: Rc<RefCell<Vec<Raw>>>,
 }
 
 impl Reader {
-    /// What becomes readable when there are events.
-    pub fn fd(&self) -> i32 {
-        match &self.buffer {
-            Buffer::Ring(ring) => ring.epoll_fd(),
-            Buffer::Perf(perf) => perf.epoll_fd(),
-        }
-    }
-
     /// The events that have come, without waiting.
-    pub fn events(&mut self) -> io::Result<Vec<Event>> {
+    fn events(&mut self) -> io::Result<Vec<Event>> {
         match &self.buffer {
             Buffer::Ring(ring) => ring.consume(),
             Buffer::Perf(perf) => perf.consume(),
@@ -202,6 +236,16 @@ impl Reader {
             }
         };
         Ok(self.events.borrow_mut().drain(..).map(event).collect())
+    }
+}
+
+/// Becomes readable when there are events.
+impl AsRawFd for Reader {
+    fn as_raw_fd(&self) -> RawFd {
+        match &self.buffer {
+            Buffer::Ring(ring) => ring.epoll_fd(),
+            Buffer::Perf(perf) => perf.epoll_fd(),
+        }
     }
 }
 

@@ -1,13 +1,9 @@
 //! The word to stop, for threads that wait in a poll loop and for those that look now and then.
 
 use std::io::{self, PipeReader, PipeWriter};
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsRawFd, RawFd};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-
-use mio::event::Source;
-use mio::unix::SourceFd;
-use mio::{Interest, Registry, Token};
 
 /// Held by the daemon.
 pub struct StopSwitch {
@@ -15,7 +11,7 @@ pub struct StopSwitch {
     writer: Option<PipeWriter>,
 }
 
-/// Held by every plugin. As an event source it becomes readable when it is time to stop, and stays so.
+/// Held by every plugin.
 #[derive(Clone)]
 pub struct Stop {
     stopped: Arc<AtomicBool>,
@@ -57,26 +53,9 @@ impl Stop {
     }
 }
 
-impl Source for Stop {
-    fn register(
-        &mut self,
-        registry: &Registry,
-        token: Token,
-        interests: Interest,
-    ) -> io::Result<()> {
-        SourceFd(&self.reader.as_raw_fd()).register(registry, token, interests)
-    }
-
-    fn reregister(
-        &mut self,
-        registry: &Registry,
-        token: Token,
-        interests: Interest,
-    ) -> io::Result<()> {
-        SourceFd(&self.reader.as_raw_fd()).reregister(registry, token, interests)
-    }
-
-    fn deregister(&mut self, registry: &Registry) -> io::Result<()> {
-        SourceFd(&self.reader.as_raw_fd()).deregister(registry)
+/// Becomes readable when it is time to stop, and stays so.
+impl AsRawFd for Stop {
+    fn as_raw_fd(&self) -> RawFd {
+        self.reader.as_raw_fd()
     }
 }
