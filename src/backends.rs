@@ -5,18 +5,24 @@ pub mod firefly;
 pub mod marker;
 pub mod prometheus;
 
+use std::io;
 use std::sync::Arc;
 
 use crossbeam_channel::Receiver;
 
 use crate::config::Config;
 use crate::error::Result;
-use crate::flow::FlowEvent;
+use crate::flow::{FlowEvent, Protocol, State};
 use crate::flow_table::FlowTable;
 use crate::metrics::Metrics;
 use crate::registry::Handle;
 use crate::scitag::Labeller;
 use crate::sys::handover::Handover;
+use crate::sys::interfaces::LocalAddresses;
+use crate::sys::sock_diag::Dump;
+
+/// Every extension of `sock_diag`.
+const ALL: u8 = u8::MAX;
 
 /// A consumer of flow events. Building one acquires every resource it needs.
 pub trait Backend: Send {
@@ -88,6 +94,28 @@ pub fn wants_news(name: &str, config: &Config) -> bool {
         "prometheus" => true,
         _ => false,
     }
+}
+
+/// An event of a TCP flow with an end here, with what the kernel knows of its socket, if it still does.
+fn with_socket(
+    event: &FlowEvent,
+    local: &LocalAddresses,
+    sockets: &mut Dump,
+) -> io::Result<Option<FlowEvent>> {
+    let outgoing = local.outgoing(&event.flow);
+    let Some(flow) = outgoing.filter(|flow| flow.protocol == Protocol::Tcp) else {
+        return Ok(None);
+    };
+    let socket = sockets.socket(&flow, ALL)?;
+    let socket = socket.filter(|socket| socket.info.was_established());
+    Ok(socket.map(|socket| FlowEvent {
+        usage: match event.state {
+            State::End => socket.info.usage(),
+            _ => event.usage,
+        },
+        netlink: Some(socket),
+        ..event.clone()
+    }))
 }
 
 fn boxed<B: Backend + 'static>(backend: Option<B>) -> Option<Box<dyn Backend>> {

@@ -435,6 +435,15 @@ impl Config {
         enabled(&plugins)
     }
 
+    /// The keys of what is enabled and loads eBPF programs.
+    pub fn bpf_users(&self) -> Vec<&'static str> {
+        enabled(&[
+            ("backends.marker", self.marker.is_some()),
+            ("plugins.iperf3", self.iperf3.is_some()),
+            ("enrichers.skops", self.skops_enricher.is_some()),
+        ])
+    }
+
     /// Names of the enrichers that are enabled.
     pub fn enricher_names(&self) -> Vec<&'static str> {
         let sockets = self.flows.end_on_socket_close || self.netlink_enricher.is_some();

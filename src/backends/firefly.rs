@@ -12,11 +12,11 @@ use crossbeam_channel::{Receiver, RecvTimeoutError};
 use jiff::Timestamp;
 use log::Level;
 
-use super::Backend;
+use super::{Backend, with_socket};
 use crate::config::{self, Relayed};
 use crate::error::{Context, Result};
 use crate::firefly::Encoder;
-use crate::flow::{FlowEvent, Origin, Protocol, State};
+use crate::flow::{FlowEvent, Origin, State};
 use crate::log_limit::LogLimit;
 use crate::metrics::{Metrics, Outcomes, outcomes};
 use crate::public_addresses::PublicAddresses;
@@ -26,8 +26,6 @@ use crate::sys::sock_diag::Dump;
 use crate::sys::udp::{BATCH, Batch, Sender};
 
 const NAME: &str = "firefly";
-/// Every extension of `sock_diag`.
-const ALL: u8 = 255;
 const TICK: Duration = Duration::from_secs(1);
 
 outcomes! {
@@ -182,23 +180,13 @@ impl Firefly {
             State::Ongoing => false,
             State::End => event.usage.is_none(),
         };
-        if !wanted || event.flow.protocol != Protocol::Tcp {
-            return event;
-        }
-        let (Some(outgoing), Some(dump)) = (self.local.outgoing(&event.flow), &mut self.sockets)
-        else {
-            return event;
+        let completed = match &mut self.sockets {
+            Some(sockets) if wanted => with_socket(&event, &self.local, sockets),
+            _ => Ok(None),
         };
-        match dump.socket(&outgoing, ALL) {
-            Ok(Some(socket)) if socket.info.was_established() => Arc::new(FlowEvent {
-                usage: match event.state {
-                    State::End => socket.info.usage(),
-                    _ => event.usage,
-                },
-                netlink: Some(socket),
-                ..FlowEvent::clone(&event)
-            }),
-            Ok(_) => event,
+        match completed {
+            Ok(Some(completed)) => Arc::new(completed),
+            Ok(None) => event,
             Err(error) => {
                 self.trouble
                     .log(Instant::now(), || format!("firefly: sock_diag: {error}"));

@@ -22,11 +22,11 @@ use flate2::write::GzEncoder;
 use jiff::Timestamp;
 use log::Level;
 
-use super::Backend;
+use super::{Backend, with_socket};
 use crate::config;
 use crate::error::{Context, Error, Result};
 use crate::exposition::Format;
-use crate::flow::{Effect, FlowEvent, Protocol, State, Tag};
+use crate::flow::{Effect, FlowEvent, State, Tag};
 use crate::flow_table::FlowTable;
 use crate::http::{Body, Handler, Listener, Request, Response, Server, problem};
 use crate::log_limit::LogLimit;
@@ -136,25 +136,14 @@ impl Prometheus {
     /// would be missing.
     fn last_word(&mut self, event: &FlowEvent) -> Option<FlowEvent> {
         let closed = event.state == State::End && event.effect != Effect::Nothing;
-        if !closed || event.usage.is_some() || event.flow.protocol != Protocol::Tcp {
+        if !closed || event.usage.is_some() {
             return None;
         }
-        let flow = self.local.outgoing(&event.flow)?;
-        match self.sockets.as_mut()?.socket(&flow, u8::MAX) {
-            Ok(socket) => {
-                let socket = socket.filter(|socket| socket.info.was_established())?;
-                Some(FlowEvent {
-                    usage: socket.info.usage(),
-                    netlink: Some(socket),
-                    ..event.clone()
-                })
-            }
-            Err(error) => {
-                let say = || format!("prometheus: sock_diag: {error}");
-                self.trouble.log(Instant::now(), say);
-                None
-            }
-        }
+        with_socket(event, &self.local, self.sockets.as_mut()?).unwrap_or_else(|error| {
+            let say = || format!("prometheus: sock_diag: {error}");
+            self.trouble.log(Instant::now(), say);
+            None
+        })
     }
 
     /// Starts a thread for every endpoint; the last one to end closes the channel.

@@ -197,16 +197,7 @@ fn marked_interfaces(marker: &config::Marker) -> String {
 
 fn privileges(config: &config::Config) -> Vec<String> {
     let mut needs = Vec::new();
-    let bpf = [
-        ("backends.marker", config.marker.is_some()),
-        ("plugins.iperf3", config.iperf3.is_some()),
-        ("enrichers.skops", config.skops_enricher.is_some()),
-    ];
-    let bpf: Vec<&str> = bpf
-        .iter()
-        .filter(|(_, on)| *on)
-        .map(|(key, _)| *key)
-        .collect();
+    let bpf = config.bpf_users();
     if !bpf.is_empty() {
         needs.push(format!(
             "CAP_BPF, CAP_NET_ADMIN and CAP_PERFMON, before Linux 5.8 CAP_SYS_ADMIN ({})",

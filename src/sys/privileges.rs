@@ -9,8 +9,7 @@ use crate::config::Config;
 /// What the threads that run may still need, by the configuration: to load and attach programs again, to
 /// read and write their maps. Without CAP_BPF, which came with Linux 5.8, it is CAP_SYS_ADMIN.
 pub fn kept(config: &Config) -> HashSet<Capability> {
-    let bpf = config.marker.is_some() || config.iperf3.is_some() || config.skops_enricher.is_some();
-    if !bpf {
+    if config.bpf_users().is_empty() {
         return HashSet::new();
     }
     let mut kept: HashSet<Capability> = [
