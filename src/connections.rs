@@ -8,7 +8,7 @@ use std::ops::RangeInclusive;
 use std::sync::Arc;
 
 use ipnet::IpNet;
-use jiff::Timestamp;
+use jiff::{SignedDuration, Timestamp};
 
 use crate::flow::{Flow, FlowEvent, Origin, State, Tag, Usage};
 use crate::socket::Socket;
@@ -71,6 +71,10 @@ struct Known {
     announced: bool,
     /// The number of the last scan that showed it.
     scan: u64,
+    /// When a scan first did not.
+    missing: Option<Timestamp>,
+    /// Whether it was ended without word of its socket, which may still come.
+    ended: bool,
 }
 
 /// Keeps the connections of one host apart: new, open, gone.
@@ -80,37 +84,33 @@ pub struct Tracker {
     pub rules: Vec<Rule>,
     internal: Vec<IpNet>,
     announce_existing: bool,
+    /// How long word of a socket that has gone may take to come.
+    patience: SignedDuration,
     known: HashMap<Flow, Known>,
     scans: u64,
 }
 
 impl Tracker {
     /// Connections to `internal` networks are no flows, nor are those to addresses that are nobody's on
-    /// the Internet. Those that the first scan shows are announced only if `announce_existing`.
+    /// the Internet. Those that the first scan shows are announced only if `announce_existing`. What a
+    /// scan does not show has ended, if [`Tracker::closed`] is not told of it within `patience`, which is
+    /// zero if it never is.
     pub fn new(
         origin: Origin,
         rules: Vec<Rule>,
         internal: Vec<IpNet>,
         announce_existing: bool,
+        patience: SignedDuration,
     ) -> Tracker {
         Tracker {
             origin,
             rules,
             internal,
             announce_existing,
+            patience,
             known: HashMap::new(),
             scans: 0,
         }
-    }
-
-    /// How many connections are known to be open.
-    pub fn len(&self) -> usize {
-        self.known.len()
-    }
-
-    /// Whether no connection is known to be open.
-    pub fn is_empty(&self) -> bool {
-        self.known.is_empty()
     }
 
     /// A scan begins: to be followed by [`Tracker::open`] for each connection, and
@@ -127,28 +127,55 @@ impl Tracker {
         is_local: impl Fn(&IpAddr) -> bool,
     ) -> Option<FlowEvent> {
         let scan = self.scans;
-        if let Some(known) = self.known.get_mut(&connection.flow) {
+        let known = self.known.get_mut(&connection.flow);
+        if let Some(known) = known.filter(|known| !known.ended) {
             known.scan = scan;
+            known.missing = None;
             return None;
         }
         let tag = self.tag(connection, is_local)?;
         let announced = self.announce_existing || scan > 1;
-        self.known
-            .insert(connection.flow, Known { announced, scan });
+        let known = Known {
+            announced,
+            scan,
+            missing: None,
+            ended: false,
+        };
+        self.known.insert(connection.flow, known);
         announced.then(|| self.event(State::Start, connection, tag, now))
     }
 
-    /// The ends of what the scan did not show, and no notification told of.
+    /// The ends of what was not shown and not told of.
     pub fn end_scan(&mut self, now: Timestamp) -> Vec<FlowEvent> {
-        let (scan, origin) = (self.scans, self.origin);
-        let gone = self.known.extract_if(|_, known| known.scan != scan);
-        gone.filter(|(_, known)| known.announced)
-            .map(|(flow, _)| FlowEvent::new(State::End, flow, now, origin))
-            .collect()
+        let mut ends = Vec::new();
+        let unseen = |known: &Known| known.scan != self.scans && !known.ended;
+        for (flow, known) in self.known.iter_mut().filter(|(_, known)| unseen(known)) {
+            let missing = *known.missing.get_or_insert(now);
+            // The clock may have been set.
+            known.ended = now.duration_since(missing).abs() >= self.patience;
+            if known.ended && known.announced {
+                ends.push(FlowEvent::new(State::End, *flow, missing, self.origin));
+            }
+        }
+        if self.patience.is_zero() {
+            self.forget_ended();
+        }
+        ends
     }
 
-    /// A connection that was closed at `now`: its end, and its start before if no scan has shown it. One
-    /// that was never established is not to be told.
+    /// Whether a scan has missed connections that it may yet have to end.
+    pub fn misses_some(&self) -> bool {
+        let missing = |known: &Known| known.missing.is_some() && !known.ended;
+        self.known.values().any(missing)
+    }
+
+    /// No word will come of what was ended without.
+    pub fn forget_ended(&mut self) {
+        self.known.retain(|_, known| !known.ended);
+    }
+
+    /// A connection that was closed at `now`: its end, if it was not ended before, and before that its
+    /// start if no scan has shown it. One that was never established is not to be told.
     pub fn closed(
         &mut self,
         connection: &Connection,
@@ -160,7 +187,8 @@ impl Tracker {
             ..tracker.event(State::End, connection, Tag::default(), now)
         };
         if let Entry::Occupied(entry) = self.known.entry(connection.flow) {
-            return match entry.remove().announced {
+            let known = entry.remove();
+            return match known.announced && !known.ended {
                 true => vec![end(self)],
                 false => Vec::new(),
             };
@@ -234,7 +262,14 @@ mod tests {
             ..Rule::default()
         }];
         let internal = vec!["2a01::/16".parse().unwrap()];
-        Tracker::new(Origin::Netlink, rules, internal, announce_existing)
+        let patience = SignedDuration::ZERO;
+        Tracker::new(
+            Origin::Netlink,
+            rules,
+            internal,
+            announce_existing,
+            patience,
+        )
     }
 
     fn at(second: i64) -> Timestamp {
@@ -265,7 +300,7 @@ mod tests {
         // The first was there before: its end is nobody's business.
         assert_eq!(scan(&mut tracker, 6, &[b]), [(State::End, 3)]);
         assert_eq!(scan(&mut tracker, 8, &[]), [(State::End, 2)]);
-        assert!(tracker.is_empty());
+        assert!(tracker.known.is_empty());
     }
 
     #[test]
@@ -293,6 +328,45 @@ mod tests {
             [State::Start, State::End]
         );
         assert_eq!((both[0].tag, both[0].usage), (Some(TAG), None));
+    }
+
+    #[test]
+    fn what_was_ended_without_word_of_its_socket_is_not_ended_again_with_it() {
+        let mut tracker = tracker(false);
+        tracker.patience = SignedDuration::from_secs(1);
+        let [a, b, c] = [1, 2, 3].map(|port| connection("2a02::1", port));
+        scan(&mut tracker, 0, std::slice::from_ref(&c));
+        let all = [a.clone(), b.clone(), c.clone()];
+        assert_eq!(scan(&mut tracker, 2, &all).len(), 2);
+        assert!(!tracker.misses_some());
+        assert_eq!(scan(&mut tracker, 4, &[]), []);
+        assert!(tracker.misses_some());
+        // Word that is late, as it is from a busy kernel, has the counts all the same.
+        let end = tracker.closed(&a, at(4), |_| false);
+        assert_eq!((end.len(), end[0].usage), (1, a.usage));
+        tracker.begin_scan();
+        let end = tracker.end_scan(at(5));
+        assert_eq!((end.len(), end[0].time), (1, at(4)));
+        assert!(!tracker.misses_some());
+        // The socket of a connection that was reset goes when its owner closes it.
+        for late in [&b, &c] {
+            assert_eq!(tracker.closed(late, at(60), |_| false), []);
+        }
+        assert!(tracker.known.is_empty());
+    }
+
+    #[test]
+    fn the_same_ends_may_be_connected_anew_before_the_word_of_the_old_socket() {
+        let mut tracker = tracker(false);
+        tracker.patience = SignedDuration::from_secs(1);
+        let a = connection("2a02::1", 1);
+        scan(&mut tracker, 0, &[]);
+        scan(&mut tracker, 2, std::slice::from_ref(&a));
+        scan(&mut tracker, 4, &[]);
+        assert_eq!(scan(&mut tracker, 6, &[]), [(State::End, 1)]);
+        assert_eq!(scan(&mut tracker, 8, &[a]), [(State::Start, 1)]);
+        tracker.forget_ended();
+        assert_eq!(tracker.known.len(), 1);
     }
 
     #[test]
@@ -348,7 +422,13 @@ mod tests {
                 ..Rule::default()
             },
         ];
-        let mut tracker = Tracker::new(Origin::Netlink, rules, Vec::new(), true);
+        let mut tracker = Tracker::new(
+            Origin::Netlink,
+            rules,
+            Vec::new(),
+            true,
+            SignedDuration::ZERO,
+        );
         tracker.begin_scan();
         for (remote, port, activity) in [
             ("2a02::1", 1, Some(1)),

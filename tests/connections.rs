@@ -286,6 +286,33 @@ fn netstat_sees_the_same_without_privileges() {
     daemon.stop();
 }
 
+/// A connection that the other end resets is gone; its socket stays for as long as its owner keeps it,
+/// and the word of its end comes then.
+#[test]
+#[ignore = "needs root"]
+fn a_connection_that_is_reset_ends_once_however_long_its_socket_is_kept() {
+    let hosts = hosts();
+    let home = home(NETLINK, "");
+    let sink = Sink::bind(&hosts.there, SINK);
+    let daemon = home.start(&hosts.here);
+    scanned(&daemon, "netlink");
+    let listener = listen(&hosts, "[::]:5000");
+    let (mut near, far) = connect(&hosts, &listener, THERE4);
+    sink.collect("start", 1);
+    // What is not read when a socket is closed resets the connection.
+    near.write_all(b"unread").unwrap();
+    wait_for("the bytes", || {
+        (far.peek(&mut [0; 6]).unwrap() == 6).then_some(())
+    });
+    drop(far);
+    sink.collect("end", 1);
+    scanned(&daemon, "netlink");
+    drop(near);
+    sink.assert_silent();
+    daemon.expect_status("plugin_events ended netlink 1");
+    daemon.stop();
+}
+
 #[test]
 #[ignore = "needs root"]
 fn five_thousand_connections_at_once() {

@@ -7,6 +7,7 @@ use std::collections::HashSet;
 use std::io;
 use std::time::Instant;
 
+use jiff::SignedDuration;
 use log::Level;
 use prometheus::Histogram;
 
@@ -25,6 +26,9 @@ use crate::sys::stop::Stop;
 use crate::sys::waiter::Waiter;
 
 const NAME: &str = "netlink";
+/// How long the kernel may take to tell that a socket has gone: it does so from a work queue, later than a
+/// scan would show it.
+const LATE: SignedDuration = SignedDuration::from_secs(1);
 /// Nothing but `struct inet_diag_msg` is needed to know a connection.
 const NO_EXTENSIONS: u8 = 0;
 
@@ -44,7 +48,7 @@ struct Closings {
     events: Vec<FlowEvent>,
     /// The connections that went, whether or not they are anybody's business.
     flows: HashSet<Flow>,
-    /// Some were lost: a scan is needed to know the rest.
+    /// Some were lost: a scan from now on is needed to know the rest.
     incomplete: bool,
 }
 
@@ -79,12 +83,19 @@ impl Netlink {
                 );
             })
             .ok();
+        let patience = destroyed.as_ref().map_or(SignedDuration::ZERO, |_| LATE);
         let mut dump = Dump::open().context(sock_diag)?;
         dump.sockets(Protocol::Tcp, CONNECTED, NO_EXTENSIONS, |_| {})
             .context(sock_diag)?;
         Ok(Netlink {
             config: config.clone(),
-            tracker: Tracker::new(Origin::Netlink, rules, networks, config.announce_existing),
+            tracker: Tracker::new(
+                Origin::Netlink,
+                rules,
+                networks,
+                config.announce_existing,
+                patience,
+            ),
             local: LocalAddresses::watch().context(|| "addresses of this host".to_owned())?,
             dump,
             destroyed,
@@ -94,7 +105,7 @@ impl Netlink {
         })
     }
 
-    fn scan(&mut self) -> io::Result<Vec<FlowEvent>> {
+    fn scan(&mut self) -> io::Result<Closings> {
         self.local.refresh();
         connection_rules::refresh(&self.config.rules, &mut self.tracker.rules);
         let mut found: Vec<Connection> = Vec::new();
@@ -103,16 +114,16 @@ impl Netlink {
                 found.push(socket.into());
             })?;
         // What went while the kernel was counting is known before anything is concluded from it.
-        let closed = self.closed()?;
+        let mut closed = self.closed()?;
         let time = now();
-        let mut events = closed.events;
         self.tracker.begin_scan();
         for connection in found.iter().filter(|c| !closed.flows.contains(&c.flow)) {
             let local = |address: &_| self.local.contains(address);
-            events.extend(self.tracker.open(connection, time, local));
+            let start = self.tracker.open(connection, time, local);
+            closed.events.extend(start);
         }
-        events.extend(self.tracker.end_scan(time));
-        Ok(events)
+        closed.events.extend(self.tracker.end_scan(time));
+        Ok(closed)
     }
 
     /// What the kernel has told since it was last asked.
@@ -136,6 +147,7 @@ impl Netlink {
                 Notified::Nothing => return Ok(closings),
                 Notified::Overrun => {
                     self.counters.add(Outcome::Overrun);
+                    self.tracker.forget_ended();
                     closings.incomplete = true;
                 }
             }
@@ -181,7 +193,12 @@ impl Plugin for Netlink {
                     Ok(more) => {
                         self.counters.add(Outcome::Scanned);
                         self.scans.observe(began.elapsed().as_secs_f64());
-                        found.extend(more);
+                        found.extend(more.events);
+                        if more.incomplete {
+                            due = began;
+                        } else if self.tracker.misses_some() {
+                            due = due.min(began + LATE.unsigned_abs());
+                        }
                     }
                     Err(error) => {
                         self.counters.add(Outcome::ScanFailed);

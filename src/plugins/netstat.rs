@@ -4,6 +4,7 @@
 
 use std::time::Instant;
 
+use jiff::SignedDuration;
 use log::Level;
 use procfs::net::{TcpNetEntry, TcpState, tcp, tcp6};
 use prometheus::Histogram;
@@ -49,7 +50,13 @@ impl Netstat {
         connections()?;
         Ok(Netstat {
             config: config.clone(),
-            tracker: Tracker::new(Origin::Netstat, rules, networks, config.announce_existing),
+            tracker: Tracker::new(
+                Origin::Netstat,
+                rules,
+                networks,
+                config.announce_existing,
+                SignedDuration::ZERO,
+            ),
             local: LocalAddresses::watch().context(|| "addresses of this host".to_owned())?,
             waiter: Waiter::new().context(poll_loop)?,
             counters: metrics.plugin(NAME),
