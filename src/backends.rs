@@ -59,7 +59,8 @@ pub fn build(name: &str, means: Means<'_>) -> Result<Option<Box<dyn Backend>>> {
     Ok(match name {
         "firefly" => {
             let listener = config.firefly_plugin.as_ref().map(|plugin| plugin.bind);
-            let build = |settings| firefly::Firefly::new(settings, listener, metrics);
+            let watched = config.flows.end_on_socket_close;
+            let build = |settings| firefly::Firefly::new(settings, listener, watched, metrics);
             boxed(config.firefly.as_ref().map(build).transpose()?)
         }
         #[cfg(feature = "bpf")]

@@ -299,6 +299,8 @@ pub enum Effect {
     Retagged(Tag),
     /// It was open and is no more.
     Closed(EndReason),
+    /// It was closed a moment ago, without counts; these are they.
+    Counted,
 }
 
 /// A flow's start, its end, or news of it while it is open.

@@ -1,14 +1,15 @@
 //! The table of open flows: what each flow event means, given what is open. No I/O, no clock.
 
+use std::collections::HashMap;
 use std::collections::hash_map::Entry;
-use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
 use std::time::Duration;
 
 use jiff::Timestamp;
 
-use crate::flow::{Effect, EndReason, Flow, FlowEvent, Origin, State, Tag};
+use crate::flow::{Effect, EndReason, Flow, FlowEvent, Origin, Protocol, State, Tag};
 use crate::metrics::outcomes;
+use crate::recent::Recent;
 
 outcomes! {
     /// What the table made of an event.
@@ -33,6 +34,8 @@ outcomes! {
         SocketClosed = "ended_socket_closed",
         /// The same, but the producer may still say so itself: not passed on yet.
         SocketClosing = "socket_closing",
+        /// The end of the socket of a flow that was ended a moment before, with its counts.
+        CountedLate = "counted_late",
         /// The end of a socket that is no open flow's: dropped.
         SocketUnknown = "socket_unknown",
         /// The end of a flow that was ended with its socket: dropped.
@@ -123,10 +126,12 @@ pub fn seconds(time: Timestamp) -> u32 {
 /// How long a producer may take to say itself that a flow has ended, once its socket has gone: it may
 /// know more of the transfer than the kernel.
 const GRACE: Duration = Duration::from_secs(1);
-/// How long the end of a flow that was ended with its socket is no surprise, at least, unless
-/// [`ENDED_MOST`] others end.
+/// How long the end of a flow that was ended with its socket is no surprise, unless so many others end.
 const ENDED_MEMORY: Duration = Duration::from_secs(300);
 const ENDED_MOST: usize = 1 << 16;
+/// How long the end of the socket of a flow that was ended still counts, unless so many others end.
+const UNCOUNTED_MEMORY: Duration = Duration::from_secs(1);
+const UNCOUNTED_MOST: usize = 1 << 14;
 
 /// The open flows, at most `max_flows` of them.
 pub struct FlowTable {
@@ -134,9 +139,10 @@ pub struct FlowTable {
     max_flows: usize,
     /// Open flows whose socket has gone, with their end.
     closing: HashMap<Flow, FlowEvent>,
-    /// Flows that were ended with their socket, lately and before.
-    ended: [HashSet<Flow>; 2],
-    ended_since: Timestamp,
+    /// Flows that were ended with their socket.
+    ended: Recent<()>,
+    /// Flows that their producer ended, without counts.
+    uncounted: Recent<OpenFlow>,
 }
 
 impl FlowTable {
@@ -146,8 +152,8 @@ impl FlowTable {
             flows: HashMap::new(),
             max_flows,
             closing: HashMap::new(),
-            ended: Default::default(),
-            ended_since: Timestamp::UNIX_EPOCH,
+            ended: Recent::new(ENDED_MEMORY, ENDED_MOST),
+            uncounted: Recent::new(UNCOUNTED_MEMORY, UNCOUNTED_MOST),
         }
     }
 
@@ -217,6 +223,7 @@ impl FlowTable {
             }
             Entry::Vacant(_) if full => Step::Refused,
             Entry::Vacant(entry) => {
+                self.uncounted.remove(&event.flow);
                 entry.insert(OpenFlow::new(
                     event.tag(),
                     event.origin,
@@ -264,11 +271,12 @@ impl FlowTable {
                 }
                 complete(event, &open);
                 event.effect = Effect::Closed(EndReason::Producer);
+                if event.usage.is_none() && event.flow.protocol == Protocol::Tcp {
+                    self.uncounted.insert(event.flow, open);
+                }
                 Step::Ended
             }
-            None if self.ended.iter_mut().any(|ended| ended.remove(&event.flow)) => {
-                Step::EndedAlready
-            }
+            None if self.ended.remove(&event.flow).is_some() => Step::EndedAlready,
             None => {
                 event.tag = Some(event.tag());
                 event.start_time = Some(event.start_time());
@@ -285,7 +293,7 @@ impl FlowTable {
 
     fn socket_end(&mut self, event: &mut FlowEvent) -> Step {
         let Some(flow) = self.flow_of_socket(&event.flow) else {
-            return Step::SocketUnknown;
+            return self.count_late(event);
         };
         event.flow = flow;
         // Who knows the counts, too, has the last word.
@@ -298,24 +306,33 @@ impl FlowTable {
         Step::SocketClosing
     }
 
+    fn count_late(&mut self, event: &mut FlowEvent) -> Step {
+        let ways = [event.flow, event.flow.reversed()];
+        let mut ways = ways.into_iter().filter(|_| event.usage.is_some());
+        let ended = ways.find_map(|flow| Some((flow, self.uncounted.remove(&flow)?)));
+        let Some((flow, open)) = ended else {
+            return Step::SocketUnknown;
+        };
+        event.flow = flow;
+        event.origin = open.origin;
+        event.effect = Effect::Counted;
+        complete(event, &open);
+        Step::CountedLate
+    }
+
     fn close(&mut self, event: &mut FlowEvent) {
         if let Some(open) = self.flows.remove(&event.flow) {
             complete(event, &open);
             event.origin = open.origin;
             event.effect = Effect::Closed(EndReason::SocketClosed);
-            self.ended[0].insert(event.flow);
+            self.ended.insert(event.flow, ());
         }
     }
 
     /// Ends the flows whose socket has been gone for a second and whose producer has said nothing.
     pub fn end_closed(&mut self, now: Timestamp) -> Vec<FlowEvent> {
-        if self.ended[0].len() >= ENDED_MOST
-            || now.duration_since(self.ended_since) >= ENDED_MEMORY.try_into().unwrap_or_default()
-        {
-            self.ended.swap(0, 1);
-            self.ended[0].clear();
-            self.ended_since = now;
-        }
+        self.ended.tend(now);
+        self.uncounted.tend(now);
         let due = |_: &Flow, end: &mut FlowEvent| {
             now.duration_since(end.time) >= GRACE.try_into().unwrap_or_default()
         };
@@ -353,7 +370,7 @@ fn complete(event: &mut FlowEvent, open: &OpenFlow) {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::flow::{Protocol, Usage};
+    use crate::flow::Usage;
     use proptest::prelude::*;
 
     fn at(second: i64) -> Timestamp {
@@ -417,6 +434,44 @@ mod tests {
         assert_eq!(apply(&mut table, late.clone()).0, Step::EndedAlready);
         assert_eq!(apply(&mut table, late).0, Step::EndedUnmatched);
         assert_eq!(apply(&mut table, gone).0, Step::SocketUnknown);
+    }
+
+    #[test]
+    fn the_counts_of_a_socket_that_goes_just_after_the_end_of_its_flow_are_not_lost() {
+        let mut table = FlowTable::new(10);
+        let mut gone = of(Origin::Socket, event(State::End, 1, None, 7));
+        gone.flow = gone.flow.reversed();
+        gone.usage = usage();
+        let without = FlowEvent {
+            usage: None,
+            ..gone.clone()
+        };
+        apply(&mut table, event(State::Start, 1, Some((2, 9)), 5));
+        apply(&mut table, event(State::End, 1, None, 7));
+        assert_eq!(apply(&mut table, without).0, Step::SocketUnknown);
+        let (step, late) = apply(&mut table, gone.clone());
+        assert_eq!((step, late.effect), (Step::CountedLate, Effect::Counted));
+        assert_eq!(
+            (late.flow, late.start_time()),
+            (gone.flow.reversed(), at(5))
+        );
+        assert_eq!(late.tag().experiment, 2);
+        assert_eq!(apply(&mut table, gone.clone()).0, Step::SocketUnknown);
+        // An end with counts needs none, and those of the next flow on a socket are its own.
+        let counted = FlowEvent {
+            usage: usage(),
+            ..event(State::End, 1, None, 8)
+        };
+        for end in [counted, event(State::End, 1, None, 8)] {
+            apply(&mut table, event(State::Start, 1, Some((2, 9)), 8));
+            apply(&mut table, end.clone());
+            if end.usage.is_none() {
+                apply(&mut table, event(State::Start, 1, Some((2, 9)), 9));
+                assert_eq!(apply(&mut table, gone.clone()).0, Step::SocketClosing);
+                apply(&mut table, event(State::End, 1, None, 9));
+            }
+            assert_eq!(apply(&mut table, gone.clone()).0, Step::SocketUnknown);
+        }
     }
 
     #[test]

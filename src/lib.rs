@@ -30,6 +30,7 @@ pub mod pipe_line;
 pub mod plugins;
 pub mod public_addresses;
 pub mod queue;
+pub mod recent;
 pub mod registry;
 pub mod routes;
 pub mod scitag;

@@ -407,6 +407,42 @@ fn an_end_that_comes_before_the_socket_closes_has_the_counts_so_far() {
     daemon.stop();
 }
 
+/// As after a transfer whose client has hung up: the service says so, and closes.
+#[test]
+#[ignore = "needs root"]
+fn an_end_with_its_socket_has_the_last_counts_whichever_comes_first() {
+    let hosts = hosts();
+    let home = home("", "");
+    let sink = Sink::bind(&hosts.there, SINK);
+    let daemon = home.start(&hosts.here);
+    let listener = listen(&hosts, "[::]:5000");
+    for n in 0..200 {
+        let (mut near, mut far) = connect(&hosts, &listener, THERE4);
+        let (source, port) = (near.local_addr().unwrap(), near.peer_addr().unwrap().port());
+        let line = |state: &str| {
+            let port_here = source.port();
+            format!("{state} tcp {HERE4} {port_here} {THERE4} {port} 2 9\n")
+        };
+        home.write(&line("start"));
+        sink.collect("start", 1);
+        exchange(&mut near, &mut far, 5000, 700);
+        let end = line("end");
+        let mut pipe = home.writer();
+        if n % 2 == 0 {
+            drop(far);
+            pipe.write_all(end.as_bytes()).unwrap();
+            drop(near);
+        } else {
+            pipe.write_all(end.as_bytes()).unwrap();
+            drop((near, far));
+        }
+        let usage = sink.firefly().event.usage;
+        let usage = usage.unwrap_or_else(|| panic!("{n}: no counts"));
+        assert_eq!((usage.sent, usage.received), (Some(5000), Some(700)));
+    }
+    daemon.stop();
+}
+
 #[test]
 #[ignore = "needs root"]
 fn a_connection_that_goes_while_the_daemon_is_down_is_ended_by_the_next() {

@@ -281,7 +281,7 @@ fn sums_never_go_down_and_count_every_byte_once() {
             // Longer than a period, and shorter.
             std::thread::sleep(Duration::from_millis(150));
         }
-        look();
+        wait_for("the start", || (look()[2] > n as f64).then_some(()));
         home.write(&format!("end {}", transfer.line));
         look();
         if n % 3 == 2 {
@@ -299,6 +299,33 @@ fn sums_never_go_down_and_count_every_byte_once() {
         (sent == total as f64).then_some(())
     });
     daemon.stop();
+}
+
+#[test]
+#[ignore = "needs root: network namespaces"]
+fn the_last_bytes_count_when_a_socket_goes_with_its_flow() {
+    let hosts = Hosts::new();
+    for options in ["port: 9000", "port: 9000, perFlow: false"] {
+        let home = home(options);
+        let daemon = home.start(&hosts.here);
+        let listener = listener(&hosts, 5000);
+        const TRANSFERS: usize = 100;
+        for n in 1..=TRANSFERS {
+            let mut transfer = Transfer::start(&hosts, &home, &listener, "cms Cache");
+            daemon.expect_status(&format!("dispatcher_events started {n}"));
+            transfer.send(1000);
+            let Transfer { near, far, line } = transfer;
+            drop(far);
+            home.write(&format!("end {line}"));
+            drop(near);
+        }
+        wait_for("all bytes", || {
+            let sent = scrape(&hosts.here, "127.0.0.1:9000");
+            let sent = sent.get(&format!("flowd_sent_bytes_total{BY_TAG}"));
+            (sent == Some(&(1000.0 * TRANSFERS as f64))).then_some(())
+        });
+        daemon.stop();
+    }
 }
 
 #[test]

@@ -3,6 +3,7 @@
 //! Of a flow that was heard of by a firefly, and that comes to this host, the other end is told: a
 //! firefly is to travel the way of the data. Nothing is sent to the daemon's own listener.
 
+use std::collections::{HashMap, VecDeque};
 use std::io;
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
@@ -16,7 +17,7 @@ use super::{Backend, with_socket};
 use crate::config::{self, Relayed};
 use crate::error::{Context, Result};
 use crate::firefly::Encoder;
-use crate::flow::{FlowEvent, Origin, State};
+use crate::flow::{Effect, EndReason, Flow, FlowEvent, Origin, Protocol, State};
 use crate::log_limit::LogLimit;
 use crate::metrics::{Metrics, Outcomes, outcomes};
 use crate::public_addresses::PublicAddresses;
@@ -27,6 +28,10 @@ use crate::sys::udp::{BATCH, Batch, Sender};
 
 const NAME: &str = "firefly";
 const TICK: Duration = Duration::from_secs(1);
+/// How long an end waits for its counts.
+const PATIENCE: Duration = Duration::from_millis(100);
+/// How many wait at most.
+const HELD_MOST: usize = 4096;
 
 outcomes! {
     enum Datagram {
@@ -56,6 +61,7 @@ pub struct Firefly {
     discovered: Option<PublicAddresses>,
     /// `None` on a kernel without `sock_diag`.
     sockets: Option<Dump>,
+    held: Held,
     sender: Sender,
     counters: Outcomes<Datagram>,
     trouble: LogLimit,
@@ -67,10 +73,12 @@ enum Collector {
 }
 
 impl Firefly {
-    /// Opens the sockets and starts looking up the collector's name, if it is one.
+    /// Opens the sockets and starts looking up the collector's name, if it is one. `counts_come_late` if
+    /// somebody watches for sockets that go.
     pub fn new(
         config: &config::Firefly,
         listener: Option<SocketAddr>,
+        counts_come_late: bool,
         metrics: &Metrics,
     ) -> Result<Firefly> {
         let sender = Sender::open().context(|| "socket of the firefly backend".to_owned())?;
@@ -106,6 +114,10 @@ impl Firefly {
                 .transpose()
                 .context(|| "thread addresses".to_owned())?,
             sockets: Dump::open().ok(),
+            held: Held {
+                most: if counts_come_late { HELD_MOST } else { 0 },
+                ..Held::default()
+            },
             sender,
             counters: metrics.backend(NAME),
             trouble: LogLimit::new(Level::Warn, "firefly: datagrams that could not be sent"),
@@ -172,6 +184,32 @@ impl Firefly {
         (!heard).then_some(to)
     }
 
+    /// What there is to say of an event, in this moment: it may have to wait, or bring forth what did.
+    fn take(&mut self, event: Arc<FlowEvent>) -> impl Iterator<Item = Arc<FlowEvent>> + use<> {
+        let mut waited = match event.state {
+            State::Ongoing => None,
+            _ => self.held.remove(&event.flow),
+        };
+        if event.effect == Effect::Counted {
+            if let Some(end) = &mut waited {
+                let end = Arc::make_mut(end);
+                end.usage = event.usage;
+                end.netlink.clone_from(&event.netlink);
+            }
+            return waited.into_iter().chain(None);
+        }
+        let event = self.completed(event);
+        let gone = event.effect == Effect::Closed(EndReason::Producer)
+            && event.usage.is_none()
+            && event.flow.protocol == Protocol::Tcp
+            && self.local.outgoing(&event.flow).is_some();
+        let now = match gone {
+            true => self.held.insert(event),
+            false => Some(event),
+        };
+        waited.into_iter().chain(now)
+    }
+
     /// With what the kernel knows of the flow's socket, where a firefly is to say it and nobody has
     /// looked: a start if fireflies are enriched, and an end.
     fn completed(&mut self, event: Arc<FlowEvent>) -> Arc<FlowEvent> {
@@ -223,7 +261,18 @@ impl Firefly {
         })
     }
 
-    fn send(&mut self, batch: &Batch) {
+    fn encode(&mut self, event: Arc<FlowEvent>, now: Timestamp, batch: &mut Batch) {
+        let destinations = self.destinations(&event);
+        let event = self.seen_from_outside(event);
+        let left_out = batch.push(destinations, |out| self.encoder.encode(&event, now, out));
+        self.counters
+            .add_many(Datagram::MembersLeftOut, left_out as u64);
+        if batch.len() >= BATCH {
+            self.send(batch);
+        }
+    }
+
+    fn send(&mut self, batch: &mut Batch) {
         let mut failures = 0;
         let (counters, trouble, collector) =
             (&self.counters, &mut self.trouble, &mut self.collector);
@@ -244,6 +293,7 @@ impl Firefly {
         });
         self.counters
             .add_many(Datagram::Sent, batch.len() as u64 - failures);
+        batch.clear();
     }
 }
 
@@ -255,30 +305,73 @@ impl Backend for Firefly {
     fn run(mut self: Box<Self>, events: Receiver<Arc<FlowEvent>>) -> Result<()> {
         let mut batch = Batch::default();
         loop {
-            let first = match events.recv_timeout(TICK) {
-                Ok(event) => Some(event),
-                Err(RecvTimeoutError::Timeout) => None,
-                Err(RecvTimeoutError::Disconnected) => break,
+            let patience = self.held.rest().map_or(TICK, |rest| rest.min(TICK));
+            let (first, done) = match events.recv_timeout(patience) {
+                Ok(event) => (Some(event), false),
+                Err(RecvTimeoutError::Timeout) => (None, false),
+                Err(RecvTimeoutError::Disconnected) => (None, true),
             };
-            batch.clear();
             self.local.refresh();
             let now = Timestamp::now();
-            for event in first.into_iter().chain(events.try_iter()) {
-                let event = self.completed(event);
-                let destinations = self.destinations(&event);
-                let event = self.seen_from_outside(event);
-                let left_out =
-                    batch.push(destinations, |out| self.encoder.encode(&event, now, out));
-                self.counters
-                    .add_many(Datagram::MembersLeftOut, left_out as u64);
-                if batch.len() >= BATCH {
-                    break;
+            for event in first.into_iter().chain(events.try_iter()).take(BATCH) {
+                for event in self.take(event) {
+                    self.encode(event, now, &mut batch);
                 }
             }
-            self.send(&batch);
+            while let Some(event) = self.held.overdue(done) {
+                self.encode(event, now, &mut batch);
+            }
+            self.send(&mut batch);
             self.trouble.tick(Instant::now());
+            if done {
+                break;
+            }
         }
         self.trouble.flush();
         Ok(())
+    }
+}
+
+/// Ends of flows whose socket has just gone: the word of it, with the counts, is on its way.
+#[derive(Default)]
+struct Held {
+    most: usize,
+    ends: HashMap<Flow, Arc<FlowEvent>>,
+    /// In the order in which they came; some may have gone.
+    order: VecDeque<(Instant, Flow)>,
+}
+
+impl Held {
+    /// Holds an end, or gives it back if there is no room.
+    fn insert(&mut self, end: Arc<FlowEvent>) -> Option<Arc<FlowEvent>> {
+        if self.ends.len() >= self.most {
+            return Some(end);
+        }
+        self.order.push_back((Instant::now(), end.flow));
+        self.ends.insert(end.flow, end)
+    }
+
+    fn remove(&mut self, flow: &Flow) -> Option<Arc<FlowEvent>> {
+        match self.ends.is_empty() {
+            true => None,
+            false => self.ends.remove(flow),
+        }
+    }
+
+    /// How long the one that waits longest goes on waiting.
+    fn rest(&self) -> Option<Duration> {
+        let (since, _) = self.order.front()?;
+        Some(PATIENCE.saturating_sub(since.elapsed()))
+    }
+
+    /// One that has waited long enough; with `all` it need not have.
+    fn overdue(&mut self, all: bool) -> Option<Arc<FlowEvent>> {
+        while all || self.rest()?.is_zero() {
+            let (_, flow) = self.order.pop_front()?;
+            if let Some(end) = self.ends.remove(&flow) {
+                return Some(end);
+            }
+        }
+        None
     }
 }

@@ -15,7 +15,7 @@ use super::Backend;
 use super::prometheus::{Marked, Marks, ReadMarks};
 use crate::config;
 use crate::error::{Context, Error, Result};
-use crate::flow::{Flow, FlowEvent, State, Tag};
+use crate::flow::{Effect, Flow, FlowEvent, State, Tag};
 use crate::flow_table::FlowTable;
 use crate::log_limit::LogLimit;
 use crate::metrics::{Metrics, Outcomes, outcomes};
@@ -263,6 +263,7 @@ impl Marker {
                     self.enter(&event.flow, event.tag());
                 }
             }
+            State::End if event.effect == Effect::Counted => {}
             State::End => self.remove(&event.flow),
         }
     }

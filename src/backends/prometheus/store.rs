@@ -165,7 +165,7 @@ impl Store {
             self.account(event);
         }
         match event.effect {
-            Effect::Nothing => {}
+            Effect::Nothing | Effect::Counted => {}
             Effect::Opened => {
                 let sums = self.sums.entry(tag).or_default();
                 sums.started += 1;
@@ -211,10 +211,13 @@ impl Store {
     fn account(&mut self, event: &FlowEvent) {
         let (carried, shown_most, since) = (&mut self.carried, self.shown_most, self.since);
         let shown = &mut self.shown;
+        let mut resumed = false;
         let series = self.flows.entry(event.flow).or_insert_with(|| {
             let show = *shown < shown_most;
             *shown += usize::from(show);
-            let mut counted = carried.remove(&event.flow).unwrap_or_default();
+            let former = carried.remove(&event.flow);
+            resumed = former.is_some();
+            let mut counted = former.unwrap_or_default();
             if event.start_time() < since && counted.inode == 0 {
                 counted.counts = Counts::of(event, Counts::default());
             }
@@ -256,7 +259,8 @@ impl Store {
             sums.rtt.0 += micros as f64 / 1e6;
             sums.rtt.1 += 1;
         }
-        if !series.shown {
+        // What a socket has counted for the flow before is in already.
+        if !series.shown && !resumed {
             for (index, family) in counters().enumerate() {
                 let socket = |s: &Option<Arc<Socket>>| s.as_ref().and_then(|s| family.of_socket(s));
                 let skops = |s: &Option<Arc<Skops>>| s.as_ref().and_then(|s| family.of_skops(s));
