@@ -462,7 +462,8 @@ fn resident(daemon: &Daemon<'_>) -> u64 {
 #[test]
 #[ignore = "needs root"]
 fn silent_slow_and_huge_clients_hold_up_nobody() {
-    const PROMPT: Duration = Duration::from_secs(1);
+    // Less than the time-outs of those that are in the way.
+    const PROMPT: Duration = Duration::from_secs(5);
     let ns = NetNs::new("api");
     let home = home("{}");
     let daemon = home.start(&ns);
