@@ -9,11 +9,13 @@ PROGRAM ?= target/release/flowd-rs
 RPM_TOP = $(CURDIR)/target/rpm
 
 # command:Debian package:RHEL package. Only what is missing is installed.
-TOOLS = cc:gcc:gcc clang:clang:clang pkg-config:pkg-config:pkgconf-pkg-config mandoc:mandoc:mandoc \
+TOOLS = cc:gcc:gcc clang:clang:clang pkg-config:pkg-config:pkgconf-pkg-config \
 	/usr/include/libelf.h:libelf-dev:elfutils-libelf-devel /usr/include/zlib.h:zlib1g-dev:zlib-devel \
 	/usr/include/linux/bpf.h:linux-libc-dev:kernel-headers
+# What `make lint` needs beside them.
+LINT_TOOLS = mandoc:mandoc:mandoc
 # What tests and benches need beside them.
-TEST_TOOLS = ip:iproute2:iproute tc:iproute2:iproute-tc nsenter:util-linux:util-linux \
+TEST_TOOLS = $(LINT_TOOLS) ip:iproute2:iproute tc:iproute2:iproute-tc nsenter:util-linux:util-linux \
 	setpriv:util-linux:util-linux ethtool:ethtool:ethtool tshark:tshark:wireshark-cli \
 	iperf3:iperf3:iperf3 python3:python3-venv:python3 prometheus:prometheus:prometheus curl:curl:curl nft:nftables:nftables systemd-analyze:systemd:systemd /usr/share/doc/python3-seccomp:python3-seccomp:python3-libseccomp
 # What the package needs beside them.
@@ -65,10 +67,12 @@ bench: test-deps ## codecs, and the daemon beside the limit of this machine (nee
 	$(CARGO) bench --locked --bench metrics
 
 lint: deps ## formatting, clippy, manual pages
+	@conf/install-deps $(LINT_TOOLS)
 	$(CARGO) fmt --check
 	$(CARGO) clippy --locked --all-targets -- -D warnings
 	$(CARGO) clippy --locked --all-targets --no-default-features -- -D warnings
-	mandoc -T lint -W warning man/*.[578]
+	# Whether a page that is referred to is installed here says nothing of ours.
+	! mandoc -T lint man/*.[578] 2>&1 | grep -v "referenced manual not found\|mandoc.db"
 
 install: ## install what `make build` built, below DESTDIR
 	install -D -m 755 $(PROGRAM) $(DESTDIR)$(PREFIX)/bin/flowd-rs
@@ -88,7 +92,10 @@ install: ## install what `make build` built, below DESTDIR
 	install -D -m 644 conf/grafana/flowd-rs.json $(DESTDIR)$(PREFIX)/share/flowd-rs/grafana/flowd-rs.json
 	install -D -m 644 conf/prometheus/flowd-rs.rules.yml $(DESTDIR)$(PREFIX)/share/flowd-rs/prometheus/flowd-rs.rules.yml
 	install -D -m 644 conf/completion/flowd-rs.bash $(DESTDIR)$(PREFIX)/share/bash-completion/completions/flowd-rs
-	install -D -m 644 conf/completion/flowd-rs.zsh $(DESTDIR)$(PREFIX)/share/zsh/site-functions/_flowd-rs
+	install -d $(DESTDIR)$(PREFIX)/share/zsh/site-functions
+	sed 's,/usr/share/bash-completion,$(PREFIX)/share/bash-completion,' conf/completion/flowd-rs.zsh > \
+		$(DESTDIR)$(PREFIX)/share/zsh/site-functions/_flowd-rs
+	chmod 644 $(DESTDIR)$(PREFIX)/share/zsh/site-functions/_flowd-rs
 
 rpm: deps ## source and binary packages in target/rpm, of the commit that is checked out
 	@conf/install-deps $(RPM_TOOLS)

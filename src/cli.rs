@@ -6,6 +6,7 @@ mod flows;
 mod listen;
 #[cfg(feature = "bpf")]
 mod marker;
+mod prepare;
 mod registry;
 mod run;
 mod send;
@@ -50,6 +51,7 @@ enum Command {
     Listen(listen::Listen),
     #[cfg(feature = "bpf")]
     Marker(marker::Marker),
+    Prepare(prepare::Prepare),
     Registry(registry::Registry),
     Send(send::Send),
     Status(status::Status),
@@ -156,10 +158,11 @@ fn dispatch(arguments: Arguments) -> Result<ExitCode> {
         #[cfg(feature = "bpf")]
         Some(Command::Marker(command)) => command.run()?,
         Some(Command::Tag(command)) => return Ok(command.run()),
+        Some(Command::Prepare(command)) => command.run()?,
         Some(Command::Registry(command)) => command.run()?,
         None => {
             eprintln!(
-                "flowd-rs: a command is expected: run, config, flows, listen, marker, registry, send, status, stun, tag, version or help"
+                "flowd-rs: a command is expected: run, config, flows, listen, marker, prepare, registry, send, status, stun, tag, version or help"
             );
             return Ok(ExitCode::from(2));
         }

@@ -52,7 +52,7 @@ pub fn control_socket(instance: &str) -> String {
 pub struct Config {
     /// `pidPath`: where the process id is written, for scripts; `None` for nowhere.
     pub pid_path: Option<PathBuf>,
-    /// Whether `pidPath` stands in the file: then it must be writable.
+    /// Whether `pidPath` stands in the file.
     pub pid_path_given: bool,
     /// `workDir`: cached files that may be lost.
     pub work_dir: PathBuf,

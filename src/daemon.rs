@@ -13,7 +13,7 @@ use std::time::{Duration, Instant};
 use arc_swap::ArcSwap;
 use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, bounded, unbounded};
 use jiff::Timestamp;
-use log::LevelFilter;
+use log::{Level, LevelFilter};
 use sd_notify::NotifyState;
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM, SIGUSR1, SIGUSR2};
 use signal_hook::iterator::Signals;
@@ -58,7 +58,7 @@ pub fn run(config: Config, path: &Path, log_level: Option<LevelFilter>) -> Resul
     let (notices, inbox) = unbounded();
     listen_for_signals(notices.clone())?;
     let _lock = state_dir::lock(&config.state_dir)?;
-    let pid_file = PidFile::write(&config)?;
+    let pid_file = PidFile::write(&config);
     config.log_remarks();
 
     let metrics = Metrics::new();
@@ -391,21 +391,24 @@ fn notify(state: &[NotifyState<'_>]) {
 struct PidFile(Option<PathBuf>);
 
 impl PidFile {
-    fn write(config: &Config) -> Result<PidFile> {
+    fn write(config: &Config) -> PidFile {
         let Some(path) = &config.pid_path else {
-            return Ok(PidFile(None));
+            return PidFile(None);
         };
-        match fs::write(path, format!("{}\n", std::process::id())) {
-            Ok(()) => Ok(PidFile(Some(path.clone()))),
-            Err(error) if !config.pid_path_given => {
-                log::info!(
-                    "{}: {error}; running without a PID file (pidPath)",
-                    path.display()
-                );
-                Ok(PidFile(None))
-            }
-            Err(error) => Err(error).context(|| format!("PID file {} (pidPath)", path.display())),
+        if let Err(error) = fs::write(path, format!("{}\n", std::process::id())) {
+            // The service needs none, and may not write where flowd-go's is.
+            let level = match config.pid_path_given {
+                true => Level::Warn,
+                false => Level::Debug,
+            };
+            log::log!(
+                level,
+                "{}: {error}; running without a PID file (pidPath)",
+                path.display()
+            );
+            return PidFile(None);
         }
+        PidFile(Some(path.clone()))
     }
 }
 

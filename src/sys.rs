@@ -11,6 +11,7 @@ pub mod interfaces;
 pub mod mark_maps;
 #[cfg(feature = "bpf")]
 pub mod marker;
+pub mod ownership;
 pub mod privileges;
 pub mod resolver;
 pub mod sock_diag;

@@ -7,7 +7,7 @@ mod common;
 use std::fs;
 use std::io::{Read, Write};
 use std::net::{TcpListener, TcpStream};
-use std::os::unix::fs::PermissionsExt;
+use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
@@ -51,7 +51,7 @@ fn it_does_all_that_it_is_for() {
     fs::set_permissions(home.dir.path(), fs::Permissions::from_mode(0o755)).unwrap();
     fs::write(
         home.path("flowd.cfg"),
-        "registry: {url: ''}\nplugins: {namedPipe: , firefly: {bindAddress: '::1'}, api: }\n\
+        "registry: {url: ''}\nplugins: {namedPipe: {mode: '0660'}, netstat: {experiment: cms, activity: Cache}, firefly: {bindAddress: '::1'}, api: }\n\
          backends: {firefly: , marker: {targetInterfaces: [veth0]}, prometheus: {port: 9000}}\nenrichers: {period: 100, netlink: }\n",
     )
     .unwrap();
@@ -60,6 +60,8 @@ fn it_does_all_that_it_is_for() {
     command.arg(folder.path().join("flowd-rs"));
     let daemon = home.start_command(command, &[]);
     let inside = PathBuf::from(format!("/proc/{}/root", daemon.child.id()));
+    let mode = fs::metadata(inside.join("run/flowd")).unwrap().mode();
+    assert_eq!(mode & 0o777, 0o660);
     let sink = Sink::bind(&hosts.there, &format!("[{THERE6}]:10514"));
     let wire = Wire::listen(&hosts);
 

@@ -178,6 +178,8 @@ fn bash_completes_commands_and_options() {
         "age experiment source destination"
     );
     assert_eq!(complete("flowd-rs marker clean --r", 3), "--remove-qdisc");
+    let after_values = "flowd-rs marker --bpf-fs-path /x clean --r";
+    assert_eq!(complete(after_values, 5), "--remove-qdisc");
 }
 
 #[test]

@@ -174,6 +174,14 @@ fn scriptlets_are_shell_and_an_upgrade_hands_over() {
             .unwrap();
         assert!(status.success(), "{tag}: {script}");
     }
+    for (tag, expected) in [
+        ("POSTIN", "preset flowd-rs.service "),
+        ("PREUN", "disable --now flowd-rs.service flowd-rs@.service "),
+        ("PREUN", "systemctl stop 'flowd-rs@*.service'"),
+    ] {
+        let script = query(&["--qf", &format!("%{{{tag}}}")]);
+        assert!(script.contains(expected), "{tag}: {script}");
+    }
     let postun = query(&["--qf", "%{POSTUN}"]);
     assert!(postun.contains("--signal=SIGUSR2"), "{postun}");
     // Run as on an upgrade, with a systemctl that tells what it was asked.

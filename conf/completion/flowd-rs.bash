@@ -5,6 +5,9 @@ _flowd_rs()
 	local word=${COMP_WORDS[COMP_CWORD]} before=${COMP_WORDS[COMP_CWORD - 1]} words= command= sub= i
 	for ((i = 1; i < COMP_CWORD; i++)); do
 		case ${COMP_WORDS[i]} in
+		# The next word is this one's value.
+		-c | --config | --socket | --pipe | --bpf-fs-path | --log-level | --sort | --target-interface | --user | --address | \
+			--port | --experiment) ((i++)) ;;
 		-*) ;;
 		*)
 			if [ -z "$command" ]; then
@@ -17,6 +20,7 @@ _flowd_rs()
 	done
 	case $before in
 	-c | --config | --socket | --pipe | --bpf-fs-path)
+		compopt -o filenames 2>/dev/null
 		COMPREPLY=($(compgen -f -- "$word"))
 		return
 		;;
@@ -34,12 +38,19 @@ _flowd_rs()
 		;;
 	esac
 	case $command in
-	"") words="run config flows listen marker registry send status stun tag version help --log-level --log-time --version --help" ;;
+	"") words="run config flows listen marker prepare registry send status stun tag version help --log-level --log-time --version --help" ;;
 	run) words="--config --debug --fg --log-level --log-time" ;;
-	config) [ -n "$sub" ] && words="--config" || words="check convert schema show" ;;
+	config)
+		case $sub in
+		"") words="check convert schema show" ;;
+		schema) ;;
+		*) words="--config" ;;
+		esac
+		;;
 	flows) words="--config --socket --experiment --address --sort --json --watch" ;;
 	listen) words="--address --port --json" ;;
 	marker) [ "$sub" = clean ] && words="--target-interface --remove-qdisc" || words="show clean --bpf-fs-path" ;;
+	prepare) words="--config --user" ;;
 	registry) words="list update lookup --config" ;;
 	send) words="start end --config --pipe" ;;
 	status) words="--config --socket --json" ;;

@@ -6,7 +6,8 @@ use std::time::Instant;
 
 use jiff::SignedDuration;
 use log::Level;
-use procfs::net::{TcpNetEntry, TcpState, tcp, tcp6};
+use procfs::net::{TcpNetEntry, TcpState};
+use procfs::process::Process;
 use prometheus::Histogram;
 
 use super::{Closed, EventSender, Plugin, now};
@@ -95,14 +96,14 @@ fn poll_loop() -> String {
 
 /// The connections of both families that are established, also those that are half closed.
 fn connections() -> Result<Vec<Connection>> {
-    let read = |what: &str, entries: procfs::ProcResult<Vec<TcpNetEntry>>| {
-        entries.map_err(|error| Error::Failed(format!("/proc/net/{what}: {error}")))
-    };
-    let mut entries = read("tcp", tcp())?;
-    match tcp6() {
+    // Of this process: the unit's /proc has nothing but processes.
+    let failed = |error| Error::Failed(format!("/proc/self/net: {error}"));
+    let process = Process::myself().map_err(failed)?;
+    let mut entries = process.tcp().map_err(failed)?;
+    match process.tcp6() {
         // A host without IPv6.
         Err(procfs::ProcError::NotFound(_)) => {}
-        found => entries.extend(read("tcp6", found)?),
+        found => entries.extend(found.map_err(failed)?),
     }
     Ok(entries.iter().filter_map(connection).collect())
 }

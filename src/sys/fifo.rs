@@ -22,6 +22,13 @@ pub struct Fifo {
     made: bool,
 }
 
+/// What had to be done so that there is a FIFO.
+pub struct Ensured {
+    made: bool,
+    /// The new name of a regular file that stood in its place.
+    pub moved_aside: Option<PathBuf>,
+}
+
 /// A FIFO, and under which name the regular file in its place was kept, if there was one.
 pub struct Opened {
     /// The FIFO, open for reading.
@@ -34,31 +41,7 @@ impl Fifo {
     /// Opens the FIFO at `path` without blocking. One that is there is adopted as it is; one that is
     /// not is made with `mode` and `group`. A regular file in its place is renamed.
     pub fn open(path: &Path, mode: u32, group: Option<Gid>) -> io::Result<Opened> {
-        let mut moved_aside = None;
-        let mut made = false;
-        match fs::metadata(path) {
-            Ok(there) if there.file_type().is_fifo() => {}
-            Ok(there) if there.is_file() => {
-                let aside = unused_name(path);
-                fs::rename(path, &aside)?;
-                moved_aside = Some(aside);
-                made = make(path)?;
-            }
-            Ok(_) => {
-                let message = "is neither a FIFO nor a regular file, will not be replaced";
-                return Err(io::Error::new(io::ErrorKind::AlreadyExists, message));
-            }
-            Err(error) if error.kind() == io::ErrorKind::NotFound => {
-                if let Some(parent) = path.parent().filter(|p| !p.as_os_str().is_empty()) {
-                    DirBuilder::new()
-                        .recursive(true)
-                        .mode(0o755)
-                        .create(parent)?;
-                }
-                made = make(path)?;
-            }
-            Err(error) => return Err(error),
-        }
+        let Ensured { made, moved_aside } = ensure(path)?;
         // Open for writing too, so that the last writer's close is not an end of file.
         let file = OpenOptions::new()
             .read(true)
@@ -117,6 +100,36 @@ impl Fifo {
             .custom_flags(libc::O_NONBLOCK)
             .open(format!("/proc/self/fd/{}", self.file.as_raw_fd()))
     }
+}
+
+/// Makes a FIFO, for its owner alone, if there is none; a regular file in its place is renamed.
+pub fn ensure(path: &Path) -> io::Result<Ensured> {
+    let mut moved_aside = None;
+    let mut made = false;
+    match fs::metadata(path) {
+        Ok(there) if there.file_type().is_fifo() => {}
+        Ok(there) if there.is_file() => {
+            let aside = unused_name(path);
+            fs::rename(path, &aside)?;
+            moved_aside = Some(aside);
+            made = make(path)?;
+        }
+        Ok(_) => {
+            let message = "is neither a FIFO nor a regular file, will not be replaced";
+            return Err(io::Error::new(io::ErrorKind::AlreadyExists, message));
+        }
+        Err(error) if error.kind() == io::ErrorKind::NotFound => {
+            if let Some(parent) = path.parent().filter(|p| !p.as_os_str().is_empty()) {
+                DirBuilder::new()
+                    .recursive(true)
+                    .mode(0o755)
+                    .create(parent)?;
+            }
+            made = make(path)?;
+        }
+        Err(error) => return Err(error),
+    }
+    Ok(Ensured { made, moved_aside })
 }
 
 /// False if somebody else made it meanwhile.

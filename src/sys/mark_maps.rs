@@ -10,7 +10,7 @@ use libbpf_rs::{ErrorKind, MapCore, MapFlags, MapHandle};
 use nix::libc;
 
 use crate::config::Strategy;
-use crate::error::{Error, Result};
+use crate::error::{Context, Error, Result};
 use crate::flow::{Flow, Protocol, Tag};
 
 /// Below the bpffs; the version is that of keys and values in bpf/marker.h.
@@ -150,7 +150,8 @@ impl Maps {
     /// The maps that a daemon has pinned, for looking at them.
     pub fn pinned(bpffs: &Path) -> Result<Option<Maps>> {
         let directory = bpffs.join(PIN_DIR);
-        if !directory.join("flows").exists() {
+        let flows = directory.join("flows");
+        if !fs::exists(&flows).context(|| flows.display().to_string())? {
             return Ok(None);
         }
         let map = |name: &str| {

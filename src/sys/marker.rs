@@ -1,10 +1,10 @@
 //! The eBPF program of packet marking: how it is loaded, and where it is attached.
 
-use std::fs::{self, DirBuilder, File};
+use std::fs::{self, DirBuilder, File, Permissions};
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::os::unix::fs::DirBuilderExt;
-use std::path::Path;
+use std::os::unix::fs::{DirBuilderExt, PermissionsExt};
+use std::path::{Path, PathBuf};
 
 use libbpf_rs::{
     ErrorKind, MapCore, MapFlags, MapHandle, MapType, ObjectBuilder, ProgramType, TC_EGRESS,
@@ -17,6 +17,7 @@ use nix::sys::statfs::{BPF_FS_MAGIC, statfs};
 use super::clsact;
 use super::interfaces::Interface;
 use super::mark_maps::{Maps, PIN_DIR, UNMARKED, failure, io_error};
+use super::ownership::Owner;
 use crate::config::{Marker as Settings, Strategy};
 use crate::error::{Context, Error, Result};
 
@@ -315,16 +316,42 @@ fn ensure_bpffs(path: &Path) -> Result<()> {
     Ok(())
 }
 
-/// Keeps everybody else from the pinned maps; held by the daemon as long as it runs.
-pub fn lock(bpffs: &Path) -> Result<Flock<File>> {
+/// Makes the directory of the pinned maps for a daemon that is not root's. systemd mounts the bpffs for root alone: it
+/// becomes one that others may pass through, what lies in it has owners and modes of its own.
+pub fn prepare(bpffs: &Path, owner: Owner) -> Result<()> {
+    ensure_bpffs(bpffs)?;
+    let what = || format!("{} (backends.marker.bpfFsPath)", bpffs.display());
+    let mode = fs::metadata(bpffs).context(what)?.permissions().mode();
+    if mode & 0o111 != 0o111 {
+        fs::set_permissions(bpffs, Permissions::from_mode(mode | 0o111)).context(what)?;
+    }
+    let directory = pin_directory(bpffs)?;
+    let maps = fs::read_dir(&directory).context(what)?;
+    let maps = maps.filter_map(|entry| Some(entry.ok()?.path()));
+    let parent = directory.parent().map(Path::to_owned);
+    for path in maps.chain([directory.clone()]).chain(parent) {
+        owner
+            .give_of_root(&path)
+            .context(|| path.display().to_string())?;
+    }
+    Ok(())
+}
+
+fn pin_directory(bpffs: &Path) -> Result<PathBuf> {
     let directory = bpffs.join(PIN_DIR);
-    let shown = directory.display();
-    let what = || format!("{shown} (below backends.marker.bpfFsPath)");
     DirBuilder::new()
         .recursive(true)
         .mode(0o755)
         .create(&directory)
-        .context(what)?;
+        .context(|| format!("{} (below backends.marker.bpfFsPath)", directory.display()))?;
+    Ok(directory)
+}
+
+/// Keeps everybody else from the pinned maps; held by the daemon as long as it runs.
+pub fn lock(bpffs: &Path) -> Result<Flock<File>> {
+    let directory = pin_directory(bpffs)?;
+    let shown = directory.display();
+    let what = || format!("{shown} (below backends.marker.bpfFsPath)");
     let file = File::open(&directory).context(what)?;
     Flock::lock(file, FlockArg::LockExclusiveNonblock).map_err(|(_, errno)| {
         Error::Failed(format!("{shown} is in use by another flowd-rs ({errno})"))

@@ -55,12 +55,9 @@ def file_system(unit):
         raise OSError(ctypes.get_errno(), "unshare")
     mount("--make-rprivate", "/")
     mount("-t", "tmpfs", "tmpfs", "/run")
-    # As flowd-rs.tmpfiles has it.
-    os.mkfifo("/run/flowd")
-    os.chmod("/run/flowd", 0o666)
-    os.chown("/run/flowd", USER, USER)
-    mount("-t", "bpf", "bpf", "/sys/fs/bpf")
-    writable = ["/sys/fs/bpf/flowd-rs"]
+    # As systemd does.
+    mount("-t", "bpf", "-o", "mode=700", "bpf", "/sys/fs/bpf")
+    writable = []
     for key, base in [("StateDirectory", "/var/lib"), ("CacheDirectory", "/var/cache"), ("RuntimeDirectory", "/run")]:
         writable.append(f"{base}/{unit[key][0]}")
     for path in writable:
@@ -71,6 +68,12 @@ def file_system(unit):
             mount("--bind", path, path)
         os.chown(path, USER, USER)
         os.chmod(path, stat.S_IRWXU | stat.S_IRGRP | stat.S_IXGRP | stat.S_IROTH | stat.S_IXOTH)
+    if "run" in sys.argv:
+        prepare(unit)
+    for path in (path.lstrip("-") for path in unit["ReadWritePaths"]):
+        if os.path.exists(path):
+            mount("--bind", path, path)
+            writable.append(path)
     mount("-t", "proc", "-o", "subset=pid,hidepid=invisible", "proc", "/proc")
     for line in open("/proc/self/mounts"):
         path = line.split()[1].replace("\\040", " ")
@@ -78,6 +81,14 @@ def file_system(unit):
             continue
         # What is below another mount is not to be had, and not to be written either.
         subprocess.run(["mount", "-o", "remount,bind,ro", path], stderr=subprocess.DEVNULL)
+
+
+def prepare(unit):
+    """What comes before, with full privileges."""
+    (line,) = unit["ExecStartPre"]
+    assert line.startswith("+-/usr/bin/flowd-rs prepare -c "), line
+    program, config = sys.argv[2], sys.argv[sys.argv.index("-c") + 1]
+    subprocess.run([program, "prepare", "-c", config, "--user", str(USER)], check=True)
 
 
 def system_calls(unit):
