@@ -17,7 +17,9 @@ LINT_TOOLS = mandoc:mandoc:mandoc
 # What tests and benches need beside them.
 TEST_TOOLS = $(LINT_TOOLS) ip:iproute2:iproute tc:iproute2:iproute-tc nsenter:util-linux:util-linux \
 	setpriv:util-linux:util-linux ethtool:ethtool:ethtool tshark:tshark:wireshark-cli \
-	iperf3:iperf3:iperf3 python3:python3-venv:python3 prometheus:prometheus:prometheus curl:curl:curl nft:nftables:nftables systemd-analyze:systemd:systemd /usr/share/doc/python3-seccomp:python3-seccomp:python3-libseccomp
+	iperf3:iperf3:iperf3 python3:python3-venv:python3 prometheus:prometheus:prometheus curl:curl:curl nft:nftables:nftables systemd-analyze:systemd:systemd \
+	/usr/share/doc/python3-prometheus-client:python3-prometheus-client:python3-prometheus_client \
+	/usr/share/doc/python3-seccomp:python3-seccomp:python3-libseccomp
 # What the package needs beside them.
 RPM_TOOLS = rpmbuild:rpm:rpm-build rpmlint:rpmlint:rpmlint systemd-analyze:systemd:systemd git:git:git
 # What the benches need beside them.

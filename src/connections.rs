@@ -19,8 +19,8 @@ use crate::special_networks::is_public;
 pub struct Connection {
     /// From here to there.
     pub flow: Flow,
-    /// The user who owns the socket.
-    pub uid: u32,
+    /// The user who owns the socket, if it still has an owner.
+    pub uid: Option<u32>,
     /// Id of the cgroup of the socket, where the kernel says it.
     pub cgroup: Option<u64>,
     /// Payload bytes so far, where the kernel says it.
@@ -56,7 +56,7 @@ impl Rule {
         (networks.is_empty() || networks.iter().any(|net| net.contains(&remote.address)))
             && port(&self.local_ports, local.port)
             && port(&self.remote_ports, remote.port)
-            && self.uid.is_none_or(|uid| uid == connection.uid)
+            && self.uid.is_none_or(|uid| connection.uid == Some(uid))
             && self.cgroups.as_ref().is_none_or(|ids| {
                 connection
                     .cgroup
@@ -64,6 +64,9 @@ impl Rule {
             })
     }
 }
+
+/// How long a connection that has ended is known for the sake of its socket, which its owner may keep.
+const KEPT_ENDED: SignedDuration = SignedDuration::from_hours(24);
 
 /// What is known of a connection.
 struct Known {
@@ -160,7 +163,15 @@ impl Tracker {
         if self.patience.is_zero() {
             self.forget_ended();
         }
+        let lately = |since| now.duration_since(since).abs() < KEPT_ENDED;
+        let old = |known: &Known| known.ended && !known.missing.is_some_and(lately);
+        self.known.retain(|_, known| !old(known));
         ends
+    }
+
+    /// Whether it is one of those that are followed.
+    pub fn knows(&self, flow: &Flow) -> bool {
+        self.known.contains_key(flow)
     }
 
     /// Whether a scan has missed connections that it may yet have to end.
@@ -175,7 +186,8 @@ impl Tracker {
     }
 
     /// A connection that was closed at `now`: its end, if it was not ended before, and before that its
-    /// start if no scan has shown it. One that was never established is not to be told.
+    /// start if no scan has shown it. Of those that no scan has shown, one that was never established is not
+    /// to be told.
     pub fn closed(
         &mut self,
         connection: &Connection,
@@ -246,7 +258,7 @@ mod tests {
         };
         Connection {
             flow: Flow::new(Protocol::Tcp, (local, port), (remote, 443)).unwrap(),
-            uid: 1000,
+            uid: Some(1000),
             cgroup: Some(7),
             usage: Some(Usage {
                 received: Some(1),
@@ -444,7 +456,9 @@ mod tests {
             );
         }
         let mut foreign = connection("2a03::1", 52);
-        foreign.uid = 0;
+        foreign.uid = Some(0);
+        assert_eq!(tracker.open(&foreign, at(0), |_| false), None);
+        foreign.uid = None;
         assert_eq!(tracker.open(&foreign, at(0), |_| false), None);
     }
 }

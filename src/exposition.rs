@@ -47,6 +47,8 @@ impl Format {
 pub enum Kind {
     /// Only grows; its name ends in `_total`.
     Counter,
+    /// A counter whose name without `_total` is another family's, which OpenMetrics does not allow.
+    Unknown,
     /// Goes up and down.
     Gauge,
     /// Always 1, with labels that say something; its name ends in `_info`.
@@ -64,6 +66,7 @@ pub fn put_family(out: &mut String, format: Format, name: &str, kind: Kind, help
         (Format::OpenMetrics, Kind::Info) => (name.trim_end_matches("_info"), "info"),
         (Format::OpenMetrics, Kind::Counter) => (name.trim_end_matches("_total"), "counter"),
         (_, Kind::Counter) => (name, "counter"),
+        (_, Kind::Unknown) => (name, "unknown"),
         (_, Kind::Gauge) => (name, "gauge"),
         (_, Kind::Summary) => (name, "summary"),
         (_, Kind::Histogram) => (name, "histogram"),

@@ -132,6 +132,9 @@ const ENDED_MOST: usize = 1 << 16;
 /// How long the end of the socket of a flow that was ended still counts, unless so many others end.
 const UNCOUNTED_MEMORY: Duration = Duration::from_secs(1);
 const UNCOUNTED_MOST: usize = 1 << 14;
+/// How long the end of a socket is kept for a flow whose start is late, unless so many others end.
+const GONE_MEMORY: Duration = Duration::from_secs(1);
+const GONE_MOST: usize = 1 << 12;
 
 /// The open flows, at most `max_flows` of them.
 pub struct FlowTable {
@@ -143,6 +146,8 @@ pub struct FlowTable {
     ended: Recent<()>,
     /// Flows that their producer ended, without counts.
     uncounted: Recent<OpenFlow>,
+    /// Ends of sockets that were no open flow's.
+    gone: Recent<FlowEvent>,
 }
 
 impl FlowTable {
@@ -154,6 +159,7 @@ impl FlowTable {
             closing: HashMap::new(),
             ended: Recent::new(ENDED_MEMORY, ENDED_MOST),
             uncounted: Recent::new(UNCOUNTED_MEMORY, UNCOUNTED_MOST),
+            gone: Recent::new(GONE_MEMORY, GONE_MOST),
         }
     }
 
@@ -269,9 +275,10 @@ impl FlowTable {
                     event.usage = event.usage.or(closed.usage);
                     event.netlink = event.netlink.take().or(closed.netlink);
                 }
+                self.complete_from_gone(event, open.start_time());
                 complete(event, &open);
                 event.effect = Effect::Closed(EndReason::Producer);
-                if event.usage.is_none() && event.flow.protocol == Protocol::Tcp {
+                if event.netlink.is_none() && event.flow.protocol == Protocol::Tcp {
                     self.uncounted.insert(event.flow, open);
                 }
                 Step::Ended
@@ -293,17 +300,40 @@ impl FlowTable {
 
     fn socket_end(&mut self, event: &mut FlowEvent) -> Step {
         let Some(flow) = self.flow_of_socket(&event.flow) else {
-            return self.count_late(event);
+            let step = self.count_late(event);
+            if step == Step::SocketUnknown && event.usage.is_some() {
+                self.gone.insert(event.flow, event.clone());
+            }
+            return step;
         };
         event.flow = flow;
+        self.complete_from_gone(event, self.flows[&flow].start_time());
         // Who knows the counts, too, has the last word.
         if self.flows[&flow].origin.is_socket() && event.usage.is_some() {
             self.closing.remove(&flow);
             self.close(event);
             return Step::SocketClosed;
         }
-        self.closing.entry(flow).or_insert_with(|| event.clone());
+        let closing = self.closing.entry(flow).or_insert_with(|| event.clone());
+        if closing.usage.is_none() {
+            closing.usage = event.usage;
+            closing.netlink.clone_from(&event.netlink);
+        }
         Step::SocketClosing
+    }
+
+    /// Of a flow whose socket went before its start was known, the counts are kept.
+    fn complete_from_gone(&mut self, event: &mut FlowEvent, began: Timestamp) {
+        if event.usage.is_some() || event.flow.protocol != Protocol::Tcp {
+            return;
+        }
+        let ways = [event.flow, event.flow.reversed()];
+        let gone = ways.iter().find_map(|flow| self.gone.remove(flow));
+        // Not of another connection with the same ends.
+        if let Some(gone) = gone.filter(|gone| gone.time >= began) {
+            event.usage = gone.usage;
+            event.netlink = event.netlink.take().or(gone.netlink);
+        }
     }
 
     fn count_late(&mut self, event: &mut FlowEvent) -> Step {
@@ -333,6 +363,7 @@ impl FlowTable {
     pub fn end_closed(&mut self, now: Timestamp) -> Vec<FlowEvent> {
         self.ended.tend(now);
         self.uncounted.tend(now);
+        self.gone.tend(now);
         let due = |_: &Flow, end: &mut FlowEvent| {
             now.duration_since(end.time) >= GRACE.try_into().unwrap_or_default()
         };
@@ -437,6 +468,39 @@ mod tests {
     }
 
     #[test]
+    fn the_counts_of_a_socket_that_goes_before_the_start_of_its_flow_is_known_are_not_lost() {
+        let mut table = FlowTable::new(10);
+        let mut gone = of(Origin::Socket, event(State::End, 1, None, 7));
+        gone.usage = usage();
+        for (start, expected) in [(5, usage()), (8, None)] {
+            assert_eq!(apply(&mut table, gone.clone()).0, Step::SocketUnknown);
+            let start = event(State::Start, 1, Some((2, 9)), start);
+            apply(&mut table, of(Origin::Iperf3, start));
+            let end = of(Origin::Iperf3, event(State::End, 1, None, 9));
+            let (step, end) = apply(&mut table, end);
+            assert_eq!(end.usage, expected);
+            if step == Step::SocketClosing {
+                table.end_closed(at(60));
+            }
+            assert!(table.is_empty());
+        }
+    }
+
+    #[test]
+    fn an_end_without_counts_waits_for_one_that_has_them() {
+        let mut table = FlowTable::new(10);
+        apply(&mut table, event(State::Start, 1, Some((2, 9)), 5));
+        let first = of(Origin::Iperf3, event(State::End, 1, None, 7));
+        assert_eq!(apply(&mut table, first.clone()).0, Step::SocketClosing);
+        let counted = FlowEvent {
+            usage: usage(),
+            ..of(Origin::Socket, first)
+        };
+        assert_eq!(apply(&mut table, counted).0, Step::SocketClosing);
+        assert_eq!(table.end_closed(at(8))[0].usage, usage());
+    }
+
+    #[test]
     fn the_counts_of_a_socket_that_goes_just_after_the_end_of_its_flow_are_not_lost() {
         let mut table = FlowTable::new(10);
         let mut gone = of(Origin::Socket, event(State::End, 1, None, 7));
@@ -457,21 +521,11 @@ mod tests {
         );
         assert_eq!(late.tag().experiment, 2);
         assert_eq!(apply(&mut table, gone.clone()).0, Step::SocketUnknown);
-        // An end with counts needs none, and those of the next flow on a socket are its own.
-        let counted = FlowEvent {
-            usage: usage(),
-            ..event(State::End, 1, None, 8)
-        };
-        for end in [counted, event(State::End, 1, None, 8)] {
-            apply(&mut table, event(State::Start, 1, Some((2, 9)), 8));
-            apply(&mut table, end.clone());
-            if end.usage.is_none() {
-                apply(&mut table, event(State::Start, 1, Some((2, 9)), 9));
-                assert_eq!(apply(&mut table, gone.clone()).0, Step::SocketClosing);
-                apply(&mut table, event(State::End, 1, None, 9));
-            }
-            assert_eq!(apply(&mut table, gone.clone()).0, Step::SocketUnknown);
-        }
+        // Those of the next flow on a socket are its own.
+        apply(&mut table, event(State::Start, 1, Some((2, 9)), 8));
+        apply(&mut table, event(State::End, 1, None, 8));
+        apply(&mut table, event(State::Start, 1, Some((2, 9)), 9));
+        assert_eq!(apply(&mut table, gone.clone()).0, Step::SocketClosing);
     }
 
     #[test]

@@ -36,6 +36,9 @@ pub const STATES: [&str; 14] = [
 /// FIN_WAIT2, CLOSE_WAIT, LAST_ACK and CLOSING.
 pub const CONNECTED: u32 = 1 << 1 | 1 << 4 | 1 << 5 | 1 << 8 | 1 << 9 | 1 << 11;
 
+/// `TCP_FIN_WAIT2`
+const FIN_WAIT2: u8 = 5;
+
 /// States in which the FIN of the other end has come: TIME_WAIT, CLOSE_WAIT, LAST_ACK and CLOSING.
 const FIN_RECEIVED: u32 = 1 << 6 | 1 << 8 | 1 << 9 | 1 << 11;
 
@@ -128,7 +131,7 @@ impl SocketInfo {
     /// Payload bytes so far; what was sent again counts once. Of a socket that has gone, the received ones
     /// may be one too many: it is not always known whether the other end's FIN had come.
     pub fn usage(&self) -> Option<Usage> {
-        let tcp = self.tcp.as_ref()?;
+        let tcp = self.tcp.as_ref().filter(|_| self.was_established())?;
         let received = tcp.get(Field::BytesReceived);
         // Before Linux 4.19 what was acknowledged is close; it counts SYN and FIN, too.
         let acknowledged = || {
@@ -153,11 +156,24 @@ impl SocketInfo {
         acknowledged > self.sent_once()
     }
 
-    /// Whether the connection came about: a SYN of ours, at least, was acknowledged.
+    /// Whether both ends have agreed to the connection, and this end has an owner or something left to do.
+    /// What is in FIN_WAIT2 without an owner only waits for the other end's FIN: it has closed.
+    pub fn is_connected(&self) -> bool {
+        let orphaned = self.inode == 0 && self.state == FIN_WAIT2;
+        self.is_in(CONNECTED) && !orphaned
+    }
+
+    fn is_in(&self, states: u32) -> bool {
+        1u32.checked_shl(self.state.into()).unwrap_or(0) & states != 0
+    }
+
+    /// Whether the connection came about, as far as it has counts that say so. Of a socket that has gone, a
+    /// SYN of ours, at least, was acknowledged; those that their owner has reset have lost their counts.
     pub fn was_established(&self) -> bool {
         let count = |tcp: &TcpInfo, field| tcp.get(field).unwrap_or(0);
         self.tcp.as_ref().is_some_and(|tcp| {
-            count(tcp, Field::BytesAcked) > 0
+            self.is_in(CONNECTED)
+                || count(tcp, Field::BytesAcked) > 0
                 || count(tcp, Field::BytesReceived) > 0
                 || count(tcp, Field::DataSegsOut) > 0
         })
@@ -168,7 +184,8 @@ impl From<Arc<Socket>> for Connection {
     fn from(socket: Arc<Socket>) -> Connection {
         Connection {
             flow: socket.flow,
-            uid: socket.info.uid,
+            // A socket that has gone has no owner any more.
+            uid: (socket.info.inode != 0).then_some(socket.info.uid),
             cgroup: socket.info.cgroup,
             usage: socket.info.usage(),
             socket: Some(socket),

@@ -15,6 +15,7 @@ use common::net::Hosts;
 use common::sink::Sink;
 use common::{DEADLINE, wait_for};
 use flowd_rs::flow::{Flow, FlowEvent};
+use nix::sys::socket::{setsockopt, sockopt};
 use serde_json::Value;
 
 /// Addresses that look as if they were on the Internet.
@@ -310,6 +311,84 @@ fn a_connection_that_is_reset_ends_once_however_long_its_socket_is_kept() {
     drop(near);
     sink.assert_silent();
     daemon.expect_status("plugin_events ended netlink 1");
+    daemon.stop();
+}
+
+/// Closed here first: what waits for the other end's FIN is no connection.
+#[test]
+#[ignore = "needs root"]
+fn a_connection_that_is_closed_here_alone_is_one_flow() {
+    let hosts = hosts();
+    for plugin in [NETLINK.to_owned(), NETLINK.replace("netlink", "netstat")] {
+        let home = home(&plugin, "");
+        let sink = Sink::bind(&hosts.there, SINK);
+        let daemon = home.start(&hosts.here);
+        let name = if plugin == NETLINK {
+            "netlink"
+        } else {
+            "netstat"
+        };
+        scanned(&daemon, name);
+        let listener = listen(&hosts, "[::]:5000");
+        let (near, far) = connect(&hosts, &listener, THERE4);
+        sink.collect("start", 1);
+        drop(near);
+        sink.collect("end", 1);
+        scanned(&daemon, name);
+        sink.assert_silent();
+        drop(far);
+        daemon.stop();
+    }
+}
+
+/// The kernel forgets the counts of a connection that this end resets.
+#[test]
+#[ignore = "needs root"]
+fn a_connection_that_is_reset_here_ends_whoever_reported_it() {
+    let hosts = hosts();
+    for plugin in ["", NETLINK] {
+        let home = home(plugin, "");
+        let config = std::fs::read_to_string(home.path("flowd.cfg")).unwrap();
+        let config = config + "enrichers: {period: 200, netlink: {}}\n";
+        std::fs::write(home.path("flowd.cfg"), config).unwrap();
+        let sink = Sink::bind(&hosts.there, SINK);
+        let daemon = home.start(&hosts.here);
+        let listener = listen(&hosts, "[::]:5000");
+        let (mut near, mut far) = connect(&hosts, &listener, THERE4);
+        if plugin.is_empty() {
+            let port = near.local_addr().unwrap().port();
+            home.write(&format!("start tcp {HERE4} {port} {THERE4} 5000 2 9\n"));
+        }
+        sink.collect("start", 1);
+        exchange(&mut near, &mut far, 1000, 10);
+        scanned(&daemon, "sockets");
+        let linger = nix::libc::linger {
+            l_onoff: 1,
+            l_linger: 0,
+        };
+        setsockopt(&near, sockopt::Linger, &linger).unwrap();
+        drop(near);
+        sink.collect("end", 1);
+        daemon.stop();
+    }
+}
+
+/// The owner of a socket that has gone is not known any more.
+#[test]
+#[ignore = "needs root"]
+fn rules_by_owner_do_not_take_connections_without_one() {
+    let hosts = hosts();
+    let rules = "rules: [{uid: 0, experiment: 3, activity: 3}]";
+    let plugin = NETLINK.replace("period: 200", &format!("period: 60000, {rules}"));
+    let home = home(&plugin, "");
+    let sink = Sink::bind(&hosts.there, SINK);
+    let daemon = home.start(&hosts.here);
+    daemon.expect_status("plugin_events scanned netlink 1");
+    let listener = listen(&hosts, "[::]:5000");
+    let (near, far) = connect(&hosts, &listener, THERE4);
+    close(near, far);
+    let start = sink.collect("start", 1).into_values().next().unwrap();
+    assert_eq!(start.tag().experiment, 2);
     daemon.stop();
 }
 

@@ -81,18 +81,31 @@ fn samples(page: &str) -> Samples {
 }
 
 fn promtool(page: &str) {
-    let mut promtool = Command::new("promtool")
-        .args(["check", "metrics"])
+    check(Command::new("promtool").args(["check", "metrics"]), page);
+}
+
+/// The reference parser, which is stricter than Prometheus.
+fn open_metrics_parser(page: &str) {
+    let parse = "import sys\n\
+        from prometheus_client.openmetrics.parser import text_string_to_metric_families as parse\n\
+        assert len(list(parse(sys.stdin.read()))) > 50";
+    // Debian's, which knows python3-prometheus-client.
+    check(Command::new("/usr/bin/python3").args(["-c", parse]), page);
+}
+
+/// A program that reads a page and has nothing to say of it.
+fn check(program: &mut Command, page: &str) {
+    let mut checker = program
         .stdin(Stdio::piped())
         .stdout(Stdio::piped())
         .stderr(Stdio::piped())
         .spawn()
-        .expect("promtool (prometheus) is installed");
-    let mut input = promtool.stdin.take().unwrap();
+        .unwrap_or_else(|error| panic!("{program:?}: {error}"));
+    let mut input = checker.stdin.take().unwrap();
     std::thread::scope(|scope| {
         scope.spawn(move || input.write_all(page.as_bytes()).unwrap());
     });
-    let output = promtool.wait_with_output().unwrap();
+    let output = checker.wait_with_output().unwrap();
     let said = String::from_utf8_lossy(&output.stderr) + String::from_utf8_lossy(&output.stdout);
     assert!(output.status.success() && said.is_empty(), "{said}");
 }
@@ -160,6 +173,9 @@ fn flows_have_the_series_of_flowd_and_none_after_their_end() {
         (samples(&answer.body).get(&sent) == Some(&100_000.0)).then_some(answer.body)
     });
     promtool(&page);
+    let accept = "Accept: application/openmetrics-text\r\n";
+    let mut client = Client::tcp(&hosts.here, "127.0.0.1:9000");
+    open_metrics_parser(&client.request("GET", "/metrics", accept, "").body);
     let found = samples(&page);
     for name in FLOWD_NAMES {
         assert!(

@@ -136,7 +136,7 @@ impl Prometheus {
     /// would be missing.
     fn last_word(&mut self, event: &FlowEvent) -> Option<FlowEvent> {
         let closed = event.state == State::End && event.effect != Effect::Nothing;
-        if !closed || event.usage.is_some() {
+        if !closed || event.netlink.is_some() {
             return None;
         }
         with_socket(event, &self.local, self.sockets.as_mut()?).unwrap_or_else(|error| {

@@ -55,6 +55,8 @@ pub struct Sockets {
     dump: Dump,
     destroyed: Option<Destroyed>,
     waiter: Waiter,
+    /// Whether a socket has gone of which the kernel could not say whose it was.
+    in_doubt: bool,
     /// The connections that the last scan showed.
     seen: HashSet<Flow>,
     queries: Sender<Query>,
@@ -105,6 +107,7 @@ impl Sockets {
             dump,
             destroyed,
             waiter,
+            in_doubt: false,
             seen: HashSet::new(),
             queries: sources.queries.clone(),
             counters: sources.metrics.plugin(NAME),
@@ -122,7 +125,8 @@ impl Sockets {
             let mut sent = Ok(());
             let (counters, seen) = (&self.counters, &mut self.seen);
             let notified = destroyed.receive(|socket| {
-                if sent.is_ok() && socket.info.was_established() {
+                // Also one that has lost its counts: its flow may be open.
+                if sent.is_ok() {
                     counters.add(Outcome::Closed);
                     seen.remove(&socket.flow);
                     sent = events.send(event(State::End, socket, time));
@@ -133,6 +137,7 @@ impl Sockets {
             }
             match notified {
                 Notified::Some => {}
+                Notified::Nameless => self.in_doubt = true,
                 Notified::Nothing => return Ok(Ok(overrun)),
                 Notified::Overrun => {
                     self.counters.add(Outcome::Overrun);
@@ -165,10 +170,11 @@ impl Sockets {
         self.dump
             .sockets(Protocol::Tcp, wanted, extensions, |socket| {
                 let state = 1u32.checked_shl(socket.info.state.into()).unwrap_or(0);
-                if CONNECTED & state != 0 {
+                if socket.info.is_connected() {
                     now_seen.insert(socket.flow);
                 }
-                if states & state != 0 {
+                // What has no more than a state, as in TIME_WAIT, is no news.
+                if states & state != 0 && socket.info.tcp.is_some() {
                     tell(socket);
                 }
             })?;
@@ -207,7 +213,7 @@ fn event(state: State, socket: Arc<Socket>, time: Timestamp) -> FlowEvent {
     let event = FlowEvent::new(state, socket.flow, time, Origin::Socket);
     FlowEvent {
         usage: socket.info.usage(),
-        netlink: Some(socket),
+        netlink: (state != State::End || socket.info.was_established()).then_some(socket),
         ..event
     }
 }
@@ -232,15 +238,20 @@ impl Plugin for Sockets {
         }
         let mut trouble = LogLimit::new(Level::Error, "sockets: failures");
         let (mut due, mut first) = (Instant::now(), true);
+        let mut scanned = due;
         while !stop.is_set() {
             let Ok(overrun) = self.closed(&events).context(sock_diag)? else {
                 break;
             };
             let began = Instant::now();
+            if self.in_doubt {
+                due = due.min(scanned + WITHOUT);
+            }
             if overrun || began >= due {
-                due = began + self.period;
-                let ends = overrun || first || self.destroyed.is_none();
+                (due, scanned) = (began + self.period, began);
+                let ends = overrun || self.in_doubt || first || self.destroyed.is_none();
                 first = false;
+                self.in_doubt = false;
                 match self.scan(&events, ends) {
                     Ok(Ok(())) => self.scans.observe(began.elapsed().as_secs_f64()),
                     Ok(Err(Closed)) => break,

@@ -111,7 +111,9 @@ impl Netlink {
         let mut found: Vec<Connection> = Vec::new();
         self.dump
             .sockets(Protocol::Tcp, CONNECTED, NO_EXTENSIONS, |socket| {
-                found.push(socket.into());
+                if socket.info.is_connected() {
+                    found.push(socket.into());
+                }
             })?;
         // What went while the kernel was counting is known before anything is concluded from it.
         let mut closed = self.closed()?;
@@ -135,7 +137,7 @@ impl Netlink {
         let time = now();
         loop {
             let notified = destroyed.receive(|socket| {
-                if socket.info.was_established() {
+                if socket.info.was_established() || self.tracker.knows(&socket.flow) {
                     closings.flows.insert(socket.flow);
                     let local = |address: &_| self.local.contains(address);
                     let told = self.tracker.closed(&socket.into(), time, local);
@@ -143,7 +145,7 @@ impl Netlink {
                 }
             })?;
             match notified {
-                Notified::Some => {}
+                Notified::Some | Notified::Nameless => {}
                 Notified::Nothing => return Ok(closings),
                 Notified::Overrun => {
                     self.counters.add(Outcome::Overrun);

@@ -118,15 +118,16 @@ fn connection(entry: &TcpNetEntry) -> Option<Connection> {
             | TcpState::LastAck
             | TcpState::Closing
     );
-    // One without an owner and an inode waits for its last segments: it is closed here.
-    if !open || entry.inode == 0 {
+    // One without an owner waits for the other end's FIN alone: it is closed here.
+    let orphaned = entry.inode == 0 && entry.state == TcpState::FinWait2;
+    if !open || orphaned {
         return None;
     }
     let end = |address: &std::net::SocketAddr| (address.ip(), address.port());
     let (local, remote) = (end(&entry.local_address), end(&entry.remote_address));
     Some(Connection {
         flow: Flow::new(Protocol::Tcp, local, remote).ok()?,
-        uid: entry.uid,
+        uid: (entry.inode != 0).then_some(entry.uid),
         cgroup: None,
         usage: None,
         socket: None,

@@ -1,6 +1,7 @@
 //! The pinned maps of packet marking: which flows are marked how, and what was counted. Keys and values
 //! are laid out as in bpf/marker.h.
 
+use std::collections::HashSet;
 use std::fs;
 use std::io;
 use std::net::IpAddr;
@@ -171,7 +172,12 @@ impl Maps {
 
     /// Every entry of the map of flows.
     pub fn marks(&self) -> impl Iterator<Item = (Key, Mark)> {
-        let mark = |key: Vec<u8>| {
+        // A walk begins anew when the key at hand is removed meanwhile.
+        let mut seen = HashSet::new();
+        let mark = move |key: Vec<u8>| {
+            if !seen.insert(key.clone()) {
+                return None;
+            }
             let value = self.flows.lookup(&key, MapFlags::ANY).ok().flatten()?;
             Some((Key::from_bytes(&key)?, Mark::from_bytes(&value)?))
         };

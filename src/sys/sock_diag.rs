@@ -101,6 +101,9 @@ impl Dump {
 pub enum Notified {
     /// There may be more.
     Some,
+    /// The same, but one or more did not say of which connection they were: those that this end has reset, that
+    /// never came about, or that listened.
+    Nameless,
     /// Nothing waits.
     Nothing,
     /// Some were lost: only a scan tells what has gone.
@@ -147,7 +150,11 @@ impl Destroyed {
                 };
             }
         };
+        let mut notified = Notified::Some;
         for parsed in Messages::new(&self.buffer[..length], Protocol::Tcp) {
+            if let Parsed::Nothing = parsed {
+                notified = Notified::Nameless;
+            }
             if let Parsed::Socket(mut socket) = parsed {
                 // The end that closed first leaves a FIN_WAIT2 behind, which becomes a TIME_WAIT with the
                 // other end's FIN; the other end leaves nothing, and has had a FIN.
@@ -163,7 +170,7 @@ impl Destroyed {
                 take(socket);
             }
         }
-        Ok(Notified::Some)
+        Ok(notified)
     }
 }
 

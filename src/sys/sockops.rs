@@ -235,7 +235,10 @@ impl Reader {
                 ..raw.event
             }
         };
-        Ok(self.events.borrow_mut().drain(..).map(event).collect())
+        let mut events = self.events.borrow_mut();
+        // The buffers of perf events are one a CPU.
+        events.sort_by_key(|raw| raw.time);
+        Ok(events.drain(..).map(event).collect())
     }
 }
 

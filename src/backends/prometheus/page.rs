@@ -176,8 +176,13 @@ impl Page {
 
     /// Goes on with the family at hand; whether it is complete.
     fn put_family(&mut self, family: &Family, out: &mut String) -> bool {
+        let of_another = |name| FAMILIES.iter().any(|other| other.name == name);
         let begin = |out: &mut String, format| {
-            put_family(out, format, family.name, family.kind, family.help);
+            let kind = match (format, family.name.strip_suffix("_total")) {
+                (Format::OpenMetrics, Some(name)) if of_another(name) => Kind::Unknown,
+                _ => family.kind,
+            };
+            put_family(out, format, family.name, kind, family.help);
         };
         let mut begun = self.flow > 0;
         while let Some((labels, series)) = self.shown.get(self.flow) {
@@ -282,13 +287,13 @@ const BY_TAG: [ByTag; 7] = [
     ByTag {
         name: "flowd_sent_bytes_total",
         kind: Kind::Counter,
-        help: "Payload bytes that this host has sent in flows, by experiment and activity; those sent again count once (tcp_info, or the usage of fireflies).",
+        help: "Payload bytes that this host has sent in flows, by experiment and activity; those sent again count once (tcp_info).",
         value: |sums| sums.counts.sent_bytes as f64,
     },
     ByTag {
         name: "flowd_received_bytes_total",
         kind: Kind::Counter,
-        help: "Payload bytes that this host has received in flows, by experiment and activity (tcp_info, or the usage of fireflies).",
+        help: "Payload bytes that this host has received in flows, by experiment and activity (tcp_info).",
         value: |sums| sums.counts.received_bytes as f64,
     },
     ByTag {

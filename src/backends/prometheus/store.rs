@@ -8,10 +8,13 @@ use jiff::Timestamp;
 
 use super::families::{COUNTERS, counters};
 use crate::flow::{Effect, EndReason, Flow, FlowEvent, State, Tag};
-use crate::socket::{Field, Skops, Socket};
+use crate::socket::{Field, Skops, Socket, SocketInfo};
 
 /// Flows that ended while their socket stayed open, at most: another may follow on the same socket.
 const CARRIED: usize = 1 << 16;
+
+/// Tags with sums of their own, at most: whoever may report flows may make up tags.
+pub const TAGS: usize = 4096;
 
 /// An open flow with a socket on this host.
 #[derive(Clone)]
@@ -50,14 +53,15 @@ pub struct Counts {
 }
 
 impl Counts {
-    /// What an event tells; what it does not tell is as `before`.
+    /// What the kernel tells by an event; what it does not tell is as `before`. What a producer says is not
+    /// counted: it may be the other end's view, or that of hosts elsewhere.
     fn of(event: &FlowEvent, before: Counts) -> Counts {
         let mut counts = before;
-        if let Some(tcp) = event
-            .netlink
-            .as_ref()
-            .and_then(|socket| socket.info.tcp.as_ref())
-        {
+        let info = event.netlink.as_ref().map(|socket| &socket.info);
+        if let Some(tcp) = info.and_then(|info| info.tcp.as_ref()) {
+            let usage = info.and_then(SocketInfo::usage).unwrap_or_default();
+            counts.sent_bytes = usage.sent.unwrap_or(before.sent_bytes);
+            counts.received_bytes = usage.received.unwrap_or(before.received_bytes);
             let get = |field, before| tcp.get(field).unwrap_or(before);
             counts.sent_packets = get(Field::SegsOut, before.sent_packets);
             counts.received_packets = get(Field::SegsIn, before.received_packets);
@@ -68,10 +72,6 @@ impl Counts {
             counts.sent_packets = skops.numbers[11].into();
             counts.received_packets = skops.numbers[10].into();
             counts.retransmitted = skops.numbers[9].into();
-        }
-        if let Some(usage) = event.usage {
-            counts.sent_bytes = usage.sent.unwrap_or(before.sent_bytes);
-            counts.received_bytes = usage.received.unwrap_or(before.received_bytes);
         }
         counts
     }
@@ -139,7 +139,7 @@ impl Store {
 
     /// A flow that was open when the daemon was started.
     pub fn restore(&mut self, tag: Tag) {
-        self.sums.entry(tag).or_default().open += 1;
+        sums_of(&mut self.sums, tag).open += 1;
     }
 
     /// All there is.
@@ -161,19 +161,19 @@ impl Store {
     /// Applies an event.
     pub fn take(&mut self, event: &FlowEvent) {
         let tag = event.tag();
-        if event.netlink.is_some() || event.skops.is_some() || event.usage.is_some() {
+        if event.netlink.is_some() || event.skops.is_some() {
             self.account(event);
         }
         match event.effect {
             Effect::Nothing | Effect::Counted => {}
             Effect::Opened => {
-                let sums = self.sums.entry(tag).or_default();
+                let sums = sums_of(&mut self.sums, tag);
                 sums.started += 1;
                 sums.open += 1;
             }
             Effect::Retagged(former) => {
                 self.ended(former, EndReason::Retagged);
-                let sums = self.sums.entry(tag).or_default();
+                let sums = sums_of(&mut self.sums, tag);
                 sums.started += 1;
                 sums.open += 1;
                 if let Some(series) = self.flows.get_mut(&event.flow) {
@@ -188,7 +188,7 @@ impl Store {
     }
 
     fn ended(&mut self, tag: Tag, reason: EndReason) {
-        let sums = self.sums.entry(tag).or_default();
+        let sums = sums_of(&mut self.sums, tag);
         sums.open = sums.open.saturating_sub(1);
         sums.ended[reason as usize] += 1;
     }
@@ -241,7 +241,7 @@ impl Store {
                 counts: Counts::of(event, Counts::default()),
             };
         }
-        let sums = self.sums.entry(series.tag).or_default();
+        let sums = sums_of(&mut self.sums, series.tag);
         let inode = event.netlink.as_ref().map_or(0, |socket| socket.info.inode);
         if inode != 0 && inode != std::mem::replace(&mut series.counted.inode, inode) {
             // Another socket of the same flow counts from nothing, and the first one, too, unless its
@@ -280,6 +280,13 @@ impl Store {
     }
 }
 
+/// The sums of a tag; beyond [`TAGS`] all others share those of 0, 0.
+fn sums_of(sums: &mut HashMap<Tag, Sums>, tag: Tag) -> &mut Sums {
+    let full = sums.len() >= TAGS && !sums.contains_key(&tag);
+    let tag = if full { Tag::default() } else { tag };
+    sums.entry(tag).or_default()
+}
+
 /// The smoothed round-trip time, in µs.
 fn rtt(event: &FlowEvent) -> Option<u64> {
     let of_socket = |socket: &Arc<Socket>| socket.info.tcp.as_ref()?.get(Field::Rtt);
@@ -297,7 +304,7 @@ fn rtt(event: &FlowEvent) -> Option<u64> {
 mod tests {
     use super::*;
     use crate::flow::{Origin, Protocol, Usage};
-    use crate::socket::{SocketInfo, TcpInfo};
+    use crate::socket::TcpInfo;
 
     fn at(second: i64) -> Timestamp {
         Timestamp::from_second(second).unwrap()
@@ -329,6 +336,7 @@ mod tests {
         tcp[128..136].copy_from_slice(&received.to_ne_bytes());
         tcp[200..208].copy_from_slice(&sent.to_ne_bytes());
         let info = SocketInfo {
+            state: 1,
             inode,
             tcp: Some(TcpInfo::parse(&tcp)),
             ..SocketInfo::default()
@@ -346,6 +354,31 @@ mod tests {
     fn bytes(store: &Store) -> (u64, u64) {
         let counts = store.sums[&TAG].counts;
         (counts.received_bytes, counts.sent_bytes)
+    }
+
+    #[test]
+    fn made_up_tags_share_their_sums() {
+        let mut store = Store::new(10, at(0));
+        for n in 1..=10_000u16 {
+            for (state, effect) in [
+                (State::Start, Effect::Opened),
+                (State::End, Effect::Closed(EndReason::Producer)),
+            ] {
+                let tag = Tag {
+                    experiment: n,
+                    activity: 1,
+                };
+                store.take(&FlowEvent {
+                    tag: Some(tag),
+                    ..event(state, 1, effect)
+                });
+            }
+        }
+        let sums = store.snapshot().sums;
+        assert_eq!(sums.len(), TAGS + 1);
+        assert!(sums.iter().all(|(_, sums)| sums.open == 0));
+        let started: u64 = sums.iter().map(|(_, sums)| sums.started).sum();
+        assert_eq!(started, 10_000);
     }
 
     #[test]
@@ -425,7 +458,7 @@ mod tests {
     }
 
     #[test]
-    fn usage_alone_counts_and_a_retag_moves_the_flow() {
+    fn usage_alone_does_not_count_and_a_retag_moves_the_flow() {
         let mut store = Store::new(10, at(0));
         let other = Tag {
             experiment: 3,
@@ -456,7 +489,8 @@ mod tests {
                 store.sums[&other].open,
                 store.sums[&other].counts.received_bytes
             ),
-            (0, 5)
+            // What producers say is not counted.
+            (0, 0)
         );
     }
 
