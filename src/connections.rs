@@ -116,6 +116,17 @@ impl Tracker {
         }
     }
 
+    /// A connection whose start was sent before, by another.
+    pub fn resume(&mut self, flow: Flow) {
+        let known = Known {
+            announced: true,
+            scan: self.scans,
+            missing: None,
+            ended: false,
+        };
+        self.known.insert(flow, known);
+    }
+
     /// A scan begins: to be followed by [`Tracker::open`] for each connection, and
     /// [`Tracker::end_scan`].
     pub fn begin_scan(&mut self) {

@@ -293,7 +293,7 @@ impl Supervisor {
         result
     }
 
-    fn apply(&mut self, config: Config) -> Result<()> {
+    fn apply(&mut self, mut config: Config) -> Result<()> {
         let missing = privileges::missing(&config);
         if !missing.is_empty()
             && !privileges::kept(&self.config).is_superset(&privileges::kept(&config))
@@ -317,6 +317,11 @@ impl Supervisor {
                 log::warn!("reload: {key} is another, which takes effect at the next start");
             }
         }
+        config.pid_path.clone_from(&self.config.pid_path);
+        config.state_dir.clone_from(&self.config.state_dir);
+        config
+            .control_socket
+            .clone_from(&self.config.control_socket);
         if let Err(error) = self.parts.apply(&config, &self.config, &self.inbox) {
             complain(&error);
             return self.parts.apply(&self.config, &config, &self.inbox);

@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
-use crossbeam_channel::{Receiver, Sender, never, select};
+use crossbeam_channel::{Receiver, Sender, bounded, never, select};
 use jiff::Timestamp;
 use log::Level;
 use prometheus::{IntCounter, IntGauge};
@@ -54,6 +54,18 @@ pub enum Query {
     Flows(Sender<Vec<(Flow, OpenFlow)>>),
     /// One of them.
     Flow(Flow, Sender<Option<OpenFlow>>),
+}
+
+/// How long the dispatcher may take to say what is open.
+const PATIENCE: Duration = Duration::from_secs(5);
+
+/// The open flows, as far as the dispatcher says which they are.
+pub fn open_flows(queries: &Sender<Query>) -> Vec<(Flow, OpenFlow)> {
+    let (reply, answer) = bounded(1);
+    match queries.send_timeout(Query::Flows(reply), PATIENCE) {
+        Ok(()) => answer.recv_timeout(PATIENCE).unwrap_or_default(),
+        Err(_) => Vec::new(),
+    }
 }
 
 /// A sign of life that the watchdog looks at.

@@ -27,6 +27,8 @@ use connection::{Connection, Next};
 const CONNECTIONS: usize = 256;
 /// Bytes that requests which have not arrived in full may hold together.
 const BUFFERED: usize = 8 << 20;
+/// How long a stop waits for answers that are under way.
+const LAST_ANSWERS: Duration = Duration::from_millis(100);
 /// How often deadlines are looked at.
 const TICK: Duration = Duration::from_millis(250);
 /// Tokens of listeners count down from here, those of connections up from 0.
@@ -66,11 +68,20 @@ impl Server {
         let mut events = Events::with_capacity(CONNECTIONS);
         let mut connections: Slab<Connection> = Slab::with_capacity(16);
         let mut ready: Vec<usize> = Vec::new();
-        while !stop.is_set() {
-            let patience = if ready.is_empty() {
-                TICK
-            } else {
-                Duration::ZERO
+        let mut deadline = None;
+        loop {
+            // What has come is answered; who comes now waits for whoever takes over the listener.
+            let stopping = stop.is_set();
+            if stopping {
+                let deadline = *deadline.get_or_insert(Instant::now() + LAST_ANSWERS);
+                if connections.is_empty() || Instant::now() >= deadline {
+                    return Ok(());
+                }
+            }
+            let patience = match () {
+                () if !ready.is_empty() => Duration::ZERO,
+                () if stopping => LAST_ANSWERS / 10,
+                () => TICK,
             };
             match self.poll.poll(&mut events, Some(patience)) {
                 Err(error) if error.kind() != io::ErrorKind::Interrupted => return Err(error),
@@ -81,6 +92,7 @@ impl Server {
                 match event.token() {
                     STOP => {}
                     Token(key) if key < CONNECTIONS => ready.push(key),
+                    Token(_) if stopping => {}
                     Token(token) => self.accept(STOP.0 - 1 - token, &mut connections, &mut ready),
                 }
             }
@@ -99,7 +111,6 @@ impl Server {
             }
             connections.retain(|_, connection| !connection.is_overdue(now));
         }
-        Ok(())
     }
 
     fn accept(&self, index: usize, connections: &mut Slab<Connection>, ready: &mut Vec<usize>) {

@@ -34,7 +34,7 @@ pub trait Plugin: Send {
     fn run(self: Box<Self>, events: EventSender, stop: Stop) -> Result<()>;
 }
 
-/// Builds the plugin of this name, if it is configured. `inherited` is what it has left in a former process.
+/// Builds the plugin of this name, if it is configured. `inherited` is what the one before it has left.
 pub fn build(
     name: &str,
     config: &Config,
@@ -53,11 +53,11 @@ pub fn build(
             boxed(config.firefly_plugin.as_ref().map(build).transpose()?)
         }
         "api" => {
-            let build = |api| api::Api::new(api, sources.clone());
+            let build = |api| api::Api::new(api, sources.clone(), handover, inherited);
             boxed(config.api.as_ref().map(build).transpose()?)
         }
         "netlink" => {
-            let build = |netlink| netlink::Netlink::new(netlink, metrics);
+            let build = |netlink| netlink::Netlink::new(netlink, sources);
             boxed(config.netlink.as_ref().map(build).transpose()?)
         }
         "netstat" => {

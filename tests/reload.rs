@@ -9,6 +9,7 @@ mod prog_run;
 use std::collections::HashSet;
 use std::fs;
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use common::daemon::{Daemon, Home, line, lines, write};
@@ -229,6 +230,116 @@ fn marking_goes_on_while_the_marker_changes() {
     let labels: HashSet<u32> = frames.iter().map(|frame| frame.label).collect();
     assert_eq!(labels.len(), 1, "{labels:x?}");
     assert!(!labels.contains(&0));
+    daemon.stop();
+}
+
+/// A configuration that is good and cannot be had: the pipe is as it was, whatever the file wants of it.
+#[test]
+#[ignore = "needs root: network namespaces"]
+fn a_refused_reload_loses_no_line_and_leaves_the_pipe_as_it_was() {
+    const FLOWS: usize = 10_000;
+    let hosts = Hosts::new();
+    let home = Home::with("backends: {dummy: }\n");
+    let daemon = home.start(&hosts.here);
+    let _taken = hosts
+        .here
+        .enter(|| std::net::TcpListener::bind("127.0.0.1:9000").unwrap());
+    let pipe = home.pipe().display().to_string();
+    home.configure_plugins(
+        &format!("  namedPipe: {{pipePath: {pipe}, mode: '0600'}}\n"),
+        "backends: {dummy: , prometheus: {port: 9000}}\n",
+    );
+    std::thread::scope(|scope| {
+        let writer = scope.spawn(|| {
+            let began = Instant::now();
+            for n in (0..FLOWS).step_by(10) {
+                home.write(&lines("start", n..n + 10, "2 9"));
+                let due = Duration::from_micros(200 * n as u64);
+                std::thread::sleep(due.saturating_sub(began.elapsed()));
+            }
+        });
+        while !writer.is_finished() {
+            daemon.signal(Signal::SIGHUP);
+            daemon.expect_notice("RELOADING=1");
+            daemon.expect_notice("READY=1");
+        }
+        writer.join().unwrap();
+    });
+    daemon.expect_status(&format!("flows_open {FLOWS}"));
+    let mode = fs::metadata(home.pipe()).unwrap().permissions().mode();
+    assert_eq!(mode & 0o777, 0o666);
+    daemon.stop();
+}
+
+#[test]
+#[ignore = "needs root: network namespaces"]
+fn fireflies_and_requests_wait_for_the_next_on_their_socket() {
+    let hosts = Hosts::new();
+    hosts.here.ip(&["link", "set", "lo", "up"]);
+    let home = Home::with("backends: {dummy: }\n");
+    let pipe = home.pipe().display().to_string();
+    let configure = |n: usize| {
+        let socket = home.path(&format!("api{}.sock", n % 2));
+        home.configure_plugins(
+            &format!(
+                "  namedPipe: {{pipePath: {pipe}}}\n  firefly: {{bufferSize: {}}}\n  api: {{unixSocket: {}}}\n",
+                4096 + n,
+                socket.display()
+            ),
+            "backends: {dummy: }\n",
+        );
+    };
+    configure(0);
+    let daemon = home.start(&hosts.here);
+    let (fireflies, requests) = (AtomicUsize::new(0), AtomicUsize::new(0));
+    let done = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            let socket = hosts
+                .here
+                .enter(|| std::net::UdpSocket::bind("127.0.0.1:0").unwrap());
+            while !done.load(Ordering::Relaxed) {
+                let n = fireflies.fetch_add(1, Ordering::Relaxed);
+                let datagram = serde_json::json!({
+                    "version": 1,
+                    "flow-lifecycle": {"state": "start", "start-time": "2026-01-01T00:00:00Z", "current-time": "2026-01-01T00:00:00Z"},
+                    "flow-id": {"afi": "ipv4", "protocol": "tcp", "src-ip": "192.0.2.1", "dst-ip": format!("198.51.100.{}", n / 60_000), "src-port": 1 + n % 60_000, "dst-port": 1},
+                    "context": {"experiment-id": 2, "activity-id": 9},
+                });
+                socket
+                    .send_to(datagram.to_string().as_bytes(), "127.0.0.1:10514")
+                    .unwrap();
+                std::thread::sleep(Duration::from_micros(200));
+            }
+        });
+        scope.spawn(|| {
+            while !done.load(Ordering::Relaxed) {
+                let n = requests.fetch_add(1, Ordering::Relaxed);
+                let stream = hosts
+                    .here
+                    .enter(|| std::net::TcpStream::connect("127.0.0.1:7777").unwrap());
+                let flow = serde_json::json!({
+                    "state": "start", "protocol": "tcp", "src-ip": "2001:db8::1", "dst-ip": "2001:db8::2",
+                    "src-port": 1 + n % 60_000, "dst-port": 1 + n / 60_000, "experiment-id": 2, "activity-id": 9,
+                });
+                let answer = Client::new(stream).post("/flow", &flow.to_string());
+                assert_eq!(answer.status, 200);
+            }
+        });
+        for n in 1..=20 {
+            std::thread::sleep(Duration::from_millis(50));
+            configure(n);
+            daemon.signal(Signal::SIGHUP);
+            daemon.expect_notice("RELOADING=1");
+            daemon.expect_notice("READY=1");
+        }
+        done.store(true, Ordering::Relaxed);
+    });
+    let [fireflies, requests] = [fireflies, requests].map(AtomicUsize::into_inner);
+    assert!(fireflies > 1000 && requests > 20, "{fireflies} {requests}");
+    daemon.expect_status(&format!("plugin_events accepted firefly {fireflies}"));
+    daemon.expect_status(&format!("plugin_events accepted api {requests}"));
+    assert!(!home.log().contains("former configuration"));
     daemon.stop();
 }
 

@@ -1,8 +1,8 @@
 //! The parts of the running daemon that its configuration names: plugins, enrichers and backends, each on
 //! its thread. What a new configuration changes is replaced, and nothing else.
 
-use std::collections::VecDeque;
-use std::fs::{File, OpenOptions};
+use std::collections::{HashMap, VecDeque};
+use std::fs::OpenOptions;
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::OpenOptionsExt;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -30,6 +30,8 @@ use crate::sys::{privileges, state_dir};
 
 /// Events that wait for a backend.
 const BACKEND_QUEUE: usize = 16384;
+/// The parts that the kernel tells of sockets.
+const LISTENERS: [&str; 2] = ["sockets", "netlink"];
 /// How long the dispatcher may take to answer.
 const PATIENCE: Duration = Duration::from_secs(10);
 
@@ -161,6 +163,8 @@ pub struct Parts {
     running: Vec<Running>,
     /// Notices that came while a reload waited for others.
     aside: VecDeque<Notice>,
+    /// What parts have left that a reload has taken down, by their names, until it is done.
+    kept: HashMap<&'static str, OwnedFd>,
 }
 
 impl Parts {
@@ -190,6 +194,7 @@ impl Parts {
             notices,
             running: Vec::new(),
             aside: VecDeque::new(),
+            kept: HashMap::new(),
         }
     }
 
@@ -267,13 +272,16 @@ impl Parts {
         let setup = setup(config)?;
         let go = self.running.iter().map(|running| &running.part);
         let go: Vec<Part> = go.filter(|part| !wanted.contains(part)).cloned().collect();
-        // As long as somebody holds a pipe open, writers do not notice that its reader changes.
-        let mut held = None;
         for part in go.iter().filter(|part| part.kind != Kind::Backend) {
-            if part.name == "named_pipe" {
-                held = self.hold_pipe(part, config, former);
-            }
+            let next = wanted.iter().find(|wanted| wanted.is(part));
+            self.keep(part, next.is_some(), config, former);
+            // Who listens to the kernel does so before the one before it stops.
+            let next = next.filter(|next| LISTENERS.contains(&next.name));
+            let next = next.map(|next| build_plugin(next.clone(), config, &self.sources, None));
+            let next = next.transpose()?.flatten();
             self.take_down(part, inbox)?;
+            next.into_iter()
+                .try_for_each(|next| self.start_plugin(next))?;
         }
         self.tell(Query::Settings(Settings {
             max_flows: config.flows.max_flows,
@@ -293,14 +301,22 @@ impl Parts {
             match part.kind {
                 Kind::Backend => self.put_backend(part, config, former, inbox)?,
                 _ => {
-                    let built = build_plugin(part, config, &self.sources, None)?;
+                    let kept = self.kept.remove(part.name);
+                    let built = build_plugin(part, config, &self.sources, kept)?;
                     built
                         .into_iter()
                         .try_for_each(|built| self.start_plugin(built))?;
                 }
             }
         }
-        drop(held);
+        if let (Some(new), Some(old)) = (&config.named_pipe, &former.named_pipe)
+            && new.path == old.path
+            && (new.mode, &new.group) != (old.mode, &old.group)
+            && let Err(error) = named_pipe::adjust(new)
+        {
+            log::warn!("named pipe {}: {error}", new.path.display());
+        }
+        self.kept.clear();
         self.sources.setup.store(setup.into());
         Ok(())
     }
@@ -409,10 +425,14 @@ impl Parts {
             .running
             .iter_mut()
             .find(|running| running.part.is(part));
+        let handover = running.as_ref().map(|running| running.handover.clone());
         if let Some(switch) = running.and_then(|running| running.switch.as_mut()) {
             switch.set();
         }
-        self.wait_for(part, inbox)
+        self.wait_for(part, inbox)?;
+        let left = handover.and_then(|handover| handover.left());
+        self.kept.extend(left.map(|left| (part.name, left)));
+        Ok(())
     }
 
     /// Waits for the end of a part's thread.
@@ -430,19 +450,30 @@ impl Parts {
         }
     }
 
-    fn hold_pipe(&self, part: &Part, config: &Config, former: &Config) -> Option<File> {
-        let (new, old) = (config.named_pipe.as_ref()?, former.named_pipe.as_ref()?);
-        let running = self.running.iter().find(|running| running.part.is(part))?;
-        if new.path != old.path {
-            return None;
+    /// What a part has open is kept for the one of its name that comes after it.
+    fn keep(&mut self, part: &Part, again: bool, config: &Config, former: &Config) {
+        let Some(running) = self.running.iter().find(|running| running.part.is(part)) else {
+            return;
+        };
+        if part.name == "named_pipe" {
+            let path = |config: &Config| config.named_pipe.as_ref().map(|pipe| pipe.path.clone());
+            let Some(path) = path(former).filter(|former| Some(former) == path(config).as_ref())
+            else {
+                return;
+            };
+            // As long as somebody holds a pipe open, writers do not notice that its reader changes.
+            let mut options = OpenOptions::new();
+            options.read(true).custom_flags(libc::O_NONBLOCK);
+            self.kept.extend(
+                options
+                    .open(path)
+                    .ok()
+                    .map(|file| ("held pipe", file.into())),
+            );
         }
-        running.handover.begin();
-        if let Err(error) = named_pipe::adjust(new) {
-            log::warn!("named pipe {}: {error}", new.path.display());
+        if again {
+            running.handover.begin();
         }
-        let mut options = OpenOptions::new();
-        options.read(true).custom_flags(libc::O_NONBLOCK);
-        options.open(&new.path).ok()
     }
 
     fn tell(&self, query: Query) -> Result<()> {

@@ -9,13 +9,13 @@ use std::io;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use crossbeam_channel::{Sender, bounded};
+use crossbeam_channel::Sender;
 use jiff::Timestamp;
 use log::Level;
 use prometheus::Histogram;
 
 use crate::config::{Config, NetlinkEnricher};
-use crate::dispatcher::Query;
+use crate::dispatcher::{self, Query};
 use crate::error::{Context, Result};
 use crate::flow::{Flow, FlowEvent, Origin, Protocol, State};
 use crate::log_limit::LogLimit;
@@ -33,8 +33,6 @@ pub const NAME: &str = "sockets";
 const WITH_NOTIFICATIONS: Duration = Duration::from_secs(10);
 /// The same, if the kernel does not.
 const WITHOUT: Duration = Duration::from_secs(1);
-/// How long the dispatcher may take to say what is open.
-const PATIENCE: Duration = Duration::from_secs(5);
 
 outcomes! {
     enum Outcome {
@@ -198,12 +196,7 @@ impl Sockets {
     /// Flows from before the daemon was started that came by their sockets are looked at as if they had
     /// been seen: the socket may have gone meanwhile.
     fn remember(&mut self) {
-        let (reply, answer) = bounded(1);
-        let asked = self.queries.send_timeout(Query::Flows(reply), PATIENCE);
-        if asked.is_err() {
-            return;
-        }
-        let open = answer.recv_timeout(PATIENCE).unwrap_or_default();
+        let open = dispatcher::open_flows(&self.queries);
         let by_socket = open.iter().filter(|(_, open)| open.origin.is_socket());
         self.seen.extend(by_socket.map(|(flow, _)| *flow));
     }

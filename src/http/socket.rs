@@ -3,6 +3,7 @@
 use std::fs::{self, DirBuilder, Permissions};
 use std::io::{self, Read, Write};
 use std::net::{Shutdown, SocketAddr};
+use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::{DirBuilderExt, FileTypeExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 
@@ -31,6 +32,22 @@ impl Listener {
     /// Listens on a TCP port.
     pub fn tcp(address: SocketAddr) -> io::Result<Listener> {
         TcpListener::bind(address).map(Listener::Tcp)
+    }
+
+    /// Takes over a socket if it listens on this address.
+    pub fn adopt_tcp(fd: OwnedFd, address: SocketAddr) -> Option<Listener> {
+        let listener = std::net::TcpListener::from(fd);
+        let same = listener.local_addr().ok()? == address;
+        listener.set_nonblocking(true).ok()?;
+        same.then(|| Listener::Tcp(TcpListener::from_std(listener)))
+    }
+
+    /// The same socket once more.
+    pub fn try_clone_fd(&self) -> io::Result<OwnedFd> {
+        match self {
+            Listener::Tcp(listener) => listener.as_fd().try_clone_to_owned(),
+            Listener::Unix(listener, _) => listener.as_fd().try_clone_to_owned(),
+        }
     }
 
     /// Listens on a Unix socket with these permissions. The directory is made if it is not there; a

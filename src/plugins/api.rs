@@ -4,6 +4,7 @@ mod flow_json;
 mod openapi;
 
 use std::fs;
+use std::os::fd::{AsFd, OwnedFd};
 
 use serde_json::{Value, json};
 
@@ -14,6 +15,7 @@ use crate::flow::{Flow, FlowEvent, Origin, Protocol, State, Tag};
 use crate::http::{Handler, Listener, Request, Response, Server, problem};
 use crate::metrics::{Outcomes, outcomes};
 use crate::routes::{ROUTES, Routes, Sources, method_not_allowed};
+use crate::sys::handover::Handover;
 use crate::sys::stop::Stop;
 
 const NAME: &str = "api";
@@ -44,18 +46,29 @@ pub struct Api {
     routes: Routes,
     token: Option<String>,
     counters: Outcomes<Outcome>,
+    handover: Handover,
+    /// The TCP socket, for whoever takes over.
+    bound: Option<OwnedFd>,
 }
 
 impl Api {
-    /// Binds the sockets and reads the token.
-    pub fn new(config: &config::Api, sources: Sources) -> Result<Api> {
+    /// Binds the sockets, or takes over that of the API before this one with who waits there, and reads the
+    /// token.
+    pub fn new(
+        config: &config::Api,
+        sources: Sources,
+        handover: Handover,
+        inherited: Option<OwnedFd>,
+    ) -> Result<Api> {
         let mut listeners = Vec::new();
+        let mut bound = None;
         if let Some(address) = config.bind {
-            let listener = Listener::tcp(address);
-            listeners.push(
-                listener
-                    .context(|| format!("TCP {address} (plugins.api.bindAddress, bindPort)"))?,
-            );
+            let what = || format!("TCP {address} (plugins.api.bindAddress, bindPort)");
+            let inherited = inherited.and_then(|fd| Listener::adopt_tcp(fd, address));
+            let listener = inherited.map_or_else(|| Listener::tcp(address), Ok);
+            let listener = listener.context(what)?;
+            bound = Some(listener.try_clone_fd().context(what)?);
+            listeners.push(listener);
         }
         if let Some((path, mode)) = &config.unix_socket {
             let listener = Listener::unix(path, *mode);
@@ -71,6 +84,8 @@ impl Api {
             token: token(config)?,
             counters: sources.metrics.plugin(NAME),
             routes: Routes::new(sources),
+            handover,
+            bound,
         })
     }
 }
@@ -110,9 +125,11 @@ impl Plugin for Api {
             counters: self.counters,
             events,
         };
-        self.server
-            .run(&mut answers, stop)
-            .context(|| "poll loop of the API".to_owned())
+        let result = self.server.run(&mut answers, stop);
+        if let Some(bound) = &self.bound {
+            self.handover.leave(NAME, bound.as_fd());
+        }
+        result.context(|| "poll loop of the API".to_owned())
     }
 }
 

@@ -7,6 +7,7 @@ use std::collections::HashSet;
 use std::io;
 use std::time::Instant;
 
+use crossbeam_channel::Sender;
 use jiff::SignedDuration;
 use log::Level;
 use prometheus::Histogram;
@@ -14,10 +15,12 @@ use prometheus::Histogram;
 use super::{Closed, EventSender, Plugin, now};
 use crate::config;
 use crate::connections::{Connection, Tracker};
+use crate::dispatcher::{self, Query};
 use crate::error::{Context, Result};
 use crate::flow::{Flow, FlowEvent, Origin, Protocol, State};
 use crate::log_limit::LogLimit;
-use crate::metrics::{Metrics, Outcomes, outcomes};
+use crate::metrics::{Outcomes, outcomes};
+use crate::routes::Sources;
 use crate::socket::CONNECTED;
 use crate::sys::connection_rules;
 use crate::sys::interfaces::LocalAddresses;
@@ -60,13 +63,14 @@ pub struct Netlink {
     dump: Dump,
     destroyed: Option<Destroyed>,
     waiter: Waiter,
+    queries: Sender<Query>,
     counters: Outcomes<Outcome>,
     scans: Histogram,
 }
 
 impl Netlink {
     /// Opens the sockets, and scans once to know what was there before.
-    pub fn new(config: &config::Connections, metrics: &Metrics) -> Result<Netlink> {
+    pub fn new(config: &config::Connections, sources: &Sources) -> Result<Netlink> {
         let rules = connection_rules::build(&config.rules)?;
         let networks = config.internal_networks.clone();
         let waiter = Waiter::new().context(poll_loop)?;
@@ -100,8 +104,9 @@ impl Netlink {
             dump,
             destroyed,
             waiter,
-            counters: metrics.plugin(NAME),
-            scans: metrics.scans(NAME),
+            queries: sources.queries.clone(),
+            counters: sources.metrics.plugin(NAME),
+            scans: sources.metrics.scans(NAME),
         })
     }
 
@@ -183,6 +188,11 @@ impl Plugin for Netlink {
 
     fn run(mut self: Box<Self>, events: EventSender, stop: Stop) -> Result<()> {
         self.waiter.watch(&stop).context(poll_loop)?;
+        let open = dispatcher::open_flows(&self.queries);
+        let own = open
+            .iter()
+            .filter(|(_, open)| open.origin == Origin::Netlink);
+        own.for_each(|(flow, _)| self.tracker.resume(*flow));
         let mut trouble = LogLimit::new(Level::Error, "netlink: failures");
         let mut due = Instant::now();
         while !stop.is_set() {
@@ -214,6 +224,10 @@ impl Plugin for Netlink {
             trouble.tick(began);
             let rest = due.saturating_duration_since(Instant::now());
             self.waiter.wait(Some(rest)).context(poll_loop)?;
+        }
+        // What has begun since the last scan is known to who comes after.
+        if let Ok(found) = self.scan() {
+            let _ = self.send(found.events, &events);
         }
         trouble.flush();
         Ok(())
