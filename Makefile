@@ -68,12 +68,12 @@ bench: test-deps ## codecs, and the daemon beside the limit of this machine (nee
 	$(CARGO) bench --locked --bench sockets
 	$(CARGO) bench --locked --bench metrics
 
+# Whether a manual page that ours refer to is installed here says nothing of ours.
 lint: deps ## formatting, clippy, manual pages
 	@conf/install-deps $(LINT_TOOLS)
 	$(CARGO) fmt --check
 	$(CARGO) clippy --locked --all-targets -- -D warnings
 	$(CARGO) clippy --locked --all-targets --no-default-features -- -D warnings
-	# Whether a page that is referred to is installed here says nothing of ours.
 	! mandoc -T lint man/*.[578] 2>&1 | grep -v "referenced manual not found\|mandoc.db"
 
 install: ## install what `make build` built, below DESTDIR

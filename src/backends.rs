@@ -15,6 +15,7 @@ use crate::error::Result;
 use crate::flow::{FlowEvent, Protocol, State};
 use crate::flow_table::FlowTable;
 use crate::metrics::Metrics;
+use crate::public_addresses::Known;
 use crate::registry::Handle;
 use crate::scitag::Labeller;
 use crate::sys::handover::Handover;
@@ -47,6 +48,8 @@ pub struct Means<'a> {
     pub labeller: Option<&'a Labeller>,
     /// Names of tags.
     pub registry: &'a Handle,
+    /// Public addresses of this host that were found before.
+    pub public: &'a Known,
     /// Counters.
     pub metrics: &'a Metrics,
     /// Whether another takes over.
@@ -60,7 +63,9 @@ pub fn build(name: &str, means: Means<'_>) -> Result<Option<Box<dyn Backend>>> {
         "firefly" => {
             let listener = config.firefly_plugin.as_ref().map(|plugin| plugin.bind);
             let watched = config.flows.end_on_socket_close;
-            let build = |settings| firefly::Firefly::new(settings, listener, watched, metrics);
+            let build = |settings| {
+                firefly::Firefly::new(settings, listener, watched, means.public, metrics)
+            };
             boxed(config.firefly.as_ref().map(build).transpose()?)
         }
         #[cfg(feature = "bpf")]

@@ -109,6 +109,15 @@ fn log_level(word: &str) -> std::result::Result<LevelFilter, String> {
     crate::config::log_level(word)
 }
 
+/// An option and its value may be one word: `--log-level=debug`.
+fn split(word: &str) -> impl Iterator<Item = &str> {
+    let (option, value) = match word.split_once('=') {
+        Some((option, value)) if option.starts_with("--") => (option, Some(value)),
+        _ => (word, None),
+    };
+    std::iter::once(option).chain(value)
+}
+
 /// Runs the command of the process's arguments.
 pub fn main() -> ExitCode {
     let arguments: std::result::Result<Vec<String>, _> = std::env::args_os()
@@ -119,7 +128,7 @@ pub fn main() -> ExitCode {
         eprintln!("flowd-rs: an argument is not UTF-8");
         return ExitCode::from(2);
     };
-    let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
+    let arguments: Vec<&str> = arguments.iter().flat_map(|word| split(word)).collect();
     let parsed = match Arguments::from_args(&["flowd-rs"], &arguments) {
         Ok(parsed) => parsed,
         Err(exit) if exit.status.is_ok() => {

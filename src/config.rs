@@ -12,6 +12,7 @@ mod yaml;
 
 use std::collections::BTreeMap;
 use std::fmt;
+use std::io::Read;
 use std::net::{IpAddr, SocketAddr};
 use std::ops::RangeInclusive;
 use std::os::unix::fs::PermissionsExt;
@@ -252,7 +253,7 @@ pub struct Firefly {
 }
 
 /// How the public addresses behind private ones are found.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Stun {
     /// `manualMapping`: an address of this host, and what stands for it.
     pub manual: BTreeMap<IpAddr, IpAddr>,
@@ -421,6 +422,11 @@ impl Config {
         }
     }
 
+    /// How public addresses are found if no configuration says it.
+    pub fn default_stun() -> Stun {
+        check::default_stun()
+    }
+
     /// Names of the plugins that are enabled.
     pub fn plugin_names(&self) -> Vec<&'static str> {
         let plugins = [
@@ -483,6 +489,25 @@ impl Config {
     /// Reads and checks a file.
     pub fn load(path: &Path) -> Result<Config, ConfigError> {
         Config::parse(&read(path)?, path)
+    }
+
+    /// Reads where the registry of a file comes from, and checks nothing else: its names may be those of a
+    /// registry that is yet to be fetched.
+    pub fn load_registry(path: &Path) -> Result<Registry, ConfigError> {
+        let text = read(path)?;
+        let error = |place, key, message| at(path, &text, place, key, message);
+        let yaml = match is_python(&text) {
+            true => {
+                let converted = Config::convert(&text);
+                converted
+                    .map_err(|e| error(e.place, e.key, e.message))?
+                    .yaml
+            }
+            false => text.clone(),
+        };
+        let raw = yaml::read(&yaml).map_err(|e| error(e.place, e.key, e.message))?;
+        let settings = check::registry_of(raw);
+        settings.map_err(|e| error(None, e.key, e.message))
     }
 
     /// Checks a text; `path` is for its errors.
@@ -555,12 +580,24 @@ pub fn is_writable_by_all(path: &Path) -> bool {
     metadata.is_ok_and(|found| found.is_file() && found.permissions().mode() & 0o002 != 0)
 }
 
+/// The longest file that is read, in bytes.
+const LENGTH_MAX: u64 = 1 << 20;
+
 fn read(path: &Path) -> Result<String, ConfigError> {
     let whole = |message: String| at(path, "", None, String::new(), message);
     if is_writable_by_all(path) {
         return Err(whole(WRITABLE_BY_ALL.to_owned()));
     }
-    let bytes = std::fs::read(path).map_err(|e| whole(format!("cannot be read: {e}")))?;
+    let mut bytes = Vec::new();
+    std::fs::File::open(path)
+        .and_then(|file| file.take(LENGTH_MAX + 1).read_to_end(&mut bytes))
+        .map_err(|e| whole(format!("cannot be read: {e}")))?;
+    if bytes.len() as u64 > LENGTH_MAX {
+        return Err(whole(format!(
+            "over {} KiB, expected a configuration",
+            LENGTH_MAX >> 10
+        )));
+    }
     String::from_utf8(bytes).map_err(|e| {
         let valid = &e.as_bytes()[..e.utf8_error().valid_up_to()];
         let line = 1 + valid.iter().filter(|&&b| b == b'\n').count();
@@ -603,6 +640,15 @@ fn enabled(parts: &[(&'static str, bool)]) -> Vec<&'static str> {
 fn is_python(text: &str) -> bool {
     let says = |line: &&str| !line.trim().is_empty() && !line.trim_start().starts_with('#');
     let first = text.trim_start_matches('\u{feff}').lines().find(says);
+    // What flowd would have executed, and flowd-rs refuses.
+    let statement = |line: &str| {
+        ["import ", "from ", "\"\"\"", "\'\'\'"]
+            .iter()
+            .any(|word| line.starts_with(word))
+    };
+    if first.is_some_and(statement) {
+        return true;
+    }
     let key = first
         .and_then(|line| line.split_once('='))
         .map(|(key, _)| key.trim());

@@ -26,6 +26,7 @@ use crate::error::{Context, Error, Result};
 use crate::flow_table::FlowTable;
 use crate::journal::Journal;
 use crate::metrics::Metrics;
+use crate::public_addresses::Known;
 use crate::registry::{self, Handle};
 use crate::routes::{Routes, Sources};
 use crate::sys::stop::{StopSwitch, stop};
@@ -79,6 +80,7 @@ pub fn run(config: Config, path: &Path, log_level: Option<LevelFilter>) -> Resul
     let sources = Sources {
         queries: ask,
         registry: registry.clone(),
+        public: Known::default(),
         metrics: metrics.clone(),
         setup: Arc::new(ArcSwap::from_pointee(parts::setup(&config)?)),
         started: Timestamp::now(),

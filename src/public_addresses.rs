@@ -5,10 +5,12 @@ use std::collections::BTreeMap;
 use std::fmt;
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, ToSocketAddrs, UdpSocket};
+use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use crossbeam_channel::{Receiver, Sender, after, bounded, select};
+use arc_swap::ArcSwap;
+use crossbeam_channel::{Receiver, Sender, TryRecvError, after, bounded, select};
 use stun_types::attribute::XorMappedAddress;
 use stun_types::message::{BINDING, Message, MessageWriteVec};
 use stun_types::prelude::*;
@@ -46,9 +48,15 @@ impl fmt::Display for Step {
     }
 }
 
-/// Looks for the public addresses of the default interface's private ones, per address family. What it
-/// does is told; whether an address was left without one comes with the result.
-pub fn discover(settings: &Stun, mut tell: impl FnMut(Step)) -> (Mapping, bool) {
+/// Looks for the public addresses of the default interface's private ones, per address family, until it is
+/// `stopped`. What it does is told; whether nobody has answered for an address comes with the result. Such a
+/// one keeps what was `known` of it.
+pub fn discover(
+    settings: &Stun,
+    known: &Mapping,
+    stopped: &dyn Fn() -> bool,
+    mut tell: impl FnMut(Step),
+) -> (Mapping, bool) {
     let (mut mapping, mut missing) = (settings.manual.clone(), false);
     for (address, public) in &mapping {
         tell(Step(format!(
@@ -73,12 +81,10 @@ pub fn discover(settings: &Stun, mut tell: impl FnMut(Step)) -> (Mapping, bool) 
         tell(Step(format!(
             "{name}: {private} is private, looking for what stands for it"
         )));
-        match ask(settings, private, family, &mut tell) {
-            Some(public) => {
-                mapping.insert(private, public);
-            }
-            None => missing = true,
-        }
+        let found = ask(settings, private, family, stopped, &mut tell);
+        missing |= found.is_none();
+        let public = found.or_else(|| known.get(&private).copied());
+        mapping.extend(public.map(|public| (private, public)));
     }
     (mapping, missing)
 }
@@ -105,6 +111,7 @@ fn ask(
     settings: &Stun,
     private: IpAddr,
     family: IpFamily,
+    stopped: &dyn Fn() -> bool,
     tell: &mut impl FnMut(Step),
 ) -> Option<IpAddr> {
     let http = settings
@@ -114,13 +121,16 @@ fn ask(
     let stun = settings.stun_servers.iter();
     let stun =
         stun.map(|(host, port)| (format!("STUN {host} port {port}"), Ask::Stun(host, *port)));
-    for (who, how) in http.chain(stun) {
+    for (who, how) in http.chain(stun).take_while(|_| !stopped()) {
         let answer = match how {
             Ask::Http(url) => over_http(url, family),
             Ask::Stun(host, port) => over_stun(host, port, private),
         };
-        let of_family = |a: &IpAddr| a.is_ipv4() == private.is_ipv4() && !a.is_unspecified();
-        let answer = answer.and_then(|address| match Some(address).filter(of_family) {
+        let could_be = |a: &IpAddr| {
+            let nobodys = a.is_unspecified() || a.is_loopback() || a.is_multicast();
+            a.is_ipv4() == private.is_ipv4() && !nobodys && *a != private
+        };
+        let answer = answer.and_then(|address| match Some(address).filter(could_be) {
             Some(address) => Ok(address),
             None => Err(format!(
                 "{address} is no address that could stand for {private}"
@@ -216,65 +226,63 @@ fn mapped(message: &Message<'_>) -> Option<IpAddr> {
     Some(address.ip().to_canonical())
 }
 
+/// What was found last, and by which settings.
+#[derive(Clone, Default)]
+pub struct Known(Arc<ArcSwap<(Stun, Mapping)>>);
+
 /// The mapping, kept up to date by a thread that ends with the value.
 pub struct PublicAddresses {
-    mapping: Mapping,
-    news: Receiver<Mapping>,
+    known: Known,
     _stop: Sender<()>,
 }
 
 impl PublicAddresses {
-    /// Starts looking; until something is found there is the manual mapping.
-    pub fn start(settings: Stun) -> io::Result<PublicAddresses> {
-        let (tell, news) = bounded(1);
+    /// Starts looking; until something is found there is the manual mapping, or what is `known` by the same
+    /// settings.
+    pub fn start(settings: Stun, known: Known) -> io::Result<PublicAddresses> {
         let (stop, stopped) = bounded(0);
         let changes = interfaces::watch()?;
-        let mapping = settings.manual.clone();
+        if known.0.load().0 != settings {
+            let manual = settings.manual.clone();
+            known.0.store(Arc::new((settings.clone(), manual)));
+        }
+        let found = known.clone();
         thread::Builder::new()
             .name("addresses".to_owned())
             .spawn(move || {
                 privileges::keep_none();
-                keep(&settings, &tell, &stopped, &changes);
+                keep(&settings, &found, &stopped, &changes);
             })?;
-        Ok(PublicAddresses {
-            mapping,
-            news,
-            _stop: stop,
-        })
+        Ok(PublicAddresses { known, _stop: stop })
     }
 
-    /// The mapping as it is now. Never waits.
-    pub fn mapping(&mut self) -> &Mapping {
-        if let Ok(news) = self.news.try_recv() {
-            self.mapping = news;
-        }
-        &self.mapping
+    /// What stands for an address now. Never waits.
+    pub fn public_of(&self, address: &IpAddr) -> Option<IpAddr> {
+        self.known.0.load().1.get(address).copied()
     }
 }
 
-fn keep(
-    settings: &Stun,
-    tell: &Sender<Mapping>,
-    stopped: &Receiver<()>,
-    changes: &interfaces::Changes,
-) {
-    let (mut known, mut failing) = (settings.manual.clone(), false);
+fn keep(settings: &Stun, found: &Known, stopped: &Receiver<()>, changes: &interfaces::Changes) {
+    let mut failing = false;
+    let is_stopped = || stopped.try_recv() == Err(TryRecvError::Disconnected);
     loop {
-        let (mapping, missing) = discover(settings, |step| log::debug!("public address: {step}"));
+        let known = found.0.load_full();
+        let tell = |step| log::debug!("public address: {step}");
+        let (mapping, missing) = discover(settings, &known.1, &is_stopped, tell);
+        if is_stopped() {
+            return;
+        }
         if missing && !failing {
             log::warn!(
                 "public address: nobody tells it of this host's private one, which fireflies go on to say (flowd-rs stun sample shows the steps)"
             );
         }
         failing = missing;
-        if mapping != known {
+        if mapping != known.1 {
             for (private, public) in &mapping {
                 log::info!("public address: {public} stands for {private}");
             }
-            known.clone_from(&mapping);
-            if tell.send(mapping).is_err() {
-                return;
-            }
+            found.0.store(Arc::new((settings.clone(), mapping)));
         }
         let wait = if missing { RETRY } else { REFRESH };
         select! {

@@ -19,6 +19,7 @@ use crate::flow_table::OpenFlow;
 use crate::http::{Body, Request, Response, problem};
 use crate::logging;
 use crate::metrics::{Metrics, Sample};
+use crate::public_addresses::Known;
 use crate::registry::{Handle, Registry};
 use crate::scitag::{self, Labeller};
 use crate::sys::interfaces;
@@ -51,6 +52,8 @@ pub struct Sources {
     pub queries: Sender<Query>,
     /// Names of tags.
     pub registry: Handle,
+    /// Public addresses that were found.
+    pub public: Known,
     /// Counters.
     pub metrics: Metrics,
     /// What a reload may change.

@@ -6,6 +6,8 @@ mod common;
 use std::fs;
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::{SocketAddr, TcpListener, TcpStream, UdpSocket};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -198,6 +200,63 @@ fn start_up_waits_for_no_registry_and_a_wrong_one_changes_nothing() {
     }
 }
 
+/// A server that says that nothing has changed says so to whoever fetched last.
+#[test]
+#[ignore = "needs root: network namespaces"]
+fn what_another_process_has_fetched_is_known_after_a_reload_and_names_of_it_may_be_configured() {
+    let ns = NetNs::new("here");
+    ns.ip(&["link", "set", "lo", "up"]);
+    let version = Arc::new(AtomicUsize::new(1));
+    let current = Arc::clone(&version);
+    let (at, asked) = web_server(
+        &ns,
+        "127.0.0.1:0",
+        Box::new(move |head, stream| {
+            let n = current.load(Ordering::Relaxed);
+            match head.contains(&format!("if-none-match: \"v{n}\"")) {
+                true => respond(stream, "304 Not Modified", "", ""),
+                false => {
+                    let etag = format!("ETag: \"v{n}\"\r\n");
+                    respond(stream, "200 OK", &etag, &registry(&format!("exp{n}")));
+                }
+            }
+        }),
+    );
+    let home = Home::with("");
+    let work = home.path("work").display().to_string();
+    let settings =
+        format!("workDir: {work}\nregistry: {{url: 'http://{at}/'}}\nbackends: {{dummy: }}\n");
+    home.configure(&settings);
+    let config = home.path("flowd.cfg");
+    let update = || {
+        let mut command = ns.command(PROGRAM);
+        command.args(["registry", "-c"]).arg(&config).arg("update");
+        let output = command.output().unwrap();
+        let said = String::from_utf8_lossy(&output.stderr).into_owned();
+        assert!(output.status.success(), "{said}");
+    };
+    let daemon = home.start(&ns);
+    asked.recv_timeout(DEADLINE).unwrap();
+    home.wait_for_log("registry: 1 experiments");
+    version.store(2, Ordering::Relaxed);
+    update();
+    daemon.signal(Signal::SIGHUP);
+    daemon.expect_status("registry_updates updated 2");
+    home.write("start tcp 2001:db8::1 1 2001:db8::2 2 exp2 7\n");
+    daemon.expect_status("flows_open 1");
+    daemon.stop();
+
+    // A name that only the next one knows.
+    version.store(3, Ordering::Relaxed);
+    let plugin = format!(
+        "  netlink: {{experiment: exp3, activity: 7}}\n  namedPipe: {{pipePath: {}}}\n",
+        home.pipe().display()
+    );
+    home.configure_plugins(&plugin, &settings);
+    update();
+    home.start(&ns).stop();
+}
+
 #[test]
 fn a_local_file_is_a_registry() {
     let home = Home::with("");
@@ -233,7 +292,7 @@ fn a_local_file_is_a_registry() {
 /// Private addresses behind a router that translates them: `inside`, `router`, and the hosts outside.
 struct Nat {
     inside: NetNs,
-    _router: NetNs,
+    router: NetNs,
     outside: NetNs,
 }
 
@@ -290,7 +349,7 @@ impl Nat {
         );
         Nat {
             inside,
-            _router: router,
+            router,
             outside,
         }
     }
@@ -396,6 +455,40 @@ fn an_address_that_comes_later_is_asked_for_and_finding_nothing_is_no_delay() {
     nat.inside
         .ip(&["addr", "add", "10.0.0.3/24", "dev", "veth0"]);
     home.wait_for_log(&format!("{PUBLIC4} stands for 10.0.0.2"));
+    // What was found holds over a reload, and if nobody answers any more.
+    let sink = Sink::bind(&nat.outside, &format!("{SERVER4}:10514"));
+    let says = |port: u16| {
+        home.write(&format!("start tcp 10.0.0.2 {port} {SERVER4} 2 2 9\n"));
+        assert_eq!(sink.firefly().json["flow-id"]["src-ip"], PUBLIC4);
+    };
+    says(1);
+    let silence = "table ip silent { chain forward { type filter hook forward priority 0; udp dport 3478 drop; }; }";
+    let status = nat.router.command("nft").arg(silence).status();
+    assert!(status.unwrap().success());
+    for port in 2..5 {
+        let config = home.path("flowd.cfg");
+        let text = fs::read_to_string(&config).unwrap();
+        let text = text.replace(
+            "sendToCollector: true",
+            &format!("sendToCollector: true, collectorPort: {}", 20_000 + port),
+        );
+        fs::write(
+            &config,
+            text.replacen(&format!("collectorPort: {}, ", 19_999 + port), "", 1),
+        )
+        .unwrap();
+        daemon.signal(Signal::SIGHUP);
+        daemon.expect_notice("RELOADING=1");
+        daemon.expect_notice("READY=1");
+        says(port);
+    }
+    nat.inside
+        .ip(&["addr", "add", "10.0.0.4/24", "dev", "veth0"]);
+    wait_for("another look that finds nothing", || {
+        let log = home.log();
+        (log.matches("nobody tells it").count() > 1).then_some(())
+    });
+    says(9);
     daemon.stop();
 }
 

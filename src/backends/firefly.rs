@@ -20,7 +20,7 @@ use crate::firefly::Encoder;
 use crate::flow::{Effect, EndReason, Flow, FlowEvent, Origin, Protocol, State};
 use crate::log_limit::LogLimit;
 use crate::metrics::{Metrics, Outcomes, outcomes};
-use crate::public_addresses::PublicAddresses;
+use crate::public_addresses::{Known, PublicAddresses};
 use crate::sys::interfaces::LocalAddresses;
 use crate::sys::resolver::Resolver;
 use crate::sys::sock_diag::Dump;
@@ -74,11 +74,12 @@ enum Collector {
 
 impl Firefly {
     /// Opens the sockets and starts looking up the collector's name, if it is one. `counts_come_late` if
-    /// somebody watches for sockets that go.
+    /// somebody watches for sockets that go; `known` has the public addresses that were found before.
     pub fn new(
         config: &config::Firefly,
         listener: Option<SocketAddr>,
         counts_come_late: bool,
+        known: &Known,
         metrics: &Metrics,
     ) -> Result<Firefly> {
         let sender = Sender::open().context(|| "socket of the firefly backend".to_owned())?;
@@ -110,7 +111,7 @@ impl Firefly {
             discovered: config
                 .stun
                 .clone()
-                .map(PublicAddresses::start)
+                .map(|stun| PublicAddresses::start(stun, known.clone()))
                 .transpose()
                 .context(|| "thread addresses".to_owned())?,
             sockets: Dump::open().ok(),
@@ -246,10 +247,8 @@ impl Firefly {
             _ => &mut flow.source,
         };
         let here = ends != [false; 2];
-        let mapping = self.discovered.as_mut().map(PublicAddresses::mapping);
-        let mapped = mapping
-            .and_then(|mapping| mapping.get(&end.address))
-            .copied();
+        let discovered = self.discovered.as_ref();
+        let mapped = discovered.and_then(|public| public.public_of(&end.address));
         let fixed = self.public[usize::from(end.address.is_ipv6())].filter(|_| here);
         let Some(public) = fixed.or(mapped) else {
             return event;

@@ -58,8 +58,8 @@ pub fn known(config: Option<&Path>) -> registry::Registry {
 impl Registry {
     pub fn run(self) -> Result<()> {
         let settings = match (&self.config, Path::new(DEFAULT_PATH)) {
-            (Some(path), _) => Config::load(path)?.registry,
-            (None, default) if default.exists() => Config::load(default)?.registry,
+            (Some(path), _) => Config::load_registry(path)?,
+            (None, default) if default.exists() => Config::load_registry(default)?,
             (None, _) => Config::default_registry(),
         };
         let (registry, source) = registry::known(&settings);
@@ -97,8 +97,8 @@ fn update(settings: &crate::config::Registry) -> Result<()> {
     }
     crate::logging::start(log::LevelFilter::Info, false);
     match registry::fetch(settings) {
-        Ok(Some(registry)) => println!("{url}: {} experiments", registry.experiments().len()),
-        Ok(None) => println!("{url}: as it was"),
+        Ok((_, true)) => println!("{url}: as it was"),
+        Ok((registry, _)) => println!("{url}: {} experiments", registry.experiments().len()),
         Err(error) => return Err(Error::Failed(format!("{url}: {error}"))),
     }
     Ok(())

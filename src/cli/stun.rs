@@ -6,7 +6,7 @@ use argh::{ArgsInfo, FromArgs};
 
 use crate::config::{Config, DEFAULT_PATH};
 use crate::error::{Error, Result};
-use crate::public_addresses::discover;
+use crate::public_addresses::{Mapping, discover};
 
 /// See how the public addresses of this host are found.
 #[derive(ArgsInfo, FromArgs)]
@@ -36,13 +36,15 @@ impl Stun {
         let Command::Sample(sample) = self.command;
         let path = sample.config.unwrap_or_else(|| DEFAULT_PATH.into());
         let firefly = Config::load(&path)?.firefly;
-        let Some(settings) = firefly.and_then(|firefly| firefly.stun) else {
+        let settings = firefly.and_then(|firefly| firefly.stun);
+        let settings = settings.unwrap_or_else(|| {
             let path = path.display();
-            let message =
-                format!("{path}: backends.firefly.stun (IP_DISCOVERY_ENABLED) is not enabled");
-            return Err(Error::Failed(message));
-        };
-        let (mapping, missing) = discover(&settings, |step| println!("{step}"));
+            println!("{path}: backends.firefly.stun (IP_DISCOVERY_ENABLED) is not enabled: with its defaults");
+            Config::default_stun()
+        });
+        let nothing = Mapping::new();
+        let (mapping, missing) =
+            discover(&settings, &nothing, &|| false, |step| println!("{step}"));
         for (private, public) in &mapping {
             println!("{private} -> {public}");
         }

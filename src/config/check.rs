@@ -6,6 +6,7 @@ mod plugins;
 mod sockops;
 mod stun;
 
+use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 use std::time::Duration;
@@ -13,7 +14,9 @@ use std::time::Duration;
 use jiff::{Span, SpanRelativeTo};
 use log::LevelFilter;
 
-use super::{Config, ControlSocket, Flows, REGISTRY_URL, Registry, WORK_DIR, control_socket, raw};
+use super::{
+    Config, ControlSocket, Flows, REGISTRY_URL, Registry, Stun, WORK_DIR, control_socket, raw,
+};
 use crate::registry;
 
 /// flowd-go's.
@@ -101,6 +104,11 @@ pub fn check(raw: raw::Raw, instance: &str) -> Result<Config> {
         .map(|p| backends::prometheus(p, no_skops, &mut notes))
         .transpose()?;
     // To enrich fireflies is to want an enricher, and to show what the kernel knows of sockets, too.
+    connections::period(
+        "enrichers.period",
+        enrichers.period.as_deref(),
+        connections::ENRICHER_PERIOD,
+    )?;
     let enrich = firefly
         .as_ref()
         .is_some_and(|f| f.enrichment.is_some() && f.ongoing);
@@ -166,6 +174,7 @@ pub fn check(raw: raw::Raw, instance: &str) -> Result<Config> {
         notes,
         warnings,
     };
+    one_listener_each(&config)?;
     if config.plugin_names().is_empty() {
         return error(
             "plugins",
@@ -179,6 +188,40 @@ pub fn check(raw: raw::Raw, instance: &str) -> Result<Config> {
         );
     }
     Ok(config)
+}
+
+/// What `backends.firefly.stun` is without any key.
+pub fn default_stun() -> Stun {
+    stun::check(raw::Stun::default()).unwrap_or_default()
+}
+
+/// Of the TCP ports of one address each is listened on once.
+fn one_listener_each(config: &Config) -> Result<()> {
+    let api = config.api.as_ref().and_then(|api| api.bind);
+    let mut listeners: Vec<_> = api
+        .map(|bind| (bind, "plugins.api.bindPort"))
+        .into_iter()
+        .collect();
+    if let Some(prometheus) = &config.prometheus {
+        for (port, key) in [
+            (prometheus.port, "backends.prometheus.port"),
+            (prometheus.netlink_port, "backends.prometheus.netlinkPort"),
+            (prometheus.skops_port, "backends.prometheus.skopsPort"),
+        ] {
+            let Some(port) = port else { continue };
+            let address = SocketAddr::new(prometheus.address, port);
+            if let Some((_, other)) = listeners.iter().find(|(used, _)| *used == address) {
+                return error(key, format!("{port} is that of {other}, too"));
+            }
+            listeners.push((address, key));
+        }
+    }
+    Ok(())
+}
+
+/// Where the registry comes from.
+pub fn registry_of(raw: raw::Raw) -> Result<Registry> {
+    registry(raw.registry, &path("workDir", raw.work_dir, WORK_DIR)?)
 }
 
 fn registry(raw: raw::Registry, work_dir: &Path) -> Result<Registry> {
@@ -414,6 +457,18 @@ enrichers:
             (
                 "plugins: {namedPipe: }\n",
                 "f: backends: no backend is enabled, expected at least one (firefly, marker, prometheus)",
+            ),
+            (
+                "plugins: {api: {bindPort: 9000}}\nbackends:\n  prometheus: {port: 9000}\n",
+                "f:3:22: backends.prometheus.port: 9000 is that of plugins.api.bindPort, too",
+            ),
+            (
+                "plugins: {namedPipe: }\nbackends: {firefly: {collectorAddress: 'col:10514'}}\n",
+                "f:2:40: backends.firefly.collectorAddress: \"col:10514\" is neither an address nor a host name: the port is collectorPort",
+            ),
+            (
+                "plugins: {namedPipe: }\nbackends: {dummy: }\nenrichers: {period: rubbish}\n",
+                "f:3:21: enrichers.period: \"rubbish\" is no period of 10 ms to a day, expected milliseconds, or for example 2s",
             ),
             (
                 "plugins:\n  marker: {}\n",

@@ -117,6 +117,10 @@ pub fn convert(assignments: Vec<Assignment>) -> Result<Converted> {
         file.close();
     }
     let plugins = file.names("PLUGIN", &PLUGINS)?;
+    if plugins.contains(&"iperf") && plugins.contains(&"iperf_rr") {
+        let message = "iperf and iperf_rr are one plugin, with its tags in random order or as they are given, expected one of them";
+        return file.fail("PLUGIN", message.to_owned());
+    }
     let backends = file.names("BACKEND", &BACKENDS)?;
     file.open("plugins", "PLUGIN");
     for plugin in &plugins {
@@ -205,7 +209,8 @@ impl File {
     fn port(&self, key: &str, default: i64) -> Result<i64> {
         match self.value(key) {
             None => Ok(default),
-            Some(Value::Int(port)) => Ok(*port),
+            Some(Value::Int(port)) if *port != 0 => Ok(*port),
+            Some(Value::Int(_)) => self.fail(key, "0, expected a port of 1 to 65535".to_owned()),
             Some(other) => self.expected(key, other, "a port, a whole number"),
         }
     }
@@ -649,6 +654,18 @@ backends:
             (
                 "PLUGIN='np_ap'\nBACKEND='dummy'\n",
                 "f:1:8: PLUGIN: \"np_ap\" is unknown, did you mean np_api?",
+            ),
+            (
+                "import os\nPLUGIN='np_api'\nBACKEND='dummy'\n",
+                "f:1:1: expected KEY = value: only that is read, nothing is executed; found \"import\" without a \"=\"",
+            ),
+            (
+                "PLUGIN='iperf,iperf_rr'\nBACKEND='dummy'\n",
+                "f:1:8: PLUGIN: iperf and iperf_rr are one plugin, with its tags in random order or as they are given, expected one of them",
+            ),
+            (
+                "PLUGIN='np_api'\nBACKEND='prometheus'\nPROMETHEUS_SRV_PORT=0\n",
+                "f:3:21: PROMETHEUS_SRV_PORT: 0, expected a port of 1 to 65535",
             ),
             (
                 "PLUGIN=5\nBACKEND='dummy'\n",

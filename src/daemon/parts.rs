@@ -500,6 +500,7 @@ fn build_backend(part: Part, config: &Config, sources: &Sources) -> Result<Optio
         config,
         labeller: labeller.as_ref(),
         registry: &sources.registry,
+        public: &sources.public,
         metrics: &sources.metrics,
         handover: handover.clone(),
     };

@@ -2,12 +2,14 @@
 
 use std::fs::{self, File};
 use std::io::{self, Read};
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
 use arc_swap::ArcSwap;
 use crossbeam_channel::{Receiver, RecvTimeoutError};
+use nix::libc;
 use serde::{Deserialize, Serialize};
 
 use super::Registry;
@@ -107,8 +109,8 @@ pub fn known(settings: &config::Registry) -> (Registry, String) {
     }
 }
 
-/// Fetches the registry, and keeps it in the cache. `None` if it is as it was.
-pub fn fetch(settings: &config::Registry) -> Result<Option<Registry>, String> {
+/// Fetches the registry, and keeps it in the cache. Whether the server says that it is as it was comes with it.
+pub fn fetch(settings: &config::Registry) -> Result<(Registry, bool), String> {
     Fetcher::default().fetch(settings)
 }
 
@@ -117,10 +119,17 @@ fn file_of(url: &str) -> Option<PathBuf> {
 }
 
 fn read_at_most(path: &Path, most: usize) -> io::Result<Vec<u8>> {
+    // Nothing that could keep the reader waiting, as a FIFO would.
+    let mut options = File::options();
+    let file = options
+        .read(true)
+        .custom_flags(libc::O_NONBLOCK)
+        .open(path)?;
+    if !file.metadata()?.is_file() {
+        return Err(io::Error::other("is no regular file"));
+    }
     let mut content = Vec::new();
-    File::open(path)?
-        .take(most as u64 + 1)
-        .read_to_end(&mut content)?;
+    file.take(most as u64 + 1).read_to_end(&mut content)?;
     Ok(content)
 }
 
@@ -132,10 +141,10 @@ struct Fetcher {
 }
 
 impl Fetcher {
-    fn fetch(&mut self, settings: &config::Registry) -> Result<Option<Registry>, String> {
+    fn fetch(&mut self, settings: &config::Registry) -> Result<(Registry, bool), String> {
         if let Some(path) = file_of(&settings.url) {
             let document = read_at_most(&path, SIZE_MAX).map_err(|e| e.to_string())?;
-            return Registry::from_json(&document).map(Some);
+            return Ok((Registry::from_json(&document)?, false));
         }
         let known = Cached::load(settings);
         let agent = self.agent.get_or_insert_with(|| agent(PATIENCE));
@@ -146,7 +155,8 @@ impl Fetcher {
         let mut response = request.call().map_err(|e| e.to_string())?;
         match (response.status().as_u16(), known) {
             (200, _) => {}
-            (304, Some(_)) => return Ok(None),
+            // Perhaps another process has fetched it.
+            (304, Some((registry, _))) => return Ok((registry, true)),
             (status, _) => return Err(format!("expected status 200, got {status}")),
         }
         let etag = response.headers().get("ETag");
@@ -163,7 +173,7 @@ impl Fetcher {
                 settings.cache.display()
             );
         }
-        Ok(Some(registry))
+        Ok((registry, false))
     }
 }
 
@@ -179,9 +189,9 @@ pub fn keep(handle: &Handle, wishes: &Receiver<config::Registry>, metrics: &Metr
         let mut wait = PERIOD;
         if !settings.url.is_empty() {
             match fetcher.fetch(&settings) {
-                Ok(found) => {
+                Ok((found, _)) => {
                     failures = 0;
-                    let news = found.filter(|found| *found != *handle.load());
+                    let news = Some(found).filter(|found| *found != *handle.load());
                     counters.add(if news.is_some() {
                         Update::Updated
                     } else {

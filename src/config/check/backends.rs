@@ -1,5 +1,6 @@
 //! Checks of the backends.
 
+use std::net::IpAddr;
 use std::path::PathBuf;
 
 use super::{Result, error, path, range, stun};
@@ -39,6 +40,13 @@ pub fn firefly(raw: raw::Firefly) -> Result<Firefly> {
     if bare.is_empty() || bare.contains(|c: char| c.is_whitespace() || c.is_control()) {
         let message = format!(
             "\"{}\" is neither an address nor a host name",
+            host.escape_debug()
+        );
+        return error("backends.firefly.collectorAddress", message);
+    }
+    if bare.contains(':') && bare.parse::<IpAddr>().is_err() {
+        let message = format!(
+            "\"{}\" is neither an address nor a host name: the port is collectorPort",
             host.escape_debug()
         );
         return error("backends.firefly.collectorAddress", message);
