@@ -553,7 +553,7 @@ impl Config {
         check::check(raw, instance).map_err(|e| {
             let parts: Vec<&str> = e.key.split('.').collect();
             yaml::YamlError {
-                place: yaml::locate(text, &parts),
+                place: yaml::locate(text, &parts, e.element),
                 key: e.key,
                 message: e.message,
             }

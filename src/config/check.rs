@@ -28,6 +28,8 @@ const MAX_AGE: Duration = Duration::from_secs(7 * 24 * 3600);
 /// A key with a value that will not do.
 pub struct CheckError {
     pub key: String,
+    /// Which element, if the value is a list.
+    pub element: Option<usize>,
     pub message: String,
 }
 
@@ -36,7 +38,15 @@ type Result<T> = std::result::Result<T, CheckError>;
 fn error<T>(key: &str, message: impl Into<String>) -> Result<T> {
     Err(CheckError {
         key: key.to_owned(),
+        element: None,
         message: message.into(),
+    })
+}
+
+fn error_in<T>(key: &str, element: usize, message: impl Into<String>) -> Result<T> {
+    error(key, message).map_err(|error| CheckError {
+        element: Some(element),
+        ..error
     })
 }
 
@@ -457,6 +467,10 @@ enrichers:
             (
                 "plugins: {namedPipe: }\n",
                 "f: backends: no backend is enabled, expected at least one (firefly, marker, prometheus)",
+            ),
+            (
+                "plugins:\n  netlink:\n    rules:\n      - {experiment: 2, activity: 9}\n      - experiment: 2\n        activity: 9\n        localPorts: [x]\nbackends: {dummy: }\n",
+                "f:5:9: plugins.netlink.rules: rule 2: localPorts: \"x\" is neither a port nor a range, for example 20000-25000",
             ),
             (
                 "plugins: {api: {bindPort: 9000}}\nbackends:\n  prometheus: {port: 9000}\n",

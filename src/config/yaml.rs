@@ -2,7 +2,7 @@
 
 use std::fmt;
 
-use serde::de::{DeserializeSeed, Error as _, IgnoredAny, MapAccess, Visitor};
+use serde::de::{DeserializeSeed, Error as _, IgnoredAny, MapAccess, SeqAccess, Visitor};
 use serde_yaml::{Deserializer, Error, Location};
 
 use super::raw::Raw;
@@ -40,9 +40,9 @@ pub fn read(text: &str) -> Result<Raw, YamlError> {
     })
 }
 
-/// Line and column of the value of a key, given by its parts.
-pub fn locate(text: &str, key: &[&str]) -> Option<(usize, usize)> {
-    let found = Place(key).deserialize(Deserializer::from_str(text));
+/// Line and column of the value of a key, given by its parts, or of an element of it.
+pub fn locate(text: &str, key: &[&str], element: Option<usize>) -> Option<(usize, usize)> {
+    let found = Place { key, element }.deserialize(Deserializer::from_str(text));
     found
         .err()
         .and_then(|error: Error| error.location())
@@ -91,17 +91,18 @@ fn unknown_key(text: &str) -> Option<String> {
 }
 
 /// Goes down a path of keys and fails at its end: the error carries the place.
-struct Place<'a>(&'a [&'a str]);
+struct Place<'a> {
+    key: &'a [&'a str],
+    element: Option<usize>,
+}
 
 impl<'de> DeserializeSeed<'de> for Place<'_> {
     type Value = ();
 
     fn deserialize<D: serde::Deserializer<'de>>(self, deserializer: D) -> Result<(), D::Error> {
-        match self.0 {
-            [] => {
-                // Reading the value as what it is not is what makes the parser say where it stands.
-                deserializer.deserialize_any(Here)
-            }
+        match self.key {
+            [] if self.element.is_some() => deserializer.deserialize_seq(self),
+            [] => Here.deserialize(deserializer),
             _ => deserializer.deserialize_map(self),
         }
     }
@@ -116,17 +117,35 @@ impl<'de> Visitor<'de> for Place<'_> {
 
     fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<(), A::Error> {
         while let Some(key) = map.next_key::<String>()? {
-            if key == self.0[0] {
-                map.next_value_seed(Place(&self.0[1..]))?;
+            if key == self.key[0] {
+                let key = &self.key[1..];
+                map.next_value_seed(Place { key, ..self })?;
             } else {
                 map.next_value::<IgnoredAny>()?;
             }
         }
         Ok(())
     }
+
+    fn visit_seq<A: SeqAccess<'de>>(self, mut list: A) -> Result<(), A::Error> {
+        for _ in 0..self.element.unwrap_or(0) {
+            list.next_element::<IgnoredAny>()?;
+        }
+        list.next_element_seed(Here)?;
+        Ok(())
+    }
 }
 
 struct Here;
+
+impl<'de> DeserializeSeed<'de> for Here {
+    type Value = ();
+
+    fn deserialize<D: serde::Deserializer<'de>>(self, deserializer: D) -> Result<(), D::Error> {
+        // Reading the value as what it is not is what makes the parser say where it stands.
+        deserializer.deserialize_any(self)
+    }
+}
 
 impl<'de> Visitor<'de> for Here {
     type Value = ();
@@ -172,14 +191,14 @@ mod tests {
     fn the_place_of_a_key_is_found_in_every_spelling() {
         let text = "plugins: {}\nbackends:\n  firefly: { collectorPort: 5, enrich: true,\n   stun: {a: 1}}\n";
         assert_eq!(
-            locate(text, &["backends", "firefly", "collectorPort"]),
+            locate(text, &["backends", "firefly", "collectorPort"], None),
             Some((3, 29))
         );
         assert_eq!(
-            locate(text, &["backends", "firefly", "stun"]),
+            locate(text, &["backends", "firefly", "stun"], None),
             Some((4, 10))
         );
-        assert_eq!(locate(text, &["backends", "marker"]), None);
+        assert_eq!(locate(text, &["backends", "marker"], None), None);
     }
 
     proptest! {
@@ -200,7 +219,7 @@ mod tests {
         ) {
             let text = parts.concat();
             if read(&text).is_err() {
-                let _ = locate(&text, &["plugins", "namedPipe", "mode"]);
+                let _ = locate(&text, &["plugins", "namedPipe", "mode"], None);
             }
         }
     }

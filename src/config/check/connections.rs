@@ -9,7 +9,7 @@ use std::time::Duration;
 use ipnet::IpNet;
 use jiff::{Span, SpanRelativeTo};
 
-use super::{Result, error, range};
+use super::{Result, error, error_in, range};
 use crate::config::{ConnectionRule, Connections, NetlinkEnricher, raw};
 use crate::connections::Rule;
 use crate::flow::{Protocol, Tag, parse_address};
@@ -30,8 +30,8 @@ pub fn check(section: &str, raw: raw::Connections, registry: &Registry) -> Resul
     let mut rules = Vec::new();
     for (index, raw) in raw.rules.into_iter().flatten().enumerate() {
         let checked = rule(raw, registry);
-        let checked =
-            checked.or_else(|why| error(&key("rules"), format!("rule {}: {why}", index + 1)));
+        let checked = checked
+            .or_else(|why| error_in(&key("rules"), index, format!("rule {}: {why}", index + 1)));
         rules.push(checked?);
     }
     match (&raw.experiment, &raw.activity) {
