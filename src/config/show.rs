@@ -287,11 +287,104 @@ const NUMBERS: [&str; 8] = [
     "activity",
 ];
 
-/// A JSON schema (draft 2020-12) of the YAML.
+/// The commented configuration.
+const COMMENTED: &str = include_str!("../../conf/flowd.cfg");
+
+/// Keys without a default: what stands behind them there is an example.
+const EXAMPLES: [&str; 16] = [
+    "stunServers",
+    "group",
+    "unixSocket",
+    "token",
+    "tokenFile",
+    "experiment",
+    "activity",
+    "experimentId",
+    "activityId",
+    "experimentIDs",
+    "activityIDs",
+    "internalNetworks",
+    "publicIPv4",
+    "publicIPv6",
+    "manualMapping",
+    "port",
+];
+
+/// What the commented configuration says of a key.
+struct Described {
+    key: Vec<String>,
+    text: String,
+    default: Option<Value>,
+}
+
+/// Every key of the commented configuration, with the comment above it, and the default behind it.
+fn described() -> Vec<Described> {
+    let (mut found, mut comment) = (Vec::new(), Vec::new());
+    let mut sections: Vec<(usize, String)> = Vec::new();
+    for line in COMMENTED.lines() {
+        let text = line.trim_start();
+        let indent = line.len() - text.len();
+        // "# words" is a comment, "#key: value" a key that is commented out.
+        if let Some(words) = text.strip_prefix("# ") {
+            comment.push(words.trim());
+            continue;
+        }
+        let name_and_value = text.trim_start_matches('#').split_once(':');
+        let is_name = |name: &str| name.chars().all(|c| c.is_ascii_alphanumeric());
+        if let Some((name, value)) = name_and_value.filter(|(name, _)| is_name(name)) {
+            sections.retain(|(outer, _)| *outer < indent);
+            sections.push((indent, name.to_owned()));
+            let value = Some(value.trim()).filter(|value| !value.is_empty());
+            found.push(Described {
+                key: sections.iter().map(|(_, name)| name.clone()).collect(),
+                text: comment.join(" "),
+                default: value.and_then(|value| serde_yaml::from_str(value).ok()),
+            });
+        }
+        comment.clear();
+    }
+    found
+}
+
+/// The schema of a key.
+fn property<'a>(root: &'a mut Value, key: &[String]) -> Option<&'a mut Value> {
+    let mut pointer = String::new();
+    for name in key {
+        let schema = root.pointer(&pointer)?;
+        let target = [&schema["$ref"], &schema["anyOf"][0]["$ref"]];
+        if let Some(target) = target.into_iter().find_map(Value::as_str) {
+            pointer = target.trim_start_matches('#').to_owned();
+        }
+        pointer += &format!("/properties/{name}");
+    }
+    root.pointer_mut(&pointer)
+}
+
+/// A JSON schema (draft 2020-12) of the YAML, for editors: what is allowed, what it means, what it is if
+/// it is not there.
 pub fn schema() -> Value {
     let schema: Schema = schemars::schema_for!(raw::Raw);
     let mut schema = serde_json::to_value(schema).unwrap_or_default();
     refine(&mut schema);
+    for Described { key, text, default } in described() {
+        let Some(property) = property(&mut schema, &key) else {
+            continue;
+        };
+        if !text.is_empty() {
+            property["description"] = json!(text);
+        }
+        match default {
+            Some(value)
+                if key
+                    .last()
+                    .is_some_and(|key| EXAMPLES.contains(&key.as_str())) =>
+            {
+                property["examples"] = json!([value]);
+            }
+            Some(default) => property["default"] = default,
+            None => {}
+        }
+    }
     schema["title"] = json!("flowd.cfg of flowd-rs");
     schema
 }
@@ -308,6 +401,9 @@ fn refine(schema: &mut Value) {
         for (key, property) in properties {
             if let Some((_, words)) = WORDS.iter().find(|(word, _)| word == key) {
                 *property = json!({ "enum": words });
+            } else if key.ends_with("Port") {
+                property["minimum"] = json!(0);
+                property["maximum"] = json!(65535);
             } else if key.ends_with("Ports") {
                 let items = json!({"type": ["string", "integer"]});
                 *property = json!({"type": "array", "items": items});
@@ -438,6 +534,18 @@ backends:
     #[test]
     fn the_schema_takes_what_the_program_takes() {
         let schema = schema();
+        let port = &schema["$defs"]["FireflyPlugin"]["properties"]["bindPort"];
+        assert_eq!(
+            (&port["maximum"], &port["default"]),
+            (&json!(65535), &json!(10514))
+        );
+        let mode = &schema["$defs"]["Firefly"]["properties"]["enrichmentMode"];
+        assert!(
+            mode["enum"].is_array() && mode["default"] == "lean",
+            "{mode}"
+        );
+        let described = described();
+        assert!(described.len() > 80 && described.iter().all(|d| !d.key.is_empty()));
         let validator = jsonschema::validator_for(&schema).unwrap();
         let texts = [
             ALL,
