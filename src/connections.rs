@@ -6,11 +6,13 @@ use std::collections::{HashMap, HashSet};
 use std::net::IpAddr;
 use std::ops::RangeInclusive;
 use std::sync::Arc;
+use std::time::Duration;
 
 use ipnet::IpNet;
 use jiff::{SignedDuration, Timestamp};
 
 use crate::flow::{Flow, FlowEvent, Origin, State, Tag, Usage};
+use crate::recent::Recent;
 use crate::socket::Socket;
 use crate::special_networks::is_public;
 
@@ -65,8 +67,10 @@ impl Rule {
     }
 }
 
-/// How long a connection that has ended is known for the sake of its socket, which its owner may keep.
-const KEPT_ENDED: SignedDuration = SignedDuration::from_hours(24);
+/// How long a connection that was ended without word of its socket, which its owner may keep, is known for the
+/// sake of that word, unless so many others end.
+const ENDED_MEMORY: Duration = Duration::from_secs(3600);
+const ENDED_MOST: usize = 1 << 14;
 
 /// What is known of a connection.
 struct Known {
@@ -76,8 +80,6 @@ struct Known {
     scan: u64,
     /// When a scan first did not.
     missing: Option<Timestamp>,
-    /// Whether it was ended without word of its socket, which may still come.
-    ended: bool,
 }
 
 /// Keeps the connections of one host apart: new, open, gone.
@@ -90,6 +92,7 @@ pub struct Tracker {
     /// How long word of a socket that has gone may take to come.
     patience: SignedDuration,
     known: HashMap<Flow, Known>,
+    ended: Recent<()>,
     scans: u64,
 }
 
@@ -112,6 +115,7 @@ impl Tracker {
             announce_existing,
             patience,
             known: HashMap::new(),
+            ended: Recent::new(ENDED_MEMORY, ENDED_MOST),
             scans: 0,
         }
     }
@@ -122,7 +126,6 @@ impl Tracker {
             announced: true,
             scan: self.scans,
             missing: None,
-            ended: false,
         };
         self.known.insert(flow, known);
     }
@@ -141,8 +144,7 @@ impl Tracker {
         is_local: impl Fn(&IpAddr) -> bool,
     ) -> Option<FlowEvent> {
         let scan = self.scans;
-        let known = self.known.get_mut(&connection.flow);
-        if let Some(known) = known.filter(|known| !known.ended) {
+        if let Some(known) = self.known.get_mut(&connection.flow) {
             known.scan = scan;
             known.missing = None;
             return None;
@@ -153,7 +155,6 @@ impl Tracker {
             announced,
             scan,
             missing: None,
-            ended: false,
         };
         self.known.insert(connection.flow, known);
         announced.then(|| self.event(State::Start, connection, tag, now))
@@ -161,22 +162,27 @@ impl Tracker {
 
     /// The ends of what was not shown and not told of.
     pub fn end_scan(&mut self, now: Timestamp) -> Vec<FlowEvent> {
-        let mut ends = Vec::new();
-        let unseen = |known: &Known| known.scan != self.scans && !known.ended;
-        for (flow, known) in self.known.iter_mut().filter(|(_, known)| unseen(known)) {
-            let missing = *known.missing.get_or_insert(now);
+        let (scan, patience, origin) = (self.scans, self.patience, self.origin);
+        let gone = self.known.extract_if(|_, known| {
             // The clock may have been set.
-            known.ended = now.duration_since(missing).abs() >= self.patience;
-            if known.ended && known.announced {
-                ends.push(FlowEvent::new(State::End, *flow, missing, self.origin));
+            known.scan != scan
+                && now.duration_since(*known.missing.get_or_insert(now)).abs() >= patience
+        });
+        let mut ends = Vec::new();
+        for (flow, known) in gone {
+            if !patience.is_zero() {
+                self.ended.insert(flow, ());
+            }
+            if known.announced {
+                ends.push(FlowEvent::new(
+                    State::End,
+                    flow,
+                    known.missing.unwrap_or(now),
+                    origin,
+                ));
             }
         }
-        if self.patience.is_zero() {
-            self.forget_ended();
-        }
-        let lately = |since| now.duration_since(since).abs() < KEPT_ENDED;
-        let old = |known: &Known| known.ended && !known.missing.is_some_and(lately);
-        self.known.retain(|_, known| !old(known));
+        self.ended.tend(now);
         ends
     }
 
@@ -187,13 +193,7 @@ impl Tracker {
 
     /// Whether a scan has missed connections that it may yet have to end.
     pub fn misses_some(&self) -> bool {
-        let missing = |known: &Known| known.missing.is_some() && !known.ended;
-        self.known.values().any(missing)
-    }
-
-    /// No word will come of what was ended without.
-    pub fn forget_ended(&mut self) {
-        self.known.retain(|_, known| !known.ended);
+        self.known.values().any(|known| known.missing.is_some())
     }
 
     /// A connection that was closed at `now`: its end, if it was not ended before, and before that its
@@ -211,10 +211,13 @@ impl Tracker {
         };
         if let Entry::Occupied(entry) = self.known.entry(connection.flow) {
             let known = entry.remove();
-            return match known.announced && !known.ended {
+            return match known.announced {
                 true => vec![end(self)],
                 false => Vec::new(),
             };
+        }
+        if self.ended.remove(&connection.flow).is_some() {
+            return Vec::new();
         }
         // Before the first scan every connection is one that was there before.
         let short = (self.scans > 0).then(|| self.tag(connection, is_local));
@@ -388,7 +391,6 @@ mod tests {
         scan(&mut tracker, 4, &[]);
         assert_eq!(scan(&mut tracker, 6, &[]), [(State::End, 1)]);
         assert_eq!(scan(&mut tracker, 8, &[a]), [(State::Start, 1)]);
-        tracker.forget_ended();
         assert_eq!(tracker.known.len(), 1);
     }
 

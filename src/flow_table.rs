@@ -315,7 +315,9 @@ impl FlowTable {
             return Step::SocketClosed;
         }
         let closing = self.closing.entry(flow).or_insert_with(|| event.clone());
-        if closing.usage.is_none() {
+        // With both ends on this host that of the source speaks for the flow.
+        let of_source = |end: &FlowEvent| end.netlink.as_ref().is_some_and(|s| s.flow == flow);
+        if closing.usage.is_none() || (of_source(event) && !of_source(closing)) {
             closing.usage = event.usage;
             closing.netlink.clone_from(&event.netlink);
         }

@@ -228,10 +228,32 @@ fn mapped(message: &Message<'_>) -> Option<IpAddr> {
 
 /// What was found last, and by which settings.
 #[derive(Clone, Default)]
-pub struct Known(Arc<ArcSwap<(Stun, Mapping)>>);
+pub struct Known(Arc<ArcSwap<Vec<(Stun, Mapping)>>>);
+
+/// Settings whose addresses are kept: a reload that is refused goes back to those before.
+const KEPT: usize = 2;
+
+impl Known {
+    /// What is known by these settings.
+    fn get(&self, settings: &Stun) -> Option<Mapping> {
+        let known = self.0.load();
+        let found = known.iter().find(|(known, _)| known == settings);
+        found.map(|(_, mapping)| mapping.clone())
+    }
+
+    fn put(&self, settings: &Stun, mapping: Mapping) {
+        self.0.rcu(|known| {
+            let others = known.iter().filter(|(known, _)| known != settings);
+            let others = others.take(KEPT - 1).cloned();
+            let this = (settings.clone(), mapping.clone());
+            std::iter::once(this).chain(others).collect::<Vec<_>>()
+        });
+    }
+}
 
 /// The mapping, kept up to date by a thread that ends with the value.
 pub struct PublicAddresses {
+    settings: Stun,
     known: Known,
     _stop: Sender<()>,
 }
@@ -242,23 +264,30 @@ impl PublicAddresses {
     pub fn start(settings: Stun, known: Known) -> io::Result<PublicAddresses> {
         let (stop, stopped) = bounded(0);
         let changes = interfaces::watch()?;
-        if known.0.load().0 != settings {
-            let manual = settings.manual.clone();
-            known.0.store(Arc::new((settings.clone(), manual)));
-        }
-        let found = known.clone();
+        let mapping = known.get(&settings);
+        known.put(
+            &settings,
+            mapping.unwrap_or_else(|| settings.manual.clone()),
+        );
+        let (found, own) = (known.clone(), settings.clone());
         thread::Builder::new()
             .name("addresses".to_owned())
             .spawn(move || {
                 privileges::keep_none();
                 keep(&settings, &found, &stopped, &changes);
             })?;
-        Ok(PublicAddresses { known, _stop: stop })
+        Ok(PublicAddresses {
+            settings: own,
+            known,
+            _stop: stop,
+        })
     }
 
     /// What stands for an address now. Never waits.
     pub fn public_of(&self, address: &IpAddr) -> Option<IpAddr> {
-        self.known.0.load().1.get(address).copied()
+        let known = self.known.0.load();
+        let mapping = known.iter().find(|(known, _)| *known == self.settings);
+        mapping?.1.get(address).copied()
     }
 }
 
@@ -266,23 +295,23 @@ fn keep(settings: &Stun, found: &Known, stopped: &Receiver<()>, changes: &interf
     let mut failing = false;
     let is_stopped = || stopped.try_recv() == Err(TryRecvError::Disconnected);
     loop {
-        let known = found.0.load_full();
+        let known = found.get(settings).unwrap_or_default();
         let tell = |step| log::debug!("public address: {step}");
-        let (mapping, missing) = discover(settings, &known.1, &is_stopped, tell);
+        let (mapping, missing) = discover(settings, &known, &is_stopped, tell);
         if is_stopped() {
             return;
         }
         if missing && !failing {
             log::warn!(
-                "public address: nobody tells it of this host's private one, which fireflies go on to say (flowd-rs stun sample shows the steps)"
+                "public address: nobody tells it of this host's private one; fireflies go on to say what they said (flowd-rs stun sample shows the steps)"
             );
         }
         failing = missing;
-        if mapping != known.1 {
+        if mapping != known {
             for (private, public) in &mapping {
                 log::info!("public address: {public} stands for {private}");
             }
-            found.0.store(Arc::new((settings.clone(), mapping)));
+            found.put(settings, mapping);
         }
         let wait = if missing { RETRY } else { REFRESH };
         select! {

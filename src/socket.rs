@@ -36,8 +36,9 @@ pub const STATES: [&str; 14] = [
 /// FIN_WAIT2, CLOSE_WAIT, LAST_ACK and CLOSING.
 pub const CONNECTED: u32 = 1 << 1 | 1 << 4 | 1 << 5 | 1 << 8 | 1 << 9 | 1 << 11;
 
-/// `TCP_FIN_WAIT2`
+/// `TCP_FIN_WAIT2`, `TCP_TIME_WAIT`
 const FIN_WAIT2: u8 = 5;
+const TIME_WAIT: u8 = 6;
 
 /// States in which the FIN of the other end has come: TIME_WAIT, CLOSE_WAIT, LAST_ACK and CLOSING.
 const FIN_RECEIVED: u32 = 1 << 6 | 1 << 8 | 1 << 9 | 1 << 11;
@@ -159,8 +160,13 @@ impl SocketInfo {
     /// Whether both ends have agreed to the connection, and this end has an owner or something left to do.
     /// What is in FIN_WAIT2 without an owner only waits for the other end's FIN: it has closed.
     pub fn is_connected(&self) -> bool {
-        let orphaned = self.inode == 0 && self.state == FIN_WAIT2;
-        self.is_in(CONNECTED) && !orphaned
+        self.is_in(CONNECTED) && !self.only_waits()
+    }
+
+    /// Whether it is one of those that wait for a while after both ends, or this one, have closed: all else of
+    /// it is forgotten.
+    pub fn only_waits(&self) -> bool {
+        self.state == TIME_WAIT || (self.state == FIN_WAIT2 && self.inode == 0)
     }
 
     fn is_in(&self, states: u32) -> bool {

@@ -726,6 +726,59 @@ fn run_clean(hosts: &Hosts, bpffs: &BpfFs, arguments: &[&str]) -> (Option<i32>, 
     )
 }
 
+/// What the user of the daemon could put in place of its directory is not given away.
+#[test]
+#[ignore = "needs root"]
+fn who_prepares_follows_no_link() {
+    use std::os::unix::fs::{MetadataExt, chown, symlink};
+    const USER: u32 = 64123;
+    let bpffs = BpfFs::new();
+    let home = Home::with(&format!(
+        "backends: {{marker: {{bpfFsPath: {}, targetInterfaces: [lo]}}}}\n",
+        bpffs.path().display()
+    ));
+    let prepare = || {
+        let mut command = std::process::Command::new(PROGRAM);
+        command.args(["prepare", "--user", &USER.to_string(), "-c"]);
+        let output = command.arg(home.path("flowd.cfg")).output().unwrap();
+        (
+            output.status.success(),
+            String::from_utf8(output.stderr).unwrap(),
+        )
+    };
+    assert_eq!(prepare(), (true, String::new()));
+    let ours = bpffs.path().join("flowd-rs");
+    for path in [&ours, &ours.join("v1")] {
+        assert_eq!(std::fs::metadata(path).unwrap().uid(), USER);
+    }
+    let elsewhere = home.path("elsewhere");
+    std::fs::create_dir(&elsewhere).unwrap();
+    std::fs::write(elsewhere.join("secret"), "").unwrap();
+    std::fs::remove_dir(ours.join("v1")).unwrap();
+    symlink(&elsewhere, ours.join("v1")).unwrap();
+    let (good, said) = prepare();
+    assert!(!good && said.contains("Not a directory"), "{said}");
+    // Nor one level up.
+    std::fs::remove_file(ours.join("v1")).unwrap();
+    std::fs::remove_dir(&ours).unwrap();
+    symlink(home.dir.path(), &ours).unwrap();
+    assert!(!prepare().0);
+    for path in [&elsewhere, &elsewhere.join("secret")] {
+        assert_eq!(std::fs::metadata(path).unwrap().uid(), 0);
+    }
+    // A pipe where others may make files is theirs to make.
+    let open = home.path("open");
+    std::fs::create_dir(&open).unwrap();
+    chown(&open, Some(USER), None).unwrap();
+    let pipe = open.join("pipe").display().to_string();
+    home.configure_plugins(
+        &format!("  namedPipe: {{pipePath: {pipe}}}\n"),
+        "backends: {dummy: }\n",
+    );
+    assert_eq!(prepare(), (true, String::new()));
+    assert!(!open.join("pipe").exists());
+}
+
 #[test]
 #[ignore = "needs root"]
 fn a_filter_that_somebody_removes_is_put_back() {

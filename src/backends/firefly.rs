@@ -188,7 +188,7 @@ impl Firefly {
     /// What there is to say of an event, in this moment: it may have to wait, or bring forth what did.
     fn take(&mut self, event: Arc<FlowEvent>) -> impl Iterator<Item = Arc<FlowEvent>> + use<> {
         let mut waited = match event.state {
-            State::Ongoing => None,
+            State::Ongoing if event.effect != Effect::Opened => None,
             _ => self.held.remove(&event.flow),
         };
         if event.effect == Effect::Counted {

@@ -9,8 +9,7 @@ use crate::error::{Context, Result};
 use crate::sys::fifo::{self, group_id};
 #[cfg(feature = "bpf")]
 use crate::sys::marker;
-use crate::sys::ownership::Owner;
-use crate::sys::state_dir;
+use crate::sys::ownership::{self, Owner};
 
 /// Make what a configuration needs and only root can: the named pipe, the directory of pinned maps. For the service,
 /// before the daemon starts as an ordinary user.
@@ -30,32 +29,35 @@ impl Prepare {
     pub fn run(self) -> Result<()> {
         let config = Config::load(&self.config)?;
         let owner = Owner::find(&self.user).context(|| format!("--user {}", self.user))?;
-        if let Some(pipe) = &config.named_pipe {
-            prepare_pipe(pipe, owner)?;
-        }
+        let pipe = config.named_pipe.as_ref();
+        let pipe = pipe.map_or(Ok(()), |pipe| prepare_pipe(pipe, owner));
         #[cfg(feature = "bpf")]
-        if let Some(marker) = &config.marker {
-            marker::prepare(&marker.bpf_fs_path, owner)?;
-        }
-        state_dir::prepare(&config.state_dir, owner)
+        let maps = config.marker.as_ref().map_or(Ok(()), |settings| {
+            marker::prepare(&settings.bpf_fs_path, owner)
+        });
+        #[cfg(not(feature = "bpf"))]
+        let maps = Ok(());
+        pipe.and(maps)
     }
 }
 
-/// Also one that is there gets owner, group and mode: the daemon, once it runs, may not.
+/// Also one that is there gets owner, group and mode: the daemon, once it runs, may not. Where others than root may make
+/// files the daemon does it, and links that lead elsewhere are the administrator's.
 fn prepare_pipe(pipe: &config::NamedPipe, owner: Owner) -> Result<()> {
     let what = || {
-        format!(
-            "named pipe {} (plugins.namedPipe.pipePath)",
-            pipe.path.display()
-        )
+        let path = pipe.path.display();
+        format!("named pipe {path} (plugins.namedPipe.pipePath)")
     };
-    let group = pipe.group.as_deref().map(group_id).transpose();
-    let group = group.context(|| {
-        format!(
-            "plugins.namedPipe.group {}",
-            pipe.group.as_deref().unwrap_or_default()
-        )
-    })?;
+    let parent = pipe.path.parent().filter(|p| !p.as_os_str().is_empty());
+    if !ownership::is_roots_alone(parent.unwrap_or(Path::new("."))).context(what)?
+        || pipe.path.is_symlink()
+    {
+        return Ok(());
+    }
+    let group = pipe.group.as_deref();
+    let group =
+        group.map(|group| group_id(group).context(|| format!("plugins.namedPipe.group {group}")));
+    let group = group.transpose()?;
     if let Some(aside) = fifo::ensure(&pipe.path).context(what)?.moved_aside {
         report_moved_aside(&pipe.path, &aside);
     }
@@ -63,7 +65,7 @@ fn prepare_pipe(pipe: &config::NamedPipe, owner: Owner) -> Result<()> {
         group: group.unwrap_or(owner.group),
         ..owner
     };
-    owner.give(&pipe.path, Some(pipe.mode)).context(what)
+    owner.give_fifo(&pipe.path, pipe.mode).context(what)
 }
 
 fn report_moved_aside(path: &Path, aside: &Path) {

@@ -301,7 +301,9 @@ impl Parts {
             match part.kind {
                 Kind::Backend => self.put_backend(part, config, former, inbox)?,
                 _ => {
-                    let kept = self.kept.remove(part.name);
+                    // It is kept until all is well.
+                    let kept = self.kept.get(part.name);
+                    let kept = kept.and_then(|kept| kept.try_clone().ok());
                     let built = build_plugin(part, config, &self.sources, kept)?;
                     built
                         .into_iter()

@@ -150,9 +150,10 @@ impl Sockets {
     fn scan(
         &mut self,
         events: &EventSender,
+        news: bool,
         ends: bool,
     ) -> io::Result<std::result::Result<(), Closed>> {
-        let news = self.news.as_ref();
+        let news = self.news.as_ref().filter(|_| news);
         let of_tcp = news.filter(|news| news.protocol == Protocol::Tcp);
         let (states, extensions) = of_tcp.map_or((0, 0), |news| (news.states, news.extensions));
         let (counters, time) = (&self.counters, now());
@@ -171,8 +172,8 @@ impl Sockets {
                 if socket.info.is_connected() {
                     now_seen.insert(socket.flow);
                 }
-                // What has no more than a state, as in TIME_WAIT, is no news.
-                if states & state != 0 && socket.info.tcp.is_some() {
+                // What only waits for its time to be over is no news.
+                if states & state != 0 && !socket.info.only_waits() {
                     tell(socket);
                 }
             })?;
@@ -188,7 +189,11 @@ impl Sockets {
                 }
             }
         }
-        self.seen = now_seen;
+        match ends || !self.end {
+            true => self.seen = now_seen,
+            // The word of those that are missing may be one that does not say whose it is.
+            false => self.seen.extend(now_seen),
+        }
         self.counters.add(Outcome::Scanned);
         Ok(sent)
     }
@@ -230,23 +235,28 @@ impl Plugin for Sockets {
             self.remember();
         }
         let mut trouble = LogLimit::new(Level::Error, "sockets: failures");
-        let (mut due, mut first) = (Instant::now(), true);
+        let mut due = Instant::now();
         let mut scanned = due;
+        // What was open before the daemon was started may have gone.
+        self.in_doubt = true;
         while !stop.is_set() {
             let Ok(overrun) = self.closed(&events).context(sock_diag)? else {
                 break;
             };
+            self.in_doubt |= overrun;
             let began = Instant::now();
-            if self.in_doubt {
-                due = due.min(scanned + WITHOUT);
-            }
-            if overrun || began >= due {
-                (due, scanned) = (began + self.period, began);
-                let ends = overrun || self.in_doubt || first || self.destroyed.is_none();
-                first = false;
-                self.in_doubt = false;
-                match self.scan(&events, ends) {
-                    Ok(Ok(())) => self.scans.observe(began.elapsed().as_secs_f64()),
+            let news = began >= due;
+            if overrun || news || (self.in_doubt && began >= scanned + WITHOUT) {
+                let ends = self.in_doubt || self.destroyed.is_none();
+                scanned = began;
+                if news {
+                    due = began + self.period;
+                }
+                match self.scan(&events, news, ends) {
+                    Ok(Ok(())) => {
+                        self.in_doubt = false;
+                        self.scans.observe(began.elapsed().as_secs_f64());
+                    }
                     Ok(Err(Closed)) => break,
                     Err(error) => {
                         self.counters.add(Outcome::ScanFailed);
@@ -255,7 +265,11 @@ impl Plugin for Sockets {
                 }
             }
             trouble.tick(began);
-            let rest = due.saturating_duration_since(Instant::now());
+            let next = match self.in_doubt {
+                true => due.min(scanned + WITHOUT),
+                false => due,
+            };
+            let rest = next.saturating_duration_since(Instant::now());
             self.waiter.wait(Some(rest)).context(poll_loop)?;
         }
         trouble.flush();

@@ -59,6 +59,8 @@ struct Closings {
 pub struct Netlink {
     config: config::Connections,
     tracker: Tracker,
+    /// The starts of what was there when the plugin was made.
+    existing: Vec<FlowEvent>,
     local: LocalAddresses,
     dump: Dump,
     destroyed: Option<Destroyed>,
@@ -89,18 +91,26 @@ impl Netlink {
             .ok();
         let patience = destroyed.as_ref().map_or(SignedDuration::ZERO, |_| LATE);
         let mut dump = Dump::open().context(sock_diag)?;
-        dump.sockets(Protocol::Tcp, CONNECTED, NO_EXTENSIONS, |_| {})
-            .context(sock_diag)?;
+        let mut found: Vec<Connection> = Vec::new();
+        dump.sockets(Protocol::Tcp, CONNECTED, NO_EXTENSIONS, |socket| {
+            if socket.info.is_connected() {
+                found.push(socket.into());
+            }
+        })
+        .context(sock_diag)?;
+        let local = LocalAddresses::watch().context(|| "addresses of this host".to_owned())?;
+        let announce = config.announce_existing;
+        let mut tracker = Tracker::new(Origin::Netlink, rules, networks, announce, patience);
+        tracker.begin_scan();
+        let time = now();
+        let is_local = |address: &_| local.contains(address);
+        let starts = found.iter();
+        let starts = starts.filter_map(|found| tracker.open(found, time, is_local));
         Ok(Netlink {
             config: config.clone(),
-            tracker: Tracker::new(
-                Origin::Netlink,
-                rules,
-                networks,
-                config.announce_existing,
-                patience,
-            ),
-            local: LocalAddresses::watch().context(|| "addresses of this host".to_owned())?,
+            existing: starts.collect(),
+            tracker,
+            local,
             dump,
             destroyed,
             waiter,
@@ -133,6 +143,16 @@ impl Netlink {
         Ok(closed)
     }
 
+    /// The ends of what has gone before this plugin runs. Connections that came and went meanwhile are
+    /// those of the one before it, if there was one.
+    fn closed_before(&mut self) -> io::Result<Vec<FlowEvent>> {
+        let mut events = self.closed()?.events;
+        let starts = events.iter().filter(|event| event.state == State::Start);
+        let short: HashSet<Flow> = starts.map(|event| event.flow).collect();
+        events.retain(|event| !short.contains(&event.flow));
+        Ok(events)
+    }
+
     /// What the kernel has told since it was last asked.
     fn closed(&mut self) -> io::Result<Closings> {
         let mut closings = Closings::default();
@@ -154,7 +174,6 @@ impl Netlink {
                 Notified::Nothing => return Ok(closings),
                 Notified::Overrun => {
                     self.counters.add(Outcome::Overrun);
-                    self.tracker.forget_ended();
                     closings.incomplete = true;
                 }
             }
@@ -193,6 +212,11 @@ impl Plugin for Netlink {
             .iter()
             .filter(|(_, open)| open.origin == Origin::Netlink);
         own.for_each(|(flow, _)| self.tracker.resume(*flow));
+        let mut found = std::mem::take(&mut self.existing);
+        found.extend(self.closed_before().context(sock_diag)?);
+        if self.send(found, &events).is_err() {
+            return Ok(());
+        }
         let mut trouble = LogLimit::new(Level::Error, "netlink: failures");
         let mut due = Instant::now();
         while !stop.is_set() {

@@ -318,7 +318,14 @@ pub(super) fn failure(what: &str, error: &libbpf_rs::Error) -> Error {
         }
         _ => "",
     };
-    Error::Failed(format!("{what}: {}{hint}", io_error(error)))
+    let error = io_error(error);
+    // Numbers of libbpf's own: LIBBPF_ERRNO__LIBELF, __FORMAT and so on.
+    if error.raw_os_error().is_some_and(|number| number >= 4000) {
+        return Error::Failed(format!(
+            "{what}: is no object of eBPF programs that libbpf takes"
+        ));
+    }
+    Error::Failed(format!("{what}: {error}{hint}"))
 }
 
 /// The system's error in libbpf-rs's, which tells its number in its text only.

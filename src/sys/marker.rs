@@ -3,16 +3,19 @@
 use std::fs::{self, DirBuilder, File, Permissions};
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::os::unix::fs::{DirBuilderExt, PermissionsExt};
+use std::os::unix::fs::{DirBuilderExt, MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 
 use libbpf_rs::{
     ErrorKind, MapCore, MapFlags, MapHandle, MapType, ObjectBuilder, ProgramType, TC_EGRESS,
     TC_INGRESS, TcHookBuilder, libbpf_sys,
 };
-use nix::fcntl::{Flock, FlockArg};
+use nix::dir::Dir;
+use nix::errno::Errno;
+use nix::fcntl::{Flock, FlockArg, OFlag, openat};
 use nix::mount::{MsFlags, mount};
-use nix::sys::statfs::{BPF_FS_MAGIC, statfs};
+use nix::sys::stat::{Mode, mkdirat};
+use nix::sys::statfs::{BPF_FS_MAGIC, fstatfs, statfs};
 
 use super::clsact;
 use super::interfaces::Interface;
@@ -316,25 +319,54 @@ fn ensure_bpffs(path: &Path) -> Result<()> {
     Ok(())
 }
 
-/// Makes the directory of the pinned maps for a daemon that is not root's. systemd mounts the bpffs for root alone: it
-/// becomes one that others may pass through, what lies in it has owners and modes of its own.
+/// Makes the directory of the pinned maps for a daemon that is not root's, and gives it what a daemon of root's
+/// has left there. systemd mounts the bpffs for root alone: it becomes one that others may pass through, what
+/// lies in it has owners and modes of its own.
 pub fn prepare(bpffs: &Path, owner: Owner) -> Result<()> {
     ensure_bpffs(bpffs)?;
     let what = || format!("{} (backends.marker.bpfFsPath)", bpffs.display());
-    let mode = fs::metadata(bpffs).context(what)?.permissions().mode();
+    prepare_below(bpffs, owner).context(what)
+}
+
+/// Every step by what is open: whoever owns a directory may put a symbolic link in place of what was in it.
+fn prepare_below(bpffs: &Path, owner: Owner) -> io::Result<()> {
+    let mut directory = File::open(bpffs)?;
+    let mode = directory.metadata()?.permissions().mode();
     if mode & 0o111 != 0o111 {
-        fs::set_permissions(bpffs, Permissions::from_mode(mode | 0o111)).context(what)?;
+        directory.set_permissions(Permissions::from_mode(mode | 0o111))?;
     }
-    let directory = pin_directory(bpffs)?;
-    let maps = fs::read_dir(&directory).context(what)?;
-    let maps = maps.filter_map(|entry| Some(entry.ok()?.path()));
-    let parent = directory.parent().map(Path::to_owned);
-    for path in maps.chain([directory.clone()]).chain(parent) {
-        owner
-            .give_of_root(&path)
-            .context(|| path.display().to_string())?;
+    let flags = OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
+    for name in Path::new(PIN_DIR) {
+        match mkdirat(&directory, name, Mode::from_bits_truncate(0o755)) {
+            Ok(()) | Err(Errno::EEXIST) => {}
+            Err(error) => return Err(error.into()),
+        }
+        let flags = flags | OFlag::O_DIRECTORY | OFlag::O_RDONLY;
+        directory = openat(&directory, name, flags, Mode::empty())?.into();
+        give_of_root(&directory, owner)?;
+    }
+    for entry in Dir::from_fd(directory.try_clone()?.into())?.iter() {
+        let name = entry?.file_name().to_owned();
+        if !name.to_bytes().starts_with(b".") {
+            let entry = openat(
+                &directory,
+                name.as_c_str(),
+                flags | OFlag::O_PATH,
+                Mode::empty(),
+            )?;
+            give_of_root(&entry.into(), owner)?;
+        }
     }
     Ok(())
+}
+
+fn give_of_root(open: &File, owner: Owner) -> io::Result<()> {
+    let found = open.metadata()?;
+    let is_bpffs = fstatfs(open)?.filesystem_type() == BPF_FS_MAGIC;
+    match is_bpffs && !found.is_symlink() && found.uid() == 0 {
+        true => owner.give(open),
+        false => Ok(()),
+    }
 }
 
 fn pin_directory(bpffs: &Path) -> Result<PathBuf> {

@@ -1,13 +1,14 @@
-//! Files that root makes for an ordinary user.
+//! Files that root makes for an ordinary user, who is not to choose which.
 
-use std::fs::{self, OpenOptions};
+use std::fs::{self, File, OpenOptions};
 use std::io;
-use std::os::fd::AsRawFd;
-use std::os::unix::fs::{MetadataExt, OpenOptionsExt, PermissionsExt, chown};
+use std::os::fd::{AsFd, AsRawFd};
+use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt, PermissionsExt};
 use std::path::Path;
 
+use nix::fcntl::AtFlags;
 use nix::libc;
-use nix::unistd::{Gid, Uid, User};
+use nix::unistd::{Gid, Uid, User, fchownat};
 
 /// A user and the group of that user.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -19,19 +20,18 @@ pub struct Owner {
 }
 
 impl Owner {
-    /// By name, or by number.
+    /// By name, or by number, which needs no entry in the user database.
     pub fn find(user: &str) -> io::Result<Owner> {
-        let found = match user.parse() {
-            Ok(id) => User::from_uid(Uid::from_raw(id))?,
-            Err(_) => User::from_name(user)?,
-        };
         let number = user.parse().ok();
+        let found = match number {
+            Some(id) => User::from_uid(Uid::from_raw(id))?,
+            None => User::from_name(user)?,
+        };
         match (found, number) {
             (Some(found), _) => Ok(Owner {
                 user: found.uid,
                 group: found.gid,
             }),
-            // A number needs no entry in the user database.
             (None, Some(id)) => Ok(Owner {
                 user: Uid::from_raw(id),
                 group: Gid::from_raw(id),
@@ -40,32 +40,74 @@ impl Owner {
         }
     }
 
-    /// Gives the file or directory at `path` to them, with `mode` if there is one. A symbolic link is an
-    /// error: whoever made it is not to choose what is given away.
-    pub fn give(&self, path: &Path, mode: Option<u32>) -> io::Result<()> {
-        let handle = OpenOptions::new()
-            .read(true)
-            .custom_flags(libc::O_PATH | libc::O_NOFOLLOW)
-            .open(path)?;
-        if handle.metadata()?.is_symlink() {
-            return Err(io::Error::from_raw_os_error(libc::ELOOP));
-        }
-        let handle_path = format!("/proc/self/fd/{}", handle.as_raw_fd());
-        let (user, group) = (self.user.as_raw(), self.group.as_raw());
-        chown(&handle_path, Some(user), Some(group))?;
-        match mode {
-            Some(mode) => fs::set_permissions(&handle_path, PermissionsExt::from_mode(mode)),
-            None => Ok(()),
-        }
+    /// Gives them what is open.
+    pub fn give(&self, open: impl AsFd) -> io::Result<()> {
+        let (user, group) = (Some(self.user), Some(self.group));
+        fchownat(open, "", user, group, AtFlags::AT_EMPTY_PATH)?;
+        Ok(())
     }
 
-    /// The same, if it is there and root's.
-    pub fn give_of_root(&self, path: &Path) -> io::Result<()> {
-        match fs::symlink_metadata(path) {
-            Ok(there) if there.uid() == 0 => self.give(path, None),
-            Ok(_) => Ok(()),
-            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
-            Err(error) => Err(error),
+    /// Gives them a FIFO, with `mode`.
+    pub fn give_fifo(&self, path: &Path, mode: u32) -> io::Result<()> {
+        let fifo = open_path(path)?;
+        if !fifo.metadata()?.file_type().is_fifo() {
+            return Err(io::Error::other("is no FIFO"));
         }
+        self.give(&fifo)?;
+        let open = format!("/proc/self/fd/{}", fifo.as_raw_fd());
+        fs::set_permissions(open, PermissionsExt::from_mode(mode))
+    }
+}
+
+/// What lies at a path, not what a symbolic link there leads to; for everything but its content.
+fn open_path(path: &Path) -> io::Result<File> {
+    let flags = libc::O_PATH | libc::O_NOFOLLOW;
+    OpenOptions::new().read(true).custom_flags(flags).open(path)
+}
+
+/// Whether nobody but root can change what lies in a directory, or which directory that is.
+pub fn is_roots_alone(directory: &Path) -> io::Result<bool> {
+    let directory = fs::canonicalize(directory)?;
+    for directory in directory.ancestors() {
+        let found = fs::metadata(directory)?;
+        if found.uid() != 0 || found.mode() & 0o022 != 0 {
+            return Ok(false);
+        }
+    }
+    Ok(true)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn users_by_name_and_by_number() {
+        assert_eq!(Owner::find("root").unwrap().user, Uid::from_raw(0));
+        assert_eq!(Owner::find("64123").unwrap().group, Gid::from_raw(64123));
+        assert!(Owner::find("nobody-of-this-name").is_err());
+    }
+
+    #[test]
+    fn what_others_may_change_is_not_roots_alone() {
+        assert!(is_roots_alone(Path::new("/usr/bin")).unwrap());
+        assert!(!is_roots_alone(&std::env::temp_dir()).unwrap());
+    }
+
+    #[test]
+    fn only_a_fifo_is_given_away() {
+        let folder = tempfile::tempdir().unwrap();
+        let owner = Owner {
+            user: nix::unistd::getuid(),
+            group: nix::unistd::getgid(),
+        };
+        let path = |name: &str| folder.path().join(name);
+        nix::unistd::mkfifo(&path("fifo"), nix::sys::stat::Mode::S_IRWXU).unwrap();
+        fs::write(path("file"), "").unwrap();
+        std::os::unix::fs::symlink(path("fifo"), path("link")).unwrap();
+        owner.give_fifo(&path("fifo"), 0o622).unwrap();
+        assert_eq!(fs::metadata(path("fifo")).unwrap().mode() & 0o777, 0o622);
+        assert!(owner.give_fifo(&path("file"), 0o622).is_err());
+        assert!(owner.give_fifo(&path("link"), 0o666).is_err());
     }
 }

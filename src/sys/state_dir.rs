@@ -8,7 +8,6 @@ use std::path::Path;
 use nix::errno::Errno;
 use nix::fcntl::{Flock, FlockArg};
 
-use super::ownership::Owner;
 use crate::error::{Context, Error, Result};
 
 /// Held as long as the daemon runs; the kernel releases it however the daemon ends.
@@ -51,17 +50,6 @@ pub fn lock(directory: &Path) -> Result<Lock> {
     let _ = io::Seek::rewind(&mut *file);
     let _ = writeln!(file, "{}", std::process::id());
     Ok(Lock { _file: file })
-}
-
-/// Gives the owner of the directory what a daemon that root has run by hand has left in it.
-pub fn prepare(directory: &Path, owner: Owner) -> Result<()> {
-    for name in ["journal", "journal.new", "lock", "label-key"] {
-        let path = directory.join(name);
-        owner
-            .give_of_root(&path)
-            .context(|| path.display().to_string())?;
-    }
-    Ok(())
 }
 
 /// The key of the entropy bits of flow labels: random, and kept in the state directory so that labels survive restarts.

@@ -54,7 +54,7 @@ def file_system(unit):
     if ctypes.CDLL(None, use_errno=True).unshare(0x00020000) != 0:  # CLONE_NEWNS
         raise OSError(ctypes.get_errno(), "unshare")
     mount("--make-rprivate", "/")
-    mount("-t", "tmpfs", "tmpfs", "/run")
+    mount("-t", "tmpfs", "-o", "mode=755", "tmpfs", "/run")
     # As systemd does.
     mount("-t", "bpf", "-o", "mode=700", "bpf", "/sys/fs/bpf")
     writable = []

@@ -44,7 +44,9 @@ pub fn firefly(raw: raw::Firefly) -> Result<Firefly> {
         );
         return error("backends.firefly.collectorAddress", message);
     }
-    if bare.contains(':') && bare.parse::<IpAddr>().is_err() {
+    // The zone of a link-local address is left to the resolver.
+    let address = bare.split_once('%').map_or(bare, |(address, _)| address);
+    if address.contains(':') && address.parse::<IpAddr>().is_err() {
         let message = format!(
             "\"{}\" is neither an address nor a host name: the port is collectorPort",
             host.escape_debug()
