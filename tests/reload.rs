@@ -8,6 +8,7 @@ mod prog_run;
 
 use std::collections::HashSet;
 use std::fs;
+use std::io::Write;
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
@@ -268,6 +269,37 @@ fn a_refused_reload_loses_no_line_and_leaves_the_pipe_as_it_was() {
     daemon.expect_status(&format!("flows_open {FLOWS}"));
     let mode = fs::metadata(home.pipe()).unwrap().permissions().mode();
     assert_eq!(mode & 0o777, 0o666);
+    daemon.stop();
+}
+
+/// A line that is being written while the reader of the pipe changes.
+#[test]
+#[ignore = "needs root: network namespaces"]
+fn a_line_is_whole_though_its_reader_changes_in_the_middle() {
+    let hosts = Hosts::new();
+    let home = Home::with("backends: {dummy: }\n");
+    let daemon = home.start(&hosts.here);
+    let pipe = home.pipe().display().to_string();
+    let mut writer = home.writer();
+    for (n, mode) in ["0622", "0666", "0620"].into_iter().enumerate() {
+        let line = lines("start", n..n + 1, "2 9");
+        let (first, second) = line.split_at(10 + n);
+        writer.write_all(first.as_bytes()).unwrap();
+        home.configure_plugins(
+            &format!("  namedPipe: {{pipePath: {pipe}, mode: '{mode}'}}\n"),
+            "backends: {dummy: }\n",
+        );
+        daemon.signal(Signal::SIGHUP);
+        std::thread::sleep(Duration::from_millis(100));
+        // The line after it is for the next reader.
+        let next = lines("start", 100 + n..101 + n, "2 9");
+        writer
+            .write_all((second.to_owned() + &next).as_bytes())
+            .unwrap();
+        daemon.expect_notice("READY=1");
+        daemon.expect_status(&format!("flows_open {}", 2 * (n + 1)));
+    }
+    assert!(!home.log().contains("rejected"), "{}", home.log());
     daemon.stop();
 }
 

@@ -8,6 +8,7 @@ use std::io::{self, Read};
 use std::os::fd::AsFd;
 use std::os::unix::fs::PermissionsExt;
 use std::sync::Arc;
+use std::thread;
 use std::time::{Duration, Instant};
 
 use jiff::Timestamp;
@@ -203,7 +204,13 @@ impl Plugin for NamedPipe {
             );
         }
         let deadline = Instant::now() + DRAIN;
-        let mut sources: Vec<(&File, Lines)> = vec![(pipe.file(), lines)];
+        let mut sources: Vec<(&File, Lines)> = Vec::new();
+        match self.handover.is_begun() {
+            // Who takes over goes on with the next line.
+            true if lines.finish_line(pipe.file(), &mut intake).is_err() => return Ok(()),
+            true => {}
+            false => sources.push((pipe.file(), lines)),
+        }
         sources.extend(
             retired
                 .iter_mut()
@@ -301,23 +308,43 @@ impl Lines {
                     self.finish(intake)?;
                     return Ok(Reading::Ended);
                 }
-                Ok(n) => {
-                    self.last = Instant::now();
-                    let now = now();
-                    let mut result = Ok(());
-                    self.buffer.commit(n, |line| {
-                        if result.is_ok() {
-                            result = intake.take(line, now);
-                        }
-                    });
-                    result?;
-                }
+                Ok(n) => self.take(n, intake)?,
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
                 // Reading a FIFO has no other error that waiting would not cure.
                 Err(_) => return Ok(Reading::Empty),
             }
         }
         Ok(Reading::More)
+    }
+
+    /// Reads the rest of a line that has begun, if there is one and it comes soon, and not a byte more.
+    fn finish_line(
+        &mut self,
+        mut file: &File,
+        intake: &mut Intake<'_>,
+    ) -> std::result::Result<(), Closed> {
+        while self.buffer.has_partial() && self.last.elapsed() < LINE_PATIENCE {
+            match file.read(&mut self.buffer.space()[..1]) {
+                Ok(0) => break,
+                Ok(n) => self.take(n, intake)?,
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(_) => thread::sleep(Duration::from_millis(1)),
+            }
+        }
+        self.finish(intake)
+    }
+
+    /// Bytes that have come.
+    fn take(&mut self, n: usize, intake: &mut Intake<'_>) -> std::result::Result<(), Closed> {
+        self.last = Instant::now();
+        let now = now();
+        let mut result = Ok(());
+        self.buffer.commit(n, |line| {
+            if result.is_ok() {
+                result = intake.take(line, now);
+            }
+        });
+        result
     }
 
     /// A writer that left without a newline has said all it had to say.
