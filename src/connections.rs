@@ -69,7 +69,7 @@ impl Rule {
 
 /// How long a connection that was ended without word of its socket, which its owner may keep, is known for the
 /// sake of that word, unless so many others end.
-const ENDED_MEMORY: Duration = Duration::from_secs(3600);
+const ENDED_MEMORY: Duration = Duration::from_secs(600);
 const ENDED_MOST: usize = 1 << 14;
 
 /// What is known of a connection.
@@ -149,6 +149,7 @@ impl Tracker {
             known.missing = None;
             return None;
         }
+        self.ended.remove(&connection.flow);
         let tag = self.tag(connection, is_local)?;
         let announced = self.announce_existing || scan > 1;
         let known = Known {

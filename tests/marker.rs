@@ -732,7 +732,7 @@ fn run_clean(hosts: &Hosts, bpffs: &BpfFs, arguments: &[&str]) -> (Option<i32>, 
 fn who_prepares_follows_no_link() {
     use std::os::unix::fs::{MetadataExt, chown, symlink};
     const USER: u32 = 64123;
-    let bpffs = BpfFs::new();
+    let bpffs = BpfFs::of_root();
     let home = Home::with(&format!(
         "backends: {{marker: {{bpfFsPath: {}, targetInterfaces: [lo]}}}}\n",
         bpffs.path().display()
@@ -766,17 +766,34 @@ fn who_prepares_follows_no_link() {
     for path in [&elsewhere, &elsewhere.join("secret")] {
         assert_eq!(std::fs::metadata(path).unwrap().uid(), 0);
     }
-    // A pipe where others may make files is theirs to make.
-    let open = home.path("open");
-    std::fs::create_dir(&open).unwrap();
-    chown(&open, Some(USER), None).unwrap();
-    let pipe = open.join("pipe").display().to_string();
-    home.configure_plugins(
-        &format!("  namedPipe: {{pipePath: {pipe}}}\n"),
-        "backends: {dummy: }\n",
-    );
-    assert_eq!(prepare(), (true, String::new()));
-    assert!(!open.join("pipe").exists());
+    // A pipe where others may make files is theirs to make, wherever their links lead.
+    let root = tempfile::tempdir_in("/run").unwrap();
+    let path = |name: &str| root.path().join(name);
+    for name in ["victim", "theirs"] {
+        std::fs::create_dir(path(name)).unwrap();
+    }
+    std::fs::write(path("victim/f"), "").unwrap();
+    symlink(path("victim"), path("theirs/sub")).unwrap();
+    chown(path("theirs"), Some(USER), None).unwrap();
+    for (pipe, made) in [
+        ("theirs/pipe", false),
+        ("theirs/sub/f", false),
+        ("theirs/sub/new", false),
+        ("theirs/not/there", false),
+        ("not/there/pipe", true),
+    ] {
+        let shown = path(pipe).display().to_string();
+        home.configure_plugins(
+            &format!("  namedPipe: {{pipePath: {shown}}}\n"),
+            "backends: {dummy: }\n",
+        );
+        assert_eq!(prepare(), (true, String::new()), "{pipe}");
+        let found = std::fs::metadata(path(pipe));
+        let is_theirs = found.is_ok_and(|found| found.uid() == USER);
+        assert_eq!(is_theirs, made, "{pipe}");
+    }
+    assert_eq!(std::fs::read_dir(path("victim")).unwrap().count(), 1);
+    assert_eq!(std::fs::read_dir(path("theirs")).unwrap().count(), 1);
 }
 
 #[test]

@@ -300,6 +300,25 @@ fn a_line_is_whole_though_its_reader_changes_in_the_middle() {
         daemon.expect_status(&format!("flows_open {}", 2 * (n + 1)));
     }
     assert!(!home.log().contains("rejected"), "{}", home.log());
+    // Who never ends a line does not keep the next one waiting.
+    let done = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            while !done.load(Ordering::Relaxed) {
+                writer.write_all(b"x").unwrap();
+                std::thread::sleep(Duration::from_millis(50));
+            }
+        });
+        home.configure_plugins(
+            &format!("  namedPipe: {{pipePath: {pipe}, mode: '0600'}}\n"),
+            "backends: {dummy: }\n",
+        );
+        daemon.signal(Signal::SIGHUP);
+        daemon.expect_notice("RELOADING=1");
+        daemon.expect_notice("READY=1");
+        done.store(true, Ordering::Relaxed);
+    });
+    assert!(!home.log().contains("did not end"), "{}", home.log());
     daemon.stop();
 }
 
@@ -446,7 +465,8 @@ fn a_hundred_reloads_leak_nothing() {
     }
     wait_for("threads and file descriptors as before", || {
         let now = threads_and_fds(&daemon);
-        (now.0 <= before.0 && now.1 <= before.1).then_some(())
+        // A leak is one a reload at least; some come and go.
+        (now.0 <= before.0 + 10 && now.1 <= before.1 + 30).then_some(())
     });
     let after = resident(&daemon);
     assert!(after < memory + 3000, "{after} kB after {memory} kB");

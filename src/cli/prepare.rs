@@ -48,24 +48,27 @@ fn prepare_pipe(pipe: &config::NamedPipe, owner: Owner) -> Result<()> {
         let path = pipe.path.display();
         format!("named pipe {path} (plugins.namedPipe.pipePath)")
     };
-    let parent = pipe.path.parent().filter(|p| !p.as_os_str().is_empty());
-    if !ownership::is_roots_alone(parent.unwrap_or(Path::new("."))).context(what)?
-        || pipe.path.is_symlink()
-    {
+    let parent = pipe.path.parent().unwrap_or(Path::new(""));
+    let parent = ownership::roots_alone(parent).context(what)?;
+    let (Some(parent), Some(name)) = (parent, pipe.path.file_name()) else {
+        return Ok(());
+    };
+    let path = parent.join(name);
+    if path.is_symlink() {
         return Ok(());
     }
     let group = pipe.group.as_deref();
     let group =
         group.map(|group| group_id(group).context(|| format!("plugins.namedPipe.group {group}")));
     let group = group.transpose()?;
-    if let Some(aside) = fifo::ensure(&pipe.path).context(what)?.moved_aside {
-        report_moved_aside(&pipe.path, &aside);
+    if let Some(aside) = fifo::ensure(&path).context(what)?.moved_aside {
+        report_moved_aside(&path, &aside);
     }
     let owner = Owner {
         group: group.unwrap_or(owner.group),
         ..owner
     };
-    owner.give_fifo(&pipe.path, pipe.mode).context(what)
+    owner.give_fifo(&path, pipe.mode).context(what)
 }
 
 fn report_moved_aside(path: &Path, aside: &Path) {

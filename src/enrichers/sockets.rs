@@ -254,7 +254,7 @@ impl Plugin for Sockets {
                 }
                 match self.scan(&events, news, ends) {
                     Ok(Ok(())) => {
-                        self.in_doubt = false;
+                        self.in_doubt = self.end && self.destroyed.is_none();
                         self.scans.observe(began.elapsed().as_secs_f64());
                     }
                     Ok(Err(Closed)) => break,

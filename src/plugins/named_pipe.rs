@@ -323,7 +323,8 @@ impl Lines {
         mut file: &File,
         intake: &mut Intake<'_>,
     ) -> std::result::Result<(), Closed> {
-        while self.buffer.has_partial() && self.last.elapsed() < LINE_PATIENCE {
+        let deadline = Instant::now() + LINE_PATIENCE;
+        while self.buffer.has_partial() && Instant::now() < deadline {
             match file.read(&mut self.buffer.space()[..1]) {
                 Ok(0) => break,
                 Ok(n) => self.take(n, intake)?,

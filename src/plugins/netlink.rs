@@ -147,9 +147,12 @@ impl Netlink {
     /// those of the one before it, if there was one.
     fn closed_before(&mut self) -> io::Result<Vec<FlowEvent>> {
         let mut events = self.closed()?.events;
-        let starts = events.iter().filter(|event| event.state == State::Start);
-        let short: HashSet<Flow> = starts.map(|event| event.flow).collect();
-        events.retain(|event| !short.contains(&event.flow));
+        // Their end comes right behind their start.
+        let mut short = false;
+        events.retain(|event| {
+            let before = std::mem::replace(&mut short, event.state == State::Start);
+            !before && !short
+        });
         Ok(events)
     }
 

@@ -20,7 +20,7 @@ use nix::sys::statfs::{BPF_FS_MAGIC, fstatfs, statfs};
 use super::clsact;
 use super::interfaces::Interface;
 use super::mark_maps::{Maps, PIN_DIR, UNMARKED, failure, io_error};
-use super::ownership::Owner;
+use super::ownership::{self, Owner};
 use crate::config::{Marker as Settings, Strategy};
 use crate::error::{Context, Error, Result};
 
@@ -312,7 +312,7 @@ fn ensure_bpffs(path: &Path) -> Result<()> {
         .recursive(true)
         .create(path)
         .context(|| format!("{shown} (backends.marker.bpfFsPath)"))?;
-    mount(Some("bpffs"), path, Some("bpf"), MsFlags::empty(), None::<&str>).map_err(|errno| {
+    mount(Some("bpffs"), path, Some("bpf"), MsFlags::empty(), Some("mode=0711")).map_err(|errno| {
         Error::Failed(format!("{shown} (backends.marker.bpfFsPath) is no bpffs and cannot be made one: {errno}; needed: mount -t bpf bpffs {shown}"))
     })?;
     log::info!("mounted a bpffs on {shown}");
@@ -323,14 +323,28 @@ fn ensure_bpffs(path: &Path) -> Result<()> {
 /// has left there. systemd mounts the bpffs for root alone: it becomes one that others may pass through, what
 /// lies in it has owners and modes of its own.
 pub fn prepare(bpffs: &Path, owner: Owner) -> Result<()> {
-    ensure_bpffs(bpffs)?;
     let what = || format!("{} (backends.marker.bpfFsPath)", bpffs.display());
-    prepare_below(bpffs, owner).context(what)
+    let parent = ownership::roots_alone(bpffs.parent().unwrap_or(bpffs)).context(what)?;
+    let (Some(parent), Some(name)) = (parent, bpffs.file_name()) else {
+        return Err(Error::Failed(format!(
+            "{}: others than root can make files on the way there",
+            what()
+        )));
+    };
+    let bpffs = parent.join(name);
+    if bpffs.is_symlink() {
+        return Err(io::Error::from_raw_os_error(nix::libc::ELOOP)).context(what);
+    }
+    ensure_bpffs(&bpffs)?;
+    prepare_below(&bpffs, owner).context(what)
 }
 
 /// Every step by what is open: whoever owns a directory may put a symbolic link in place of what was in it.
 fn prepare_below(bpffs: &Path, owner: Owner) -> io::Result<()> {
     let mut directory = File::open(bpffs)?;
+    if fstatfs(&directory)?.filesystem_type() != BPF_FS_MAGIC {
+        return Err(io::Error::other("is no bpffs"));
+    }
     let mode = directory.metadata()?.permissions().mode();
     if mode & 0o111 != 0o111 {
         directory.set_permissions(Permissions::from_mode(mode | 0o111))?;
@@ -344,6 +358,10 @@ fn prepare_below(bpffs: &Path, owner: Owner) -> io::Result<()> {
         let flags = flags | OFlag::O_DIRECTORY | OFlag::O_RDONLY;
         directory = openat(&directory, name, flags, Mode::empty())?.into();
         give_of_root(&directory, owner)?;
+        if directory.metadata()?.uid() != owner.user.as_raw() {
+            let message = format!("{} in it is another user's", name.display());
+            return Err(io::Error::other(message));
+        }
     }
     for entry in Dir::from_fd(directory.try_clone()?.into())?.iter() {
         let name = entry?.file_name().to_owned();
@@ -363,7 +381,8 @@ fn prepare_below(bpffs: &Path, owner: Owner) -> io::Result<()> {
 fn give_of_root(open: &File, owner: Owner) -> io::Result<()> {
     let found = open.metadata()?;
     let is_bpffs = fstatfs(open)?.filesystem_type() == BPF_FS_MAGIC;
-    match is_bpffs && !found.is_symlink() && found.uid() == 0 {
+    let is_one = found.is_dir() || (found.is_file() && found.nlink() == 1);
+    match is_bpffs && is_one && found.uid() == 0 {
         true => owner.give(open),
         false => Ok(()),
     }

@@ -1,14 +1,17 @@
 //! Files that root makes for an ordinary user, who is not to choose which.
 
-use std::fs::{self, File, OpenOptions};
+use std::fs::{self, DirBuilder, File, OpenOptions};
 use std::io;
 use std::os::fd::{AsFd, AsRawFd};
-use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt, PermissionsExt};
-use std::path::Path;
+use std::os::unix::fs::{DirBuilderExt, FileTypeExt, MetadataExt, OpenOptionsExt, PermissionsExt};
+use std::path::{Component, Path, PathBuf};
 
 use nix::fcntl::AtFlags;
 use nix::libc;
 use nix::unistd::{Gid, Uid, User, fchownat};
+
+/// Symbolic links on the way to a file, at most, as in Linux.
+const LINKS_MOST: usize = 40;
 
 /// A user and the group of that user.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -65,16 +68,46 @@ fn open_path(path: &Path) -> io::Result<File> {
     OpenOptions::new().read(true).custom_flags(flags).open(path)
 }
 
-/// Whether nobody but root can change what lies in a directory, or which directory that is.
-pub fn is_roots_alone(directory: &Path) -> io::Result<bool> {
-    let directory = fs::canonicalize(directory)?;
-    for directory in directory.ancestors() {
-        let found = fs::metadata(directory)?;
-        if found.uid() != 0 || found.mode() & 0o022 != 0 {
-            return Ok(false);
+/// Where a directory is that nobody but root can replace, with all that leads to it; it is made if it is not
+/// there. `None` if others can make files on the way, so that they could have a hand in where it leads.
+pub fn roots_alone(directory: &Path) -> io::Result<Option<PathBuf>> {
+    let mut way: Vec<PathBuf> = vec![std::path::absolute(directory)?];
+    let mut at = PathBuf::from("/");
+    let mut links = 0;
+    while let Some(rest) = way.pop() {
+        let mut components = rest.components();
+        let Some(next) = components.next() else {
+            continue;
+        };
+        way.push(components.as_path().to_owned());
+        let below = match next {
+            Component::RootDir => PathBuf::from("/"),
+            Component::ParentDir => at.parent().unwrap_or(&at).to_owned(),
+            next => at.join(next),
+        };
+        let found = match fs::symlink_metadata(&below) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {
+                DirBuilder::new().mode(0o755).create(&below)?;
+                fs::symlink_metadata(&below)?
+            }
+            found => found?,
+        };
+        if found.is_symlink() {
+            links += 1;
+            if links > LINKS_MOST {
+                return Err(io::Error::from_raw_os_error(libc::ELOOP));
+            }
+            // It lies in a directory of root's alone.
+            way.push(fs::read_link(&below)?);
+        } else if !found.is_dir() {
+            return Err(io::Error::from_raw_os_error(libc::ENOTDIR));
+        } else if found.uid() != 0 || found.mode() & 0o022 != 0 {
+            return Ok(None);
+        } else {
+            at = below;
         }
     }
-    Ok(true)
+    Ok(Some(at))
 }
 
 #[cfg(test)]
@@ -90,8 +123,15 @@ mod tests {
 
     #[test]
     fn what_others_may_change_is_not_roots_alone() {
-        assert!(is_roots_alone(Path::new("/usr/bin")).unwrap());
-        assert!(!is_roots_alone(&std::env::temp_dir()).unwrap());
+        assert_eq!(
+            roots_alone(Path::new("/usr/bin/../lib")).unwrap(),
+            Some("/usr/lib".into())
+        );
+        assert_eq!(roots_alone(&std::env::temp_dir()).unwrap(), None);
+        assert_eq!(
+            roots_alone(&std::env::temp_dir().join("not/there")).unwrap(),
+            None
+        );
     }
 
     #[test]

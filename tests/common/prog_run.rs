@@ -17,7 +17,15 @@ pub struct BpfFs(pub TempDir);
 
 impl BpfFs {
     pub fn new() -> BpfFs {
-        let dir = tempfile::tempdir().unwrap();
+        BpfFs::mount(tempfile::tempdir().unwrap())
+    }
+
+    /// Where none but root can make files on the way.
+    pub fn of_root() -> BpfFs {
+        BpfFs::mount(tempfile::tempdir_in("/run").unwrap())
+    }
+
+    fn mount(dir: TempDir) -> BpfFs {
         let mounted = Command::new("mount")
             .args(["-t", "bpf", "bpffs"])
             .arg(dir.path())
