@@ -251,12 +251,11 @@ fn listen_prints_a_line_a_firefly() {
             .spawn()
             .unwrap();
         let lines = BufReader::new(child.stdout.take().unwrap()).lines();
-        // Until its port is bound.
+        // Until its port is bound: to try it could take it away.
         wait_for("the listener", || {
-            let bound = hosts
-                .there
-                .enter(|| std::net::UdpSocket::bind("[2001:db8::2]:10514"));
-            bound.is_err().then_some(())
+            let sockets = format!("/proc/{}/net/udp6", child.id());
+            let sockets = std::fs::read_to_string(sockets).ok()?;
+            sockets.contains(&format!(":{:04X} ", 10514)).then_some(())
         });
         (child, lines)
     };
