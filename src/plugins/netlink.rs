@@ -91,13 +91,7 @@ impl Netlink {
             .ok();
         let patience = destroyed.as_ref().map_or(SignedDuration::ZERO, |_| LATE);
         let mut dump = Dump::open().context(sock_diag)?;
-        let mut found: Vec<Connection> = Vec::new();
-        dump.sockets(Protocol::Tcp, CONNECTED, NO_EXTENSIONS, |socket| {
-            if socket.info.is_connected() {
-                found.push(socket.into());
-            }
-        })
-        .context(sock_diag)?;
+        let found = connections(&mut dump).context(sock_diag)?;
         let local = LocalAddresses::watch().context(|| "addresses of this host".to_owned())?;
         let announce = config.announce_existing;
         let mut tracker = Tracker::new(Origin::Netlink, rules, networks, announce, patience);
@@ -123,13 +117,7 @@ impl Netlink {
     fn scan(&mut self) -> io::Result<Closings> {
         self.local.refresh();
         connection_rules::refresh(&self.config.rules, &mut self.tracker.rules);
-        let mut found: Vec<Connection> = Vec::new();
-        self.dump
-            .sockets(Protocol::Tcp, CONNECTED, NO_EXTENSIONS, |socket| {
-                if socket.info.is_connected() {
-                    found.push(socket.into());
-                }
-            })?;
+        let found = connections(&mut self.dump)?;
         // What went while the kernel was counting is known before anything is concluded from it.
         let mut closed = self.closed()?;
         let time = now();
@@ -193,6 +181,17 @@ impl Netlink {
         }
         Ok(())
     }
+}
+
+/// The connections of this host.
+fn connections(dump: &mut Dump) -> io::Result<Vec<Connection>> {
+    let mut found = Vec::new();
+    dump.sockets(Protocol::Tcp, CONNECTED, NO_EXTENSIONS, |socket| {
+        if socket.info.is_connected() {
+            found.push(socket.into());
+        }
+    })?;
+    Ok(found)
 }
 
 fn poll_loop() -> String {
