@@ -226,50 +226,46 @@ fn mapped(message: &Message<'_>) -> Option<IpAddr> {
     Some(address.ip().to_canonical())
 }
 
+/// A mapping that a thread keeps up to date.
+type Shared = Arc<ArcSwap<Mapping>>;
+
 /// What was found last, and by which settings.
 #[derive(Clone, Default)]
-pub struct Known(Arc<ArcSwap<Vec<(Stun, Mapping)>>>);
+pub struct Known(Arc<ArcSwap<Vec<(Stun, Shared)>>>);
 
 /// Settings whose addresses are kept: a reload that is refused goes back to those before.
 const KEPT: usize = 2;
 
 impl Known {
-    /// What is known by these settings.
-    fn get(&self, settings: &Stun) -> Option<Mapping> {
+    /// What is known by these settings: at first the manual mapping.
+    fn by(&self, settings: &Stun) -> Shared {
         let known = self.0.load();
         let found = known.iter().find(|(known, _)| known == settings);
-        found.map(|(_, mapping)| mapping.clone())
-    }
-
-    fn put(&self, settings: &Stun, mapping: Mapping) {
-        self.0.rcu(|known| {
-            let others = known.iter().filter(|(known, _)| known != settings);
-            let others = others.take(KEPT - 1).cloned();
-            let this = (settings.clone(), mapping.clone());
-            std::iter::once(this).chain(others).collect::<Vec<_>>()
-        });
+        let found = found.map(|(_, mapping)| Arc::clone(mapping));
+        let found =
+            found.unwrap_or_else(|| Arc::new(ArcSwap::from_pointee(settings.manual.clone())));
+        let others = known.iter().filter(|(known, _)| known != settings);
+        let this = (settings.clone(), Arc::clone(&found));
+        let kept = std::iter::once(this).chain(others.take(KEPT - 1).cloned());
+        self.0.store(Arc::new(kept.collect()));
+        found
     }
 }
 
 /// The mapping, kept up to date by a thread that ends with the value.
 pub struct PublicAddresses {
-    settings: Stun,
-    known: Known,
+    mapping: Shared,
     _stop: Sender<()>,
 }
 
 impl PublicAddresses {
     /// Starts looking; until something is found there is the manual mapping, or what is `known` by the same
     /// settings.
-    pub fn start(settings: Stun, known: Known) -> io::Result<PublicAddresses> {
+    pub fn start(settings: Stun, known: &Known) -> io::Result<PublicAddresses> {
         let (stop, stopped) = bounded(0);
         let changes = interfaces::watch()?;
-        let mapping = known.get(&settings);
-        known.put(
-            &settings,
-            mapping.unwrap_or_else(|| settings.manual.clone()),
-        );
-        let (found, own) = (known.clone(), settings.clone());
+        let mapping = known.by(&settings);
+        let found = Arc::clone(&mapping);
         thread::Builder::new()
             .name("addresses".to_owned())
             .spawn(move || {
@@ -277,25 +273,22 @@ impl PublicAddresses {
                 keep(&settings, &found, &stopped, &changes);
             })?;
         Ok(PublicAddresses {
-            settings: own,
-            known,
+            mapping,
             _stop: stop,
         })
     }
 
     /// What stands for an address now. Never waits.
     pub fn public_of(&self, address: &IpAddr) -> Option<IpAddr> {
-        let known = self.known.0.load();
-        let mapping = known.iter().find(|(known, _)| *known == self.settings);
-        mapping?.1.get(address).copied()
+        self.mapping.load().get(address).copied()
     }
 }
 
-fn keep(settings: &Stun, found: &Known, stopped: &Receiver<()>, changes: &interfaces::Changes) {
+fn keep(settings: &Stun, found: &Shared, stopped: &Receiver<()>, changes: &interfaces::Changes) {
     let mut failing = false;
     let is_stopped = || stopped.try_recv() == Err(TryRecvError::Disconnected);
     loop {
-        let known = found.get(settings).unwrap_or_default();
+        let known = found.load_full();
         let tell = |step| log::debug!("public address: {step}");
         let (mapping, missing) = discover(settings, &known, &is_stopped, tell);
         if is_stopped() {
@@ -307,11 +300,11 @@ fn keep(settings: &Stun, found: &Known, stopped: &Receiver<()>, changes: &interf
             );
         }
         failing = missing;
-        if mapping != known {
+        if mapping != *known {
             for (private, public) in &mapping {
                 log::info!("public address: {public} stands for {private}");
             }
-            found.put(settings, mapping);
+            found.store(Arc::new(mapping));
         }
         let wait = if missing { RETRY } else { REFRESH };
         select! {
