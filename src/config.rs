@@ -413,6 +413,21 @@ impl fmt::Display for ConfigError {
     }
 }
 
+impl Prometheus {
+    /// Where it is scraped, and by which keys.
+    pub fn listeners(&self) -> impl Iterator<Item = (SocketAddr, &'static str)> {
+        let ports = [
+            (self.port, "backends.prometheus.port"),
+            (self.netlink_port, "backends.prometheus.netlinkPort"),
+            (self.skops_port, "backends.prometheus.skopsPort"),
+        ];
+        let address = self.address;
+        let listener =
+            move |(port, key): (Option<u16>, _)| Some((SocketAddr::new(address, port?), key));
+        ports.into_iter().filter_map(listener)
+    }
+}
+
 impl Config {
     /// Where the registry comes from if no configuration says it.
     pub fn default_registry() -> Registry {

@@ -158,14 +158,8 @@ fn listeners(config: &config::Config) -> Vec<(&'static str, SocketAddr, &'static
         listeners.push(("TCP", bind, "plugins.api"));
     }
     if let Some(prometheus) = &config.prometheus {
-        for (port, key) in [
-            (prometheus.port, "backends.prometheus.port"),
-            (prometheus.netlink_port, "backends.prometheus.netlinkPort"),
-            (prometheus.skops_port, "backends.prometheus.skopsPort"),
-        ] {
-            let address = port.map(|port| SocketAddr::new(prometheus.address, port));
-            listeners.extend(address.map(|address| ("TCP", address, key)));
-        }
+        let scraped = prometheus.listeners();
+        listeners.extend(scraped.map(|(address, key)| ("TCP", address, key)));
     }
     listeners
 }

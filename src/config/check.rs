@@ -6,7 +6,6 @@ mod plugins;
 mod sockops;
 mod stun;
 
-use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 use std::time::Duration;
@@ -113,12 +112,12 @@ pub fn check(raw: raw::Raw, instance: &str) -> Result<Config> {
         .prometheus
         .map(|p| backends::prometheus(p, no_skops, &mut notes))
         .transpose()?;
-    // To enrich fireflies is to want an enricher, and to show what the kernel knows of sockets, too.
     connections::period(
         "enrichers.period",
         enrichers.period.as_deref(),
         connections::ENRICHER_PERIOD,
     )?;
+    // To enrich fireflies is to want an enricher, and to show what the kernel knows of sockets, too.
     let enrich = firefly
         .as_ref()
         .is_some_and(|f| f.enrichment.is_some() && f.ongoing);
@@ -213,14 +212,9 @@ fn one_listener_each(config: &Config) -> Result<()> {
         .into_iter()
         .collect();
     if let Some(prometheus) = &config.prometheus {
-        for (port, key) in [
-            (prometheus.port, "backends.prometheus.port"),
-            (prometheus.netlink_port, "backends.prometheus.netlinkPort"),
-            (prometheus.skops_port, "backends.prometheus.skopsPort"),
-        ] {
-            let Some(port) = port else { continue };
-            let address = SocketAddr::new(prometheus.address, port);
+        for (address, key) in prometheus.listeners() {
             if let Some((_, other)) = listeners.iter().find(|(used, _)| *used == address) {
+                let port = address.port();
                 return error(key, format!("{port} is that of {other}, too"));
             }
             listeners.push((address, key));
