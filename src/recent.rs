@@ -39,11 +39,8 @@ impl<V> Recent<V> {
 
     /// Takes one out.
     pub fn remove(&mut self, flow: &Flow) -> Option<V> {
-        let mut full = [&mut self.now, &mut self.before].into_iter();
-        full.find_map(|flows| match flows.is_empty() {
-            true => None,
-            false => flows.remove(flow),
-        })
+        let found = self.now.remove(flow);
+        found.or_else(|| self.before.remove(flow))
     }
 
     /// Forgets what is too old; to be called now and then.

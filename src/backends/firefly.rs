@@ -111,7 +111,7 @@ impl Firefly {
             discovered: config
                 .stun
                 .clone()
-                .map(|stun| PublicAddresses::start(stun, known.clone()))
+                .map(|stun| PublicAddresses::start(stun, known))
                 .transpose()
                 .context(|| "thread addresses".to_owned())?,
             sockets: Dump::open().ok(),
@@ -351,10 +351,7 @@ impl Held {
     }
 
     fn remove(&mut self, flow: &Flow) -> Option<Arc<FlowEvent>> {
-        match self.ends.is_empty() {
-            true => None,
-            false => self.ends.remove(flow),
-        }
+        self.ends.remove(flow)
     }
 
     /// How long the one that waits longest goes on waiting.

@@ -53,7 +53,7 @@ pub struct Sockets {
     dump: Dump,
     destroyed: Option<Destroyed>,
     waiter: Waiter,
-    /// Whether a socket has gone of which the kernel could not say whose it was.
+    /// Whether a socket may have gone without word of whose it was.
     in_doubt: bool,
     /// The connections that the last scan showed.
     seen: HashSet<Flow>,
@@ -105,7 +105,8 @@ impl Sockets {
             dump,
             destroyed,
             waiter,
-            in_doubt: false,
+            // What was open before the daemon was started may have gone.
+            in_doubt: true,
             seen: HashSet::new(),
             queries: sources.queries.clone(),
             counters: sources.metrics.plugin(NAME),
@@ -237,8 +238,6 @@ impl Plugin for Sockets {
         let mut trouble = LogLimit::new(Level::Error, "sockets: failures");
         let mut due = Instant::now();
         let mut scanned = due;
-        // What was open before the daemon was started may have gone.
-        self.in_doubt = true;
         while !stop.is_set() {
             let Ok(overrun) = self.closed(&events).context(sock_diag)? else {
                 break;
@@ -247,12 +246,11 @@ impl Plugin for Sockets {
             let began = Instant::now();
             let news = began >= due;
             if overrun || news || (self.in_doubt && began >= scanned + WITHOUT) {
-                let ends = self.in_doubt || self.destroyed.is_none();
                 scanned = began;
                 if news {
                     due = began + self.period;
                 }
-                match self.scan(&events, news, ends) {
+                match self.scan(&events, news, self.in_doubt) {
                     Ok(Ok(())) => {
                         self.in_doubt = self.end && self.destroyed.is_none();
                         self.scans.observe(began.elapsed().as_secs_f64());
