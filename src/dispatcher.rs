@@ -59,13 +59,20 @@ pub enum Query {
 /// How long the dispatcher may take to say what is open.
 const PATIENCE: Duration = Duration::from_secs(5);
 
+/// Asks the dispatcher; `None` if it does not answer in time.
+pub fn ask<T>(
+    queries: &Sender<Query>,
+    patience: Duration,
+    query: impl FnOnce(Sender<T>) -> Query,
+) -> Option<T> {
+    let (reply, answer) = bounded(1);
+    queries.send_timeout(query(reply), patience).ok()?;
+    answer.recv_timeout(patience).ok()
+}
+
 /// The open flows, as far as the dispatcher says which they are.
 pub fn open_flows(queries: &Sender<Query>) -> Vec<(Flow, OpenFlow)> {
-    let (reply, answer) = bounded(1);
-    match queries.send_timeout(Query::Flows(reply), PATIENCE) {
-        Ok(()) => answer.recv_timeout(PATIENCE).unwrap_or_default(),
-        Err(_) => Vec::new(),
-    }
+    ask(queries, PATIENCE, Query::Flows).unwrap_or_default()
 }
 
 /// A sign of life that the watchdog looks at.

@@ -6,14 +6,14 @@ use std::sync::{Arc, Weak};
 use std::time::{Duration, Instant};
 
 use arc_swap::ArcSwap;
-use crossbeam_channel::{Sender, bounded};
+use crossbeam_channel::Sender;
 use form_urlencoded as query;
 use ipnet::IpNet;
 use jiff::Timestamp;
 use percent_encoding::percent_decode_str;
 use serde_json::{Map, Value, json};
 
-use crate::dispatcher::Query;
+use crate::dispatcher::{self, Query};
 use crate::flow::{Endpoint, Flow, Protocol, Tag, parse_address};
 use crate::flow_table::OpenFlow;
 use crate::http::{Body, Request, Response, problem};
@@ -119,12 +119,7 @@ impl Routes {
     }
 
     fn ask<T>(&self, query: impl FnOnce(Sender<T>) -> Query) -> Option<T> {
-        let (reply, answer) = bounded(1);
-        self.sources
-            .queries
-            .send_timeout(query(reply), PATIENCE)
-            .ok()?;
-        answer.recv_timeout(PATIENCE).ok()
+        dispatcher::ask(&self.sources.queries, PATIENCE, query)
     }
 
     fn health(&self) -> Response {

@@ -16,7 +16,7 @@ use nix::libc;
 use super::{Notice, STOP_DEADLINE};
 use crate::backends::{self, Backend, Means};
 use crate::config::Config;
-use crate::dispatcher::{Output, Query, Settings};
+use crate::dispatcher::{self, Output, Query, Settings};
 use crate::enrichers;
 use crate::error::{Context, Error, Result};
 use crate::flow::{Flow, FlowEvent};
@@ -488,10 +488,9 @@ impl Parts {
         name: &'static str,
         output: Option<Output>,
     ) -> Result<Vec<(Flow, OpenFlow)>> {
-        let (reply, answer) = bounded(1);
-        self.tell(Query::Output(name, output, reply))?;
-        let answer = answer.recv_timeout(PATIENCE);
-        answer.map_err(|_| Error::Failed("the dispatcher does not answer".to_owned()))
+        let query = |reply| Query::Output(name, output, reply);
+        let answer = dispatcher::ask(&self.sources.queries, PATIENCE, query);
+        answer.ok_or_else(|| Error::Failed("the dispatcher does not answer".to_owned()))
     }
 }
 
