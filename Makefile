@@ -8,31 +8,31 @@ MANDIR = $(PREFIX)/share/man
 PROGRAM ?= target/release/flowd-rs
 RPM_TOP = $(CURDIR)/target/rpm
 
-# command:Debian package:RHEL package. Only what is missing is installed.
+# command-or-path:Debian package:RHEL package. Only missing packages are installed.
 TOOLS = cc:gcc:gcc clang:clang:clang pkg-config:pkg-config:pkgconf-pkg-config \
 	/usr/include/libelf.h:libelf-dev:elfutils-libelf-devel /usr/include/zlib.h:zlib1g-dev:zlib-devel \
 	/usr/include/linux/bpf.h:linux-libc-dev:kernel-headers
-# What `make lint` needs beside them.
+# Additional packages for `make lint`.
 LINT_TOOLS = mandoc:mandoc:mandoc
-# What tests and benches need beside them.
+# Additional packages for tests and benches.
 TEST_TOOLS = $(LINT_TOOLS) ip:iproute2:iproute tc:iproute2:iproute-tc nsenter:util-linux:util-linux \
 	setpriv:util-linux:util-linux ethtool:ethtool:ethtool tshark:tshark:wireshark-cli \
 	iperf3:iperf3:iperf3 python3:python3-venv:python3 prometheus:prometheus:prometheus curl:curl:curl nft:nftables:nftables systemd-analyze:systemd:systemd \
 	/usr/share/doc/python3-prometheus-client:python3-prometheus-client:python3-prometheus_client \
 	/usr/share/doc/python3-seccomp:python3-seccomp:python3-libseccomp
-# What the package needs beside them.
+# Additional packages for `make rpm`.
 RPM_TOOLS = rpmbuild:rpm:rpm-build rpmlint:rpmlint:rpmlint systemd-analyze:systemd:systemd git:git:git
-# What the benches need beside them.
+# Additional packages for the benches.
 BENCH_TOOLS = wrk:wrk:wrk
-# Tries the API by its own description; from PyPI.
+# Tests the API against its OpenAPI description; from PyPI.
 SCHEMATHESIS = target/schemathesis/bin/schemathesis
 
 .PHONY: help deps test-deps test-tools build run test bench lint install rpm test-rpm
 
-help: ## this list
+help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 10
 
-deps: ## install what is missing (apt or dnf, with sudo unless root)
+deps: ## install missing build dependencies (apt or dnf, with sudo unless root)
 	@conf/install-deps $(TOOLS)
 
 test-deps: test-tools $(SCHEMATHESIS)
@@ -47,19 +47,19 @@ $(SCHEMATHESIS): | test-tools
 build: deps ## build the release binary
 	$(CARGO) build --release --locked
 
-run: build ## build, run the quick start, and show fireflies arriving; Ctrl-C ends it
+run: build ## build, run the quick start, and print the received fireflies; Ctrl-C stops it
 	@conf/quickstart target/release/flowd-rs
 
-test: test-deps ## all tests; those that need root are skipped, and said to be, without it
+test: test-deps ## run all tests; without root, those that need it are skipped and a note is printed
 	@if [ "$$(id -u)" = 0 ]; then \
 		$(CARGO) test --locked -- --include-ignored; \
 	elif [ -n "$$CI" ]; then \
-		echo "make test: not root, so that tests would be skipped: in CI that is a failure" >&2; exit 1; \
+		echo "make test: not root; CI must not skip the tests that need root" >&2; exit 1; \
 	else \
-		$(CARGO) test --locked && echo "Tests marked \"ignored\" need root: sudo make test runs them too."; \
+		$(CARGO) test --locked && echo "Tests marked \"ignored\" need root; run them with sudo make test."; \
 	fi
 
-bench: test-deps ## codecs, and the daemon beside the limit of this machine (needs root)
+bench: test-deps ## measure the codecs, and the daemon against the limits of this machine (needs root)
 	@conf/install-deps $(BENCH_TOOLS)
 	$(CARGO) bench --locked --bench codecs
 	$(CARGO) bench --locked --bench end_to_end
@@ -68,15 +68,15 @@ bench: test-deps ## codecs, and the daemon beside the limit of this machine (nee
 	$(CARGO) bench --locked --bench sockets
 	$(CARGO) bench --locked --bench metrics
 
-# Whether a manual page that ours refer to is installed here says nothing of ours.
-lint: deps ## formatting, clippy, manual pages
+# A manual page that ours refer to need not be installed on this machine.
+lint: deps ## check formatting, clippy and manual pages
 	@conf/install-deps $(LINT_TOOLS)
 	$(CARGO) fmt --check
 	$(CARGO) clippy --locked --all-targets -- -D warnings
 	$(CARGO) clippy --locked --all-targets --no-default-features -- -D warnings
 	! mandoc -T lint man/*.[578] 2>&1 | grep -v "referenced manual not found\|mandoc.db"
 
-install: ## install what `make build` built, below DESTDIR
+install: ## install the output of `make build` below DESTDIR
 	install -D -m 755 $(PROGRAM) $(DESTDIR)$(PREFIX)/bin/flowd-rs
 	[ -e $(DESTDIR)$(SYSCONFDIR)/flowd/flowd.cfg ] || \
 		install -D -m 644 conf/flowd.cfg $(DESTDIR)$(SYSCONFDIR)/flowd/flowd.cfg
@@ -99,9 +99,9 @@ install: ## install what `make build` built, below DESTDIR
 		$(DESTDIR)$(PREFIX)/share/zsh/site-functions/_flowd-rs
 	chmod 644 $(DESTDIR)$(PREFIX)/share/zsh/site-functions/_flowd-rs
 
-rpm: deps ## source and binary packages in target/rpm, of the commit that is checked out
+rpm: deps ## build source and binary packages of the checked-out commit in target/rpm
 	@conf/install-deps $(RPM_TOOLS)
 	rpm/build $(RPM_TOP)
 
-test-rpm: rpm ## the package: files, modes, scriptlets, the daemon out of it (needs root)
+test-rpm: rpm ## test the package: files, modes, scriptlets, and the packaged daemon (needs root)
 	$(CARGO) test --locked --test package -- --include-ignored

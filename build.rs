@@ -16,7 +16,7 @@ mod bpf {
         println!("cargo:rerun-if-changed=bpf");
         let out = PathBuf::from(env::var_os("OUT_DIR").expect("cargo sets OUT_DIR"));
         let mut arguments = vec!["-Wall".to_owned(), "-Werror".to_owned()];
-        // Debian keeps asm/types.h in a folder of the architecture; RHEL does not.
+        // On Debian, asm/types.h is in a directory per architecture; on RHEL it is not.
         let arch = env::var("CARGO_CFG_TARGET_ARCH").expect("cargo sets CARGO_CFG_TARGET_ARCH");
         let multiarch = format!("/usr/include/{arch}-linux-gnu");
         if Path::new(&multiarch).is_dir() {
@@ -30,7 +30,7 @@ mod bpf {
                 .build();
             if let Err(error) = built {
                 eprintln!(
-                    "bpf/{name}.bpf.c: {error:#}\nclang, libelf and the kernel's UAPI headers are needed (make deps), or --no-default-features"
+                    "bpf/{name}.bpf.c: {error:#}\ninstall clang, libelf and the kernel's UAPI headers (make deps), or build with --no-default-features"
                 );
                 std::process::exit(1);
             }

@@ -1,15 +1,15 @@
-//! The pure parts of the hot path: parsing a line, encoding and decoding a firefly, a step of the flow
-//! table, a line of the journal.
+//! The parts of the hot path without I/O: parsing a line, encoding and decoding a firefly, applying an event to the
+//! flow table, a line of the journal.
 #![allow(missing_docs)]
 
 use std::hint::black_box;
 
 use criterion::{BatchSize, Criterion, criterion_group, criterion_main};
+use flowd_rs::dispatcher::flow_table::FlowTable;
+use flowd_rs::dispatcher::journal;
+use flowd_rs::event::{FlowEvent, State};
 use flowd_rs::firefly::{Encoder, decode};
-use flowd_rs::flow::{FlowEvent, State};
-use flowd_rs::flow_table::FlowTable;
-use flowd_rs::journal;
-use flowd_rs::pipe_line::parse;
+use flowd_rs::plugins::named_pipe::line::parse;
 use flowd_rs::registry::Registry;
 use jiff::Timestamp;
 
@@ -52,7 +52,7 @@ fn benches(criterion: &mut Criterion) {
     criterion.bench_function("firefly, encode", |b| {
         b.iter(|| {
             datagram.clear();
-            // As in the daemon: the time of sending is another one in every batch.
+            // As in the daemon, the send time differs from batch to batch.
             encoder.encode(black_box(&start), Timestamp::now(), &mut datagram);
         });
     });
@@ -62,7 +62,7 @@ fn benches(criterion: &mut Criterion) {
 
     let mut table = FlowTable::new(2_000_000);
     for n in 0..1_000_000 {
-        table.step(&mut event(n), now);
+        table.apply(&mut event(n), now);
     }
     let mut n = 0;
     criterion.bench_function("table of 1,000,000, start and end", |b| {
@@ -74,8 +74,8 @@ fn benches(criterion: &mut Criterion) {
                 (event(1_000_000 + n % 1_000_000), end)
             },
             |(mut start, mut end)| {
-                table.step(&mut start, now);
-                table.step(&mut end, now)
+                table.apply(&mut start, now);
+                table.apply(&mut end, now)
             },
             BatchSize::SmallInput,
         );

@@ -1,6 +1,6 @@
-//! The running daemon beside the limit of this machine: rate, latency, memory, start-up. Needs root.
+//! The running daemon compared with the limit of this machine: rate, latency, memory, start-up. Needs root.
 //!
-//! Every figure is the median of several rounds; what is compared is measured in turns within one run.
+//! Every result is the median of several rounds; daemon and baseline are measured alternately within one run.
 #![allow(missing_docs)]
 
 #[path = "../tests/common/mod.rs"]
@@ -16,7 +16,7 @@ use common::daemon::{Home, PROGRAM, line, lines};
 use common::net::Hosts;
 use common::sink::Sink;
 use flowd_rs::firefly::Encoder;
-use flowd_rs::pipe_line::parse;
+use flowd_rs::plugins::named_pipe::line::parse;
 use flowd_rs::registry::Registry;
 use jiff::Timestamp;
 use measure::{cpu, median, receive, resident, row};
@@ -31,9 +31,9 @@ fn main() {
         eprintln!("the end-to-end bench needs root, for network namespaces");
         std::process::exit(1);
     }
-    // Filters and flags that cargo bench passes on are for criterion.
+    // Filters and flags of cargo bench are ignored: they are for criterion.
     let hosts = Hosts::new();
-    println!("| what | figure | beside | ratio |");
+    println!("| measurement | result | baseline | ratio |");
     println!("| --- | --- | --- | --- |");
     throughput(&hosts);
     latency(&hosts);
@@ -41,7 +41,7 @@ fn main() {
     start(&hosts);
 }
 
-/// Sends and receives at the same time; datagrams a second.
+/// Sends and receives at the same time; returns datagrams per second.
 fn rate(sink: &Sink, send: impl FnOnce() + Send) -> f64 {
     std::thread::scope(|scope| {
         let receiver = scope.spawn(|| receive(sink.socket(), FLOWS));
@@ -71,7 +71,7 @@ fn datagrams() -> Vec<String> {
         .collect()
 }
 
-/// The limit: one thread, datagrams ready made, 128 a call.
+/// The limit: one thread sends prepared datagrams, 128 per call.
 fn bare_sendmmsg(socket: &UdpSocket, datagrams: &[String]) {
     let to = Some(SockaddrStorage::from(
         DESTINATION.parse::<SocketAddr>().unwrap(),
@@ -137,14 +137,14 @@ fn throughput(hosts: &Hosts) {
                 .collect(),
         );
         row(
-            &format!("pipe to firefly, 200,000 flows, lines a write: {at_once}"),
+            &format!("pipe to firefly, 200,000 flows, lines per write: {at_once}"),
             &format!("{:.0} flows/s", pick(|r| r.0)),
             &format!("bare sendmmsg {limit:.0}/s"),
             &format!("{ratio:.2}"),
         );
         let (user, system) = (pick(|r| r.1), pick(|r| r.2));
         row(
-            "— CPU a flow",
+            "— CPU per flow",
             &format!("{user:.2} µs user, {system:.2} µs system"),
             "",
             "",
@@ -160,7 +160,7 @@ fn percentiles(mut samples: Vec<Duration>) -> (f64, f64) {
 
 fn latency(hosts: &Hosts) {
     const SAMPLES: usize = 2000;
-    // So that no thread of either side still spins or runs from the sample before.
+    // So that no thread is still busy with the previous sample.
     let pause = || std::thread::sleep(Duration::from_millis(1));
     let sink = Sink::bind(&hosts.there, DESTINATION);
     let home = Home::new("{}");
@@ -198,14 +198,14 @@ fn latency(hosts: &Hosts) {
     }
     daemon.stop();
     let (ours, bare) = (percentiles(ours), percentiles(bare));
-    for (what, ours, bare) in [
+    for (statistic, ours, bare) in [
         ("median", ours.0, bare.0),
         ("99th percentile", ours.1, bare.1),
     ] {
         row(
-            &format!("one line alone, write to datagram, {what}"),
+            &format!("single line, write to datagram, {statistic}"),
             &format!("{ours:.0} µs"),
-            &format!("UDP echo there and back {bare:.0} µs"),
+            &format!("UDP echo round trip {bare:.0} µs"),
             &format!("{:.2}", ours / bare),
         );
     }
@@ -232,7 +232,7 @@ fn memory(hosts: &Hosts) {
         "resident memory, 1,000,000 open flows",
         &mib(full),
         "",
-        &format!("{each:.0} bytes a flow"),
+        &format!("{each:.0} bytes per flow"),
     );
 }
 
@@ -245,9 +245,9 @@ fn start(hosts: &Hosts) {
     let ready = |home: &Home| {
         let began = Instant::now();
         let daemon = home.start(&hosts.here);
-        let took = began.elapsed().as_secs_f64() * 1e3;
+        let duration = began.elapsed().as_secs_f64() * 1e3;
         daemon.stop();
-        took
+        duration
     };
     let empty = Home::new("{}");
     let full = Home::new("{}");
@@ -262,13 +262,13 @@ fn start(hosts: &Hosts) {
         many.push(ready(&full));
     }
     let bare = median(bare);
-    for (what, times) in [
+    for (journal, times) in [
         ("empty journal", none),
         ("100,000 flows in the journal", many),
     ] {
         let time = median(times);
         row(
-            &format!("start to READY=1, {what}"),
+            &format!("start to READY=1, {journal}"),
             &format!("{time:.1} ms"),
             &format!("flowd-rs version {bare:.1} ms"),
             &format!("{:.1}", time / bare),

@@ -1,7 +1,6 @@
-//! The other ways in, beside the limit of this machine: fireflies relayed, and requests to the API.
-//! Needs root.
+//! Relayed fireflies and API requests, compared with the limit of this machine. Needs root.
 //!
-//! Every figure is the median of several rounds; what is compared is measured in turns within one run.
+//! Every result is the median of several rounds; daemon and baseline are measured alternately within one run.
 #![allow(missing_docs)]
 
 #[path = "../tests/common/mod.rs"]
@@ -19,7 +18,7 @@ use common::daemon::{Home, line};
 use common::net::{Hosts, NetNs};
 use common::sink::Sink;
 use flowd_rs::firefly::Encoder;
-use flowd_rs::pipe_line::parse;
+use flowd_rs::plugins::named_pipe::line::parse;
 use flowd_rs::registry::Registry;
 use jiff::Timestamp;
 use measure::{cpu, median, row};
@@ -28,25 +27,25 @@ use nix::sys::socket::{
 };
 
 const FIREFLIES: usize = 200_000;
-/// Datagrams on their way at most: what a receive buffer holds.
-const WINDOW: usize = 10_000;
+/// Limit of datagrams in flight: as many as fit in a receive buffer.
+const MAX_IN_FLIGHT: usize = 10_000;
 const ROUNDS: usize = 5;
 const DAEMON: &str = "[2001:db8::1]:10514";
 const COLLECTOR: &str = "[2001:db8::2]:20514";
 
 fn main() {
     if !nix::unistd::geteuid().is_root() {
-        eprintln!("the bench of the inputs needs root, for network namespaces");
+        eprintln!("the inputs bench needs root, for network namespaces");
         std::process::exit(1);
     }
-    println!("| what | figure | beside | ratio |");
+    println!("| measurement | result | baseline | ratio |");
     println!("| --- | --- | --- | --- |");
     relay();
     api();
     idle_connections();
 }
 
-/// Fireflies of as many flows, as another daemon would send them.
+/// Fireflies of different flows, as another daemon would send them.
 fn fireflies() -> Vec<String> {
     let mut encoder = Encoder::new("storage.example.org", "mover 1.0", true);
     let registry = Registry::builtin();
@@ -63,7 +62,7 @@ fn fireflies() -> Vec<String> {
     (0..FIREFLIES).map(firefly).collect()
 }
 
-/// Sends as fast as they arrive at the other end; none may be lost. Datagrams a second.
+/// Sends at the rate at which datagrams arrive at the collector, without loss; returns datagrams per second.
 fn paced(producer: &UdpSocket, sink: &Sink, fireflies: &[String]) -> f64 {
     let received = AtomicUsize::new(0);
     std::thread::scope(|scope| {
@@ -94,7 +93,7 @@ fn paced(producer: &UdpSocket, sink: &Sink, fireflies: &[String]) -> f64 {
         let began = Instant::now();
         let mut headers = MultiHeaders::<SockaddrStorage>::preallocate(64, None);
         for (n, chunk) in fireflies.chunks(64).enumerate() {
-            while n * 64 > received.load(Ordering::Relaxed) + WINDOW
+            while n * 64 > received.load(Ordering::Relaxed) + MAX_IN_FLIGHT
                 && began.elapsed().as_secs() < 20
             {
                 std::thread::sleep(Duration::from_micros(50));
@@ -121,11 +120,11 @@ fn paced(producer: &UdpSocket, sink: &Sink, fireflies: &[String]) -> f64 {
     })
 }
 
-/// The limit: one thread that receives 64 at a time and sends them on as they are.
+/// The limit: one thread that receives 64 datagrams at a time and forwards them unchanged.
 fn bare_relay(socket: &UdpSocket, stop: &AtomicBool) {
     let mut buffers = vec![[0u8; 2048]; 64];
-    let mut inward = MultiHeaders::<SockaddrIn6>::preallocate(64, None);
-    let mut outward = MultiHeaders::<SockaddrStorage>::preallocate(64, None);
+    let mut receive_headers = MultiHeaders::<SockaddrIn6>::preallocate(64, None);
+    let mut send_headers = MultiHeaders::<SockaddrStorage>::preallocate(64, None);
     let to = Some(SockaddrStorage::from(
         COLLECTOR.parse::<SocketAddr>().unwrap(),
     ));
@@ -135,7 +134,7 @@ fn bare_relay(socket: &UdpSocket, stop: &AtomicBool) {
             let flags = MsgFlags::MSG_WAITFORONE;
             match recvmmsg(
                 socket.as_raw_fd(),
-                &mut inward,
+                &mut receive_headers,
                 slices.iter_mut(),
                 flags,
                 None,
@@ -152,7 +151,7 @@ fn bare_relay(socket: &UdpSocket, stop: &AtomicBool) {
         let to = vec![to; slices.len()];
         let sent = sendmmsg(
             socket.as_raw_fd(),
-            &mut outward,
+            &mut send_headers,
             &slices,
             &to,
             [],
@@ -192,7 +191,7 @@ fn relay() {
         let before = cpu(&daemon);
         let rate = paced(&producer, &sink, &fireflies);
         let after = cpu(&daemon);
-        daemon.expect_status(&format!("plugin_events accepted firefly {FIREFLIES}"));
+        daemon.expect_status(&format!("plugin_events firefly accepted {FIREFLIES}"));
         daemon.stop();
         let each = |seconds: f64| seconds / FIREFLIES as f64 * 1e6;
         ours.push((rate, each(after.0 - before.0), each(after.1 - before.1)));
@@ -212,14 +211,14 @@ fn relay() {
     );
     let (user, system) = (pick(|r| r.1), pick(|r| r.2));
     row(
-        "— CPU a firefly",
+        "— CPU per firefly",
         &format!("{user:.2} µs user, {system:.2} µs system"),
         "",
         "",
     );
 }
 
-/// Requests a second, by wrk with 16 connections that stay open.
+/// Requests per second, by wrk with 16 persistent connections.
 fn wrk(ns: &NetNs, url: &str, script: Option<&str>) -> f64 {
     let mut command = ns.command("wrk");
     command.args(["-t1", "-c16", "-d2s"]);
@@ -238,7 +237,7 @@ fn wrk(ns: &NetNs, url: &str, script: Option<&str>) -> f64 {
     rate.parse().unwrap()
 }
 
-/// tiny_http with a constant answer, on a port of loopback in the namespace.
+/// Serves a constant answer with tiny_http, on a loopback port of the namespace.
 fn tiny_http(ns: &NetNs, address: &str) {
     let listener = ns.enter(|| std::net::TcpListener::bind(address).unwrap());
     let server = tiny_http::Server::from_listener(listener, None).unwrap();
@@ -268,7 +267,7 @@ fn api() {
         posts.push(wrk(&ns, "http://127.0.0.1:7777/flow", script.to_str()));
     }
     daemon.stop();
-    for (what, rates) in [("GET /healthz", &health), ("POST /flow", &posts)] {
+    for (request, rates) in [("GET /healthz", &health), ("POST /flow", &posts)] {
         let ratio = median(
             rates
                 .iter()
@@ -277,15 +276,15 @@ fn api() {
                 .collect(),
         );
         row(
-            &format!("API, {what}, 16 connections kept open"),
+            &format!("API, {request}, 16 persistent connections"),
             &format!("{:.0} requests/s", median(rates.clone())),
-            &format!("tiny_http, a constant {:.0}/s", median(bare.clone())),
+            &format!("tiny_http, constant answer {:.0}/s", median(bare.clone())),
             &format!("{ratio:.2}"),
         );
     }
 }
 
-/// What 500 clients that say nothing cost: threads, and time that another one waits.
+/// The cost of 500 silent clients: threads, and the request rate of other clients.
 fn idle_connections() {
     let ns = NetNs::new("idle");
     let home = Home::with("  api: {}\nbackends:\n  firefly: {}\n");
@@ -310,9 +309,9 @@ fn idle_connections() {
     let ours = cost(daemon.child.id(), "127.0.0.1:7777");
     let bare = cost(std::process::id(), "127.0.0.1:7778");
     row(
-        "API with 500 silent connections beside",
-        &format!("{} more threads, {:.0} requests/s", ours.0, ours.1),
-        &format!("tiny_http {} more threads, {:.0}/s", bare.0, bare.1),
+        "API with 500 silent connections",
+        &format!("{} additional threads, {:.0} requests/s", ours.0, ours.1),
+        &format!("tiny_http {} additional threads, {:.0}/s", bare.0, bare.1),
         &format!("{:.2}", ours.1 / bare.1),
     );
     daemon.stop();

@@ -1,4 +1,4 @@
-//! Packet marking beside its limits: an empty BPF program, an unmarked transfer. Needs root.
+//! Packet marking compared with its limits: an empty BPF program, an unmarked transfer. Needs root.
 #![allow(missing_docs)]
 
 #[path = "../tests/common/mod.rs"]
@@ -14,9 +14,9 @@ use common::daemon::{Home, lines};
 use common::net::Hosts;
 use common::wait_for;
 use common::wire::Wire;
-use flowd_rs::config::Strategy;
 use flowd_rs::flow::{Flow, Protocol, Tag};
 use flowd_rs::scitag;
+use flowd_rs::scitag::Strategy;
 use flowd_rs::sys::mark_maps::{Key, Maps, Mark};
 use flowd_rs::sys::marker::Program;
 use libbpf_rs::ObjectBuilder;
@@ -32,7 +32,7 @@ fn main() {
         eprintln!("the marker bench needs root, for eBPF and network namespaces");
         std::process::exit(1);
     }
-    println!("| what | figure | beside | ratio |");
+    println!("| measurement | result | baseline | ratio |");
     println!("| --- | --- | --- | --- |");
     per_packet();
     map_updates();
@@ -40,8 +40,8 @@ fn main() {
     throughput();
 }
 
-fn row(what: &str, figure: &str, beside: &str, ratio: &str) {
-    println!("| {what} | {figure} | {beside} | {ratio} |");
+fn row(measurement: &str, result: &str, baseline: &str, ratio: &str) {
+    println!("| {measurement} | {result} | {baseline} | {ratio} |");
 }
 
 fn median(mut values: Vec<f64>) -> f64 {
@@ -84,7 +84,7 @@ fn mark() -> Mark {
 fn frame(flow: &Flow) -> Vec<u8> {
     let octets = |address| match address {
         std::net::IpAddr::V6(address) => std::net::Ipv6Addr::octets(&address),
-        std::net::IpAddr::V4(_) => unreachable!("the flows here are IPv6"),
+        std::net::IpAddr::V4(_) => unreachable!("flow() returns IPv6 flows"),
     };
     let mut frame = vec![
         2, 0, 0, 0, 0, 2, 2, 0, 0, 0, 0, 1, 0x86, 0xdd, 0x60, 0, 0, 0, 0, 100, 6, 64,
@@ -122,10 +122,10 @@ fn per_packet() {
             misses.push(nanoseconds(program.programs()[0], &miss));
         }
         let base = median(base);
-        for (what, times) in [("hit", hits), ("miss", misses)] {
+        for (lookup, times) in [("hit", hits), ("miss", misses)] {
             let net = median(times) - base;
             row(
-                &format!("a packet, {what}, {count} flows in the map"),
+                &format!("per packet, {lookup}, {count} flows in the map"),
                 &format!("{net:.0} ns net"),
                 &format!("empty program {base:.0} ns"),
                 "",
@@ -149,12 +149,12 @@ fn map_updates() {
         rates.push(f64::from(COUNT) / began.elapsed().as_secs_f64());
     }
     row(
-        "map updates, 100,000 one by one",
+        "map updates, 100,000 single ones",
         &format!("{:.0}/s", median(rates)),
         "",
         "",
     );
-    // Through the pipe and the daemon.
+    // The same through the pipe and the daemon.
     let hosts = Hosts::new();
     let mut rates = Vec::new();
     for _ in 0..5 {
@@ -163,7 +163,7 @@ fn map_updates() {
         let daemon = home.start(&hosts.here);
         let text = lines("start", 0..COUNT as usize, "2 9");
         let maps = Maps::pinned(bpffs.path()).unwrap().unwrap();
-        let last = Key::new(&last_flow(COUNT as usize - 1)).unwrap();
+        let last = Key::new(&line_flow(COUNT as usize - 1)).unwrap();
         let began = Instant::now();
         home.write(&text);
         while maps.get(&last).is_none() {
@@ -180,8 +180,8 @@ fn map_updates() {
     );
 }
 
-/// The flow of [`common::daemon::line`].
-fn last_flow(n: usize) -> Flow {
+/// The flow of line `n` of [`common::daemon::line`].
+fn line_flow(n: usize) -> Flow {
     let ip = |text: &str| text.parse::<std::net::IpAddr>().unwrap();
     let source = (ip("2001:db8::1"), (1 + n % 60_000) as u16);
     Flow::new(
@@ -212,7 +212,7 @@ fn latency() {
         std::thread::sleep(Duration::from_millis(1));
         let (line, key) = (
             lines("start", n..n + 1, "2 9"),
-            Key::new(&last_flow(n)).unwrap(),
+            Key::new(&line_flow(n)).unwrap(),
         );
         let began = Instant::now();
         std::io::Write::write_all(&mut writer, line.as_bytes()).unwrap();
@@ -223,19 +223,19 @@ fn latency() {
     }
     samples.sort_by(f64::total_cmp);
     row(
-        "one line alone, write to map, median",
+        "single line, write to map, median",
         &format!("{:.0} µs", samples[SAMPLES / 2]),
         "flowd-go 142 µs",
         "",
     );
     row(
-        "one line alone, write to map, 99th percentile",
+        "single line, write to map, 99th percentile",
         &format!("{:.0} µs", samples[SAMPLES * 99 / 100]),
         "flowd-go 3300 µs",
         "",
     );
 
-    // To the first marked packet: datagrams are sent without pause from the write on.
+    // Until the first marked packet: datagrams are sent continuously after the write.
     let socket = hosts
         .here
         .enter(|| std::net::UdpSocket::bind("[2001:db8::1]:9").unwrap());
@@ -264,13 +264,13 @@ fn latency() {
     samples.sort_by(f64::total_cmp);
     let at = |share: usize| samples[(samples.len() - 1) * share / 100];
     row(
-        "one line alone, write to first marked packet, median",
+        "single line, write to first marked packet, median",
         &format!("{:.0} µs", at(50)),
         "",
         "",
     );
     row(
-        "one line alone, write to first marked packet, 99th percentile",
+        "single line, write to first marked packet, 99th percentile",
         &format!("{:.0} µs", at(99)),
         "",
         "",
@@ -278,7 +278,7 @@ fn latency() {
     daemon.stop();
 }
 
-/// Gigabits a second of iperf3 over the veth, offloads on, for a second.
+/// Gb/s of iperf3 over the veth for one second, with offloads.
 fn iperf3(hosts: &Hosts) -> f64 {
     let mut server = hosts.there.command("iperf3");
     let mut server = server

@@ -1,5 +1,5 @@
-//! `/metrics`: time and size of a scrape beside the `prometheus` crate's own encoder, memory a flow, and
-//! the rate of news that the backend takes while it is scraped.
+//! `/metrics`: time and size of a scrape compared with the `prometheus` crate's own encoder, memory per flow, and the
+//! rate of `ongoing` events that the backend processes while it is scraped.
 #![allow(missing_docs)]
 
 use std::hint::black_box;
@@ -11,12 +11,13 @@ use std::time::{Duration, Instant};
 
 use crossbeam_channel::{Sender, bounded};
 use flowd_rs::backends::Backend;
+use flowd_rs::backends::prometheus::exposition::{Format, Kind};
 use flowd_rs::backends::prometheus::{FAMILIES, Page, Prometheus, Source, Store};
 use flowd_rs::config;
-use flowd_rs::exposition::{Format, Kind};
-use flowd_rs::flow::{Flow, FlowEvent, Origin, Protocol, State, Tag};
+use flowd_rs::event::{FlowEvent, Origin, State};
+use flowd_rs::flow::{Flow, Protocol, Tag};
 use flowd_rs::metrics::Metrics;
-use flowd_rs::registry::{Handle, Registry};
+use flowd_rs::registry::{Registry, SharedRegistry};
 use flowd_rs::socket::{Algorithm, Socket, SocketInfo, TcpInfo};
 use jiff::Timestamp;
 use prometheus::{Encoder, GaugeVec, Opts, TextEncoder};
@@ -24,14 +25,14 @@ use prometheus::{Encoder, GaugeVec, Opts, TextEncoder};
 const PORT: u16 = 19_000;
 
 fn main() {
-    println!("| what | figure | beside | ratio |");
+    println!("| measurement | result | baseline | ratio |");
     println!("| --- | --- | --- | --- |");
-    // First, while the allocator has nothing to give back.
+    // First, before the allocator has freed memory to reuse.
     memory();
     for count in [100, 1000, 10_000] {
         scrape(count);
     }
-    held();
+    event_rate();
 }
 
 fn median(mut values: Vec<f64>) -> f64 {
@@ -39,8 +40,8 @@ fn median(mut values: Vec<f64>) -> f64 {
     values[values.len() / 2]
 }
 
-/// News of flow number `n`, with numbers of as many digits as real ones.
-fn news(n: u32) -> FlowEvent {
+/// An `ongoing` event of flow number `n`, with numbers of a realistic length.
+fn ongoing(n: u32) -> FlowEvent {
     let end = |last: u16, port| {
         let address = Ipv6Addr::new(0x2001, 0xdb8, 1, 2, 0, 0, n as u16, last);
         (IpAddr::V6(address), port)
@@ -72,7 +73,7 @@ fn news(n: u32) -> FlowEvent {
 
 fn store(count: u32) -> Store {
     let mut store = Store::new(usize::MAX, Timestamp::UNIX_EPOCH);
-    (0..count).for_each(|n| store.take(&news(n)));
+    (0..count).for_each(|n| store.apply(&ongoing(n)));
     store
 }
 
@@ -103,7 +104,7 @@ fn scrape(count: u32) {
     for family in &FAMILIES {
         let gauges = GaugeVec::new(Opts::new(family.name, family.help), &labels).unwrap();
         for n in 0..count {
-            let event = news(n);
+            let event = ongoing(n);
             let (experiment, activity) = registry.names(event.tag());
             let (source, destination) = (event.flow.source, event.flow.destination);
             let ports = format!("{}:{}", source.port, destination.port);
@@ -132,7 +133,7 @@ fn scrape(count: u32) {
     });
     let theirs = median(theirs.collect());
     println!(
-        "| a page of {count} flows | {ours:.2} ms, {:.2} MB | the prometheus crate's encoder {theirs:.2} ms, {:.2} MB | {:.2} |",
+        "| page of {count} flows | {ours:.2} ms, {:.2} MB | the prometheus crate's encoder {theirs:.2} ms, {:.2} MB | {:.2} |",
         size as f64 / 1e6,
         their_size as f64 / 1e6,
         ours / theirs
@@ -156,9 +157,9 @@ fn memory() {
     const FLOWS: u32 = 50_000;
     let before = resident();
     let store = store(FLOWS);
-    let a_flow = (resident() - before) / f64::from(FLOWS);
-    let names = black_box(store).snapshot().flows.len();
-    println!("| memory a flow with series, {names} flows | {a_flow:.0} bytes |  |  |");
+    let per_flow = (resident() - before) / f64::from(FLOWS);
+    let count = black_box(store).snapshot().flows.len();
+    println!("| memory per flow with series, {count} flows | {per_flow:.0} bytes |  |  |");
 }
 
 fn get() -> usize {
@@ -169,19 +170,19 @@ fn get() -> usize {
     page.len()
 }
 
-/// News taken a second for some seconds.
-fn rate(events: &Sender<Arc<FlowEvent>>, news: &[Arc<FlowEvent>]) -> f64 {
+/// Events processed per second, measured for two seconds.
+fn rate(channel: &Sender<Arc<FlowEvent>>, events: &[Arc<FlowEvent>]) -> f64 {
     let (began, mut sent) = (Instant::now(), 0u32);
     while began.elapsed() < Duration::from_secs(2) {
-        for event in &news[..1000] {
-            events.send(Arc::clone(event)).unwrap();
+        for event in &events[..1000] {
+            channel.send(Arc::clone(event)).unwrap();
         }
         sent += 1000;
     }
     f64::from(sent) / began.elapsed().as_secs_f64()
 }
 
-fn held() {
+fn event_rate() {
     let settings = config::Prometheus {
         address: Ipv4Addr::LOCALHOST.into(),
         port: Some(PORT),
@@ -190,18 +191,18 @@ fn held() {
         per_flow: true,
         max_series: 10_000_000,
     };
-    let registry = Handle::new(Registry::builtin());
+    let registry = SharedRegistry::new(Registry::builtin());
     let backend = Prometheus::new(&settings, &registry, None, &Metrics::new()).unwrap();
-    let (events, inbox) = bounded(16_384);
-    let news: Vec<_> = (0..10_000).map(|n| Arc::new(news(n))).collect();
+    let (channel, inbox) = bounded(16_384);
+    let events: Vec<_> = (0..10_000).map(|n| Arc::new(ongoing(n))).collect();
     let backend = std::thread::spawn(move || Box::new(backend).run(inbox));
-    for event in &news {
-        events.send(Arc::clone(event)).unwrap();
+    for event in &events {
+        channel.send(Arc::clone(event)).unwrap();
     }
     while get() < 1_000_000 {}
     let (mut alone, mut scraped, mut scrapes) = (Vec::new(), Vec::new(), 0);
     for _ in 0..3 {
-        alone.push(rate(&events, &news));
+        alone.push(rate(&channel, &events));
         let done = AtomicBool::new(false);
         scrapes = std::thread::scope(|scope| {
             let scraper = scope.spawn(|| {
@@ -212,16 +213,16 @@ fn held() {
                 }
                 scrapes
             });
-            scraped.push(rate(&events, &news));
+            scraped.push(rate(&channel, &events));
             done.store(true, Ordering::Relaxed);
             scraper.join().unwrap()
         });
     }
     let (alone, scraped) = (median(alone), median(scraped));
     println!(
-        "| news taken while scraped without a pause, 10000 flows, {scrapes} scrapes in 2 s | {scraped:.0}/s | not scraped {alone:.0}/s | {:.2} |",
+        "| `ongoing` events processed while scraped continuously, 10000 flows, {scrapes} scrapes in 2 s | {scraped:.0}/s | not scraped {alone:.0}/s | {:.2} |",
         scraped / alone
     );
-    drop(events);
+    drop(channel);
     backend.join().unwrap().unwrap();
 }

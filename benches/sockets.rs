@@ -1,5 +1,5 @@
-//! The kernel's view: what watching connections costs beside a bare dump of them, and how soon a
-//! connection is a flow. Needs root.
+//! Socket monitoring: CPU time of watching connections compared with a bare dump of them, and the time from a
+//! connection to its flow. Needs root.
 #![allow(missing_docs)]
 
 #[path = "../tests/common/mod.rs"]
@@ -27,12 +27,12 @@ use nix::time::{ClockId, clock_gettime};
 const HERE: &str = "2a00:1::1";
 const THERE: &str = "2a00:1::2";
 const SINK: &str = "[2001:db8::2]:20514";
-/// Seconds that the daemon's CPU time is taken over.
-const SPAN: u64 = 10;
+/// Seconds over which the daemon's CPU time is measured.
+const SPAN_SECONDS: u64 = 10;
 
 fn main() {
     if !nix::unistd::geteuid().is_root() {
-        eprintln!("the bench of sockets needs root, for network namespaces");
+        eprintln!("the sockets bench needs root, for network namespaces");
         std::process::exit(1);
     }
     if std::env::args().any(|argument| argument == "hold") {
@@ -55,7 +55,7 @@ fn main() {
         "veth0",
         "nodad",
     ]);
-    println!("| what | figure | beside | ratio |");
+    println!("| measurement | result | baseline | ratio |");
     println!("| --- | --- | --- | --- |");
     for count in [1000, 10_000] {
         watching(&hosts, count);
@@ -63,7 +63,7 @@ fn main() {
     latency(&hosts);
 }
 
-/// The far ends are held by a process of its own, so that neither runs out of file descriptors.
+/// A separate process holds the remote ends, so that neither process runs out of file descriptors.
 fn hold() {
     let listener = TcpListener::bind(format!("[{THERE}]:5000")).unwrap();
     let mut held = Vec::new();
@@ -84,7 +84,7 @@ fn connect(hosts: &Hosts, listener: &TcpListener) -> (TcpStream, TcpStream) {
     (near, listener.accept().unwrap().0)
 }
 
-/// The limit: a dump with everything, received and not looked at. CPU milliseconds of one.
+/// The limit: a dump with all attributes, received but not parsed. Returns CPU milliseconds per dump.
 fn bare_dump(hosts: &Hosts) -> f64 {
     let netlink = hosts
         .here
@@ -151,16 +151,16 @@ fn watching(hosts: &Hosts, count: usize) {
     let mut bare = Vec::new();
     for _ in 0..3 {
         let before = cpu(&daemon);
-        std::thread::sleep(Duration::from_secs(SPAN));
+        std::thread::sleep(Duration::from_secs(SPAN_SECONDS));
         let after = cpu(&daemon);
-        rounds.push(((after.0 - before.0) + (after.1 - before.1)) * 1e3 / SPAN as f64);
+        rounds.push(((after.0 - before.0) + (after.1 - before.1)) * 1e3 / SPAN_SECONDS as f64);
         bare.push(bare_dump(hosts));
     }
     let (ours, bare) = (median(rounds), median(bare));
     row(
-        &format!("{count} connections watched and enriched every second, CPU a second"),
+        &format!("{count} connections watched and enriched every second, CPU per second"),
         &format!(
-            "{ours:.1} ms, {:.2} µs a connection",
+            "{ours:.1} ms, {:.2} µs per connection",
             ours * 1e3 / count as f64
         ),
         &format!("one bare dump {bare:.1} ms, ss -tni {:.0} ms", ss(hosts)),
@@ -199,7 +199,7 @@ fn latency(hosts: &Hosts) {
             while sink.firefly().event.state.as_str() != state {}
         };
         for n in 0..SAMPLES {
-            // Not in step with the scans.
+            // So that samples are not synchronized with the scans.
             std::thread::sleep(Duration::from_micros(1 + 7919 * n as u64 % 50_000));
             let began = Instant::now();
             let (mut near, far) = connect(hosts, &listener);
@@ -213,12 +213,12 @@ fn latency(hosts: &Hosts) {
             ends.push(began.elapsed().as_secs_f64() * 1e3);
         }
         daemon.stop();
-        for (what, times) in [
+        for (span, times) in [
             ("connect() to the start firefly", starts),
             ("close() to the end firefly", ends),
         ] {
             row(
-                &format!("{name}: {what}, median"),
+                &format!("{name}: {span}, median"),
                 &format!("{:.2} ms", median(times)),
                 "",
                 "",

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: (Apache-2.0 OR GPL-2.0)
-/* A tc program that does nothing: what `make bench` compares the marker to. */
+/* A tc program that does nothing, to which `make bench` compares the marker. */
 
 #include <linux/bpf.h>
 #include <linux/pkt_cls.h>

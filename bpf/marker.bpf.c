@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: (Apache-2.0 OR GPL-2.0)
 /* The marker: a tc program on clsact egress that writes the tag of a flow into the IPv6 header of its
- * packets, as flow label or as an option in extension headers. It never drops a packet and always goes
- * on to the next filter. */
+ * packets, as flow label or as an option in extension headers. It never drops a packet, and the next
+ * filter always runs. */
 
 #include <linux/bpf.h>
 #include <linux/if_ether.h>
@@ -18,11 +18,11 @@
 #define ENTROPY_MASK 0x000c0103
 #define NEXTHDR_FRAGMENT 44
 #define NEXTHDR_AUTH 51
-#define EXTENSION_HEADERS 8	/* the most that are looked through */
+#define EXTENSION_HEADERS 8	/* maximum number to parse */
 #define VLAN_TAGS 2
 #define OPTION_TYPE 0x1e
-#define HEADER_SIZE 8		/* of one Options header with the option in it */
-#define MIN_MTU 1280		/* of every IPv6 link */
+#define HEADER_SIZE 8		/* an Options header that contains the option */
+#define MIN_MTU 1280		/* every IPv6 link supports it */
 
 const volatile struct settings settings SEC(".rodata.settings");
 
@@ -69,7 +69,7 @@ static __always_inline int count_unmarked(__u32 reason)
 	return TC_ACT_UNSPEC;
 }
 
-/* Finds the IPv6 header behind VLAN tags that stand in the frame. */
+/* Finds the IPv6 header after any VLAN tags in the frame. */
 static __always_inline int find_ipv6(struct __sk_buff *skb, struct packet *packet, int ethernet)
 {
 	__be16 type = bpf_htons(ETH_P_IPV6);
@@ -95,7 +95,7 @@ static __always_inline int find_ipv6(struct __sk_buff *skb, struct packet *packe
 	return packet->ip.version == 6 ? 0 : -1;
 }
 
-/* Finds the ports behind extension headers. */
+/* Finds the ports after any extension headers. */
 static __always_inline int find_ports(struct __sk_buff *skb, struct packet *packet)
 {
 	__u32 offset = packet->offset + sizeof(packet->ip);
@@ -132,9 +132,9 @@ static __always_inline int find_ports(struct __sk_buff *skb, struct packet *pack
 	return -1;
 }
 
-/* The plain packet, TCP or UDP right behind IPv6 right behind Ethernet, read in place: a third to a half
- * of the cost of the general way, as `make bench` showed. It is not written in place: that would make
- * the kernel copy the linear part of every cloned packet before the program runs. */
+/* Fast path: reads a packet in place if TCP or UDP directly follows IPv6 and IPv6 directly follows
+ * Ethernet. `make bench` showed a third to a half of the cost of the general path. Packets are not written
+ * in place: the kernel would then copy the linear part of every cloned packet before the program runs. */
 static __always_inline int find_plain(struct __sk_buff *skb, struct packet *packet, int ethernet)
 {
 	void *data = (void *)(long)skb->data, *end = (void *)(long)skb->data_end;
@@ -156,7 +156,7 @@ static __always_inline int find_plain(struct __sk_buff *skb, struct packet *pack
 	return 0;
 }
 
-/* The entropy bits of a label that is made here; flows have theirs from the daemon. */
+/* The entropy bits of labels with match_all; the daemon computes those of individual flows. */
 static __always_inline __u32 entropy(const struct packet *packet)
 {
 	__u64 words[5], hash = settings.entropy_key;
@@ -175,7 +175,7 @@ static __always_inline int write_label(struct __sk_buff *skb, const struct packe
 {
 	__be32 word;
 
-	/* Version and traffic class (DSCP, ECN) stay as they are. */
+	/* Leave version and traffic class (DSCP, ECN) unchanged. */
 	__builtin_memcpy(&word, &packet->ip, sizeof(word));
 	word = (word & bpf_htonl(~LABEL_MASK)) | bpf_htonl(label & LABEL_MASK);
 	return bpf_skb_store_bytes(skb, packet->offset, &word, sizeof(word), 0);
@@ -197,7 +197,7 @@ static __always_inline int too_large(struct __sk_buff *skb, const struct packet 
 {
 	__u32 mtu = 0;
 
-	/* The segments of a GSO packet are cut smaller instead. */
+	/* A GSO packet is split into smaller segments instead. */
 	if (skb->gso_size)
 		return 0;
 	if (skb->len - packet->offset + grow <= MIN_MTU)
@@ -207,7 +207,7 @@ static __always_inline int too_large(struct __sk_buff *skb, const struct packet 
 	return bpf_check_mtu(skb, 0, &mtu, grow, 0) != 0;
 }
 
-/* Returns 0, or a reason plus one. */
+/* Returns 0 on success, else a reason plus one. */
 static __always_inline int add_headers(struct __sk_buff *skb, const struct packet *packet, __u32 tag)
 {
 	__u32 grow = (settings.hop_by_hop ? HEADER_SIZE : 0) + (settings.destination ? HEADER_SIZE : 0);
@@ -216,8 +216,8 @@ static __always_inline int add_headers(struct __sk_buff *skb, const struct packe
 	__be16 payload;
 	__u8 first;
 
-	/* A Hop-by-Hop header comes first and once; all fragments of a packet have the same headers; a
-	 * jumbogram has its length elsewhere. */
+	/* A Hop-by-Hop header must come first and only once; all fragments of a packet must have the same
+	 * headers; the length of a jumbogram is in an option. */
 	if (packet->ip.nexthdr == IPPROTO_HOPOPTS || packet->fragment || length == 0 || length + grow > 65535)
 		return 1 + UNMARKED_HEADERS;
 	if (too_large(skb, packet, grow))
@@ -248,7 +248,7 @@ static __always_inline int mark(struct __sk_buff *skb, int ethernet)
 	if (find_plain(skb, &packet, ethernet)) {
 		if (find_ipv6(skb, &packet, ethernet))
 			return TC_ACT_UNSPEC;
-		/* With match_all, a packet without ports (ICMPv6, a later fragment) is one by its addresses. */
+		/* With match_all, packets without ports (ICMPv6, later fragments) are marked, too. */
 		if (find_ports(skb, &packet) && !settings.match_all)
 			return TC_ACT_UNSPEC;
 	}
@@ -290,7 +290,7 @@ int flowd_mark_l2(struct __sk_buff *skb)
 	return mark(skb, 1);
 }
 
-/* For devices whose packets begin with the IP header. */
+/* For devices without a link-layer header. */
 SEC("tc")
 int flowd_mark_l3(struct __sk_buff *skb)
 {

@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: (Apache-2.0 OR GPL-2.0)
-/* A sock_ops program on a cgroup that tells of the TCP connections of its processes: when they are
- * established, when they are closed, and how they are doing meanwhile. It changes nothing.
+/* A sock_ops program on a cgroup that reports the TCP connections of its processes: when they are
+ * established, when they are closed, and their statistics in between. It modifies no connection.
  *
- * There are two of it, which differ in the way events go to user space: by ring buffer, and by perf
- * buffer where the kernel lacks those (before Linux 5.8). The loader picks one. */
+ * There are two variants, which differ in how events reach user space: through a ring buffer, or through
+ * a perf buffer if the kernel has no ring buffers (before Linux 5.8). The loader selects one. */
 
 #include <linux/bpf.h>
 #include <stddef.h>
@@ -32,7 +32,7 @@ struct {
 	__type(value, __u32);
 } perf SEC(".maps");
 
-/* Events that found their buffer full. */
+/* The number of events that were lost because the buffer was full. */
 struct {
 	__uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);
 	__uint(max_entries, 1);
@@ -47,7 +47,7 @@ struct ends {
 	__u16 remote_port;
 };
 
-/* When there was news of a connection the last time. */
+/* The time of the last ongoing event of each connection. */
 struct {
 	__uint(type, BPF_MAP_TYPE_LRU_HASH);
 	__uint(max_entries, 1 << 16);
@@ -60,7 +60,7 @@ static __always_inline int within(__u16 port, __u16 least, __u16 most)
 	return port >= least && (!most || port <= most);
 }
 
-/* 0 if nobody wants to know of this connection. */
+/* Returns 0 if the connection is not to be reported. */
 static __always_inline int describe(struct bpf_sock_ops *ops, struct sockops_event *event)
 {
 	__u32 *local = (__u32 *)event->local, *remote = (__u32 *)event->remote;
@@ -113,7 +113,7 @@ static __always_inline void measure(struct bpf_sock_ops *ops, struct sockops_eve
 	bpf_getsockopt(ops, SOL_TCP, TCP_CONGESTION, event->congestion, sizeof(event->congestion));
 }
 
-/* Whether it is time for news of a connection again. */
+/* Whether the next ongoing event of a connection is due. */
 static __always_inline int is_due(struct sockops_event *event)
 {
 	struct ends ends = {};

@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: Apache-2.0 */
-/* What sockops.bpf.c and src/sys/sockops.rs know. */
+/* Shared by sockops.bpf.c and src/sys/sockops.rs. */
 #pragma once
 
 #include <linux/types.h>
@@ -11,7 +11,7 @@ enum sockops_kind {
 	SOCKOPS_CLOSED = 4,
 };
 
-/* A connection of the cgroup, and what the program sees of it. */
+/* A connection of the cgroup, and its statistics. */
 struct sockops_event {
 	__u64 time;		/* ns since boot, CLOCK_MONOTONIC */
 	__u64 bytes_received;
@@ -22,7 +22,7 @@ struct sockops_event {
 	__u16 remote_port;	/* host byte order */
 	__u8 family;		/* AF_INET or AF_INET6 */
 	__u8 kind;
-	__u8 state;		/* TCP state; of one that was closed, the state before */
+	__u8 state;		/* TCP state; for a closed connection, the previous state */
 	__u8 zero;
 	__u32 srtt;		/* us, times 8 */
 	__u32 rtt_min;		/* us */
@@ -43,10 +43,10 @@ struct sockops_event {
 	char congestion[16];
 };
 
-/* Set before loading. Ports are in host byte order; a bound of 0 is none. */
+/* Set before loading. Ports are in host byte order; 0 means no limit. */
 struct sockops_settings {
-	__u64 period;		/* ns between two events of a connection; 0 for none but start and end */
-	__u32 transitions;	/* an event for each change of state */
+	__u64 period;		/* ns between two ongoing events of a connection; 0 for starts and ends only */
+	__u32 transitions;	/* send an event for each change of state */
 	__u32 debug;		/* write to the trace pipe */
 	__u16 local_least;
 	__u16 local_most;

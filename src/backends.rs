@@ -1,5 +1,7 @@
-//! What acts on flow events, one thread each.
+//! Backends: the consumers of flow events, each on its own thread.
 
+#[cfg(test)]
+mod example;
 pub mod firefly;
 #[cfg(feature = "bpf")]
 pub mod marker;
@@ -10,27 +12,29 @@ use std::sync::Arc;
 
 use crossbeam_channel::Receiver;
 
+use crate::backends::firefly::public_addresses::AddressCache;
 use crate::config::Config;
+use crate::dispatcher::flow_table::FlowTable;
 use crate::error::Result;
-use crate::flow::{FlowEvent, Protocol, State};
-use crate::flow_table::FlowTable;
+use crate::event::{FlowEvent, State};
+use crate::flow::Protocol;
 use crate::metrics::Metrics;
-use crate::public_addresses::Known;
-use crate::registry::Handle;
+use crate::registry::SharedRegistry;
 use crate::scitag::Labeller;
 use crate::sys::handover::Handover;
 use crate::sys::interfaces::LocalAddresses;
 use crate::sys::sock_diag::Dump;
 
-/// Every extension of `sock_diag`.
-const ALL: u8 = u8::MAX;
+/// All extensions of `sock_diag`, as a bit mask.
+const ALL_EXTENSIONS: u8 = u8::MAX;
 
 /// A consumer of flow events. Building one acquires every resource it needs.
 pub trait Backend: Send {
     /// The name in logs, metrics and threads.
     fn name(&self) -> &'static str;
 
-    /// Told once, before it runs, which flows are open from before. For these no start will come.
+    /// Takes over the flows that are already open: called once, before [`Backend::run`]. No start event follows for
+    /// them.
     fn restore(&mut self, table: &FlowTable) -> Result<()> {
         let _ = table;
         Ok(())
@@ -40,40 +44,40 @@ pub trait Backend: Send {
     fn run(self: Box<Self>, events: Receiver<Arc<FlowEvent>>) -> Result<()>;
 }
 
-/// What a backend is built with.
-pub struct Means<'a> {
-    /// The settings of the whole daemon.
+/// What the constructors of the backends need.
+pub struct BackendContext<'a> {
+    /// The configuration of the whole daemon.
     pub config: &'a Config,
-    /// Labels of packets, where there is a marker.
+    /// Computes flow labels; `None` without a marker.
     pub labeller: Option<&'a Labeller>,
-    /// Names of tags.
-    pub registry: &'a Handle,
-    /// Public addresses of this host that were found before.
-    pub public: &'a Known,
-    /// Counters.
+    /// Names of experiments and activities.
+    pub registry: &'a SharedRegistry,
+    /// The public addresses of this host found so far.
+    pub addresses: &'a AddressCache,
+    /// The daemon's counters.
     pub metrics: &'a Metrics,
-    /// Whether another takes over.
+    /// Whether a successor takes over what this backend would remove when it ends.
     pub handover: Handover,
 }
 
 /// Builds the backend of this name, if it is configured.
-pub fn build(name: &str, means: Means<'_>) -> Result<Option<Box<dyn Backend>>> {
-    let (config, metrics) = (means.config, means.metrics);
+pub fn build(name: &str, context: BackendContext<'_>) -> Result<Option<Box<dyn Backend>>> {
+    let (config, metrics) = (context.config, context.metrics);
     Ok(match name {
         "firefly" => {
             let listener = config.firefly_plugin.as_ref().map(|plugin| plugin.bind);
-            let watched = config.flows.end_on_socket_close;
+            let hold_ends = config.flows.end_on_socket_close;
             let build = |settings| {
-                firefly::Firefly::new(settings, listener, watched, means.public, metrics)
+                firefly::Firefly::new(settings, listener, hold_ends, context.addresses, metrics)
             };
             boxed(config.firefly.as_ref().map(build).transpose()?)
         }
         #[cfg(feature = "bpf")]
         "marker" => {
-            let settings = config.marker.as_ref().zip(means.labeller);
+            let settings = config.marker.as_ref().zip(context.labeller);
             let build = |(settings, labeller)| {
                 let max_flows = config.flows.max_flows;
-                marker::Marker::new(settings, max_flows, labeller, metrics, means.handover)
+                marker::Marker::new(settings, max_flows, labeller, metrics, context.handover)
             };
             boxed(settings.map(build).transpose()?)
         }
@@ -83,15 +87,16 @@ pub fn build(name: &str, means: Means<'_>) -> Result<Option<Box<dyn Backend>>> {
             #[cfg(not(feature = "bpf"))]
             let marks = None;
             let build =
-                |settings| prometheus::Prometheus::new(settings, means.registry, marks, metrics);
+                |settings| prometheus::Prometheus::new(settings, context.registry, marks, metrics);
             boxed(config.prometheus.as_ref().map(build).transpose()?)
         }
         _ => None,
     })
 }
 
-/// Whether the backend of this name has a use for news of sockets: there is much of it.
-pub fn wants_news(name: &str, config: &Config) -> bool {
+/// Whether the backend of this name uses socket reports (`ongoing` events). Others do not receive them, as there are
+/// many.
+pub fn wants_socket_reports(name: &str, config: &Config) -> bool {
     match name {
         "firefly" => {
             let firefly = config.firefly.as_ref();
@@ -102,7 +107,8 @@ pub fn wants_news(name: &str, config: &Config) -> bool {
     }
 }
 
-/// An event of a TCP flow with an end here, with what the kernel knows of its socket, if it still does.
+/// Adds the kernel's socket statistics to an event of a TCP flow with an end on this host. `None` for other flows, and
+/// if the kernel no longer knows the socket.
 fn with_socket(
     event: &FlowEvent,
     local: &LocalAddresses,
@@ -112,7 +118,7 @@ fn with_socket(
     let Some(flow) = outgoing.filter(|flow| flow.protocol == Protocol::Tcp) else {
         return Ok(None);
     };
-    let socket = sockets.socket(&flow, ALL)?;
+    let socket = sockets.socket(&flow, ALL_EXTENSIONS)?;
     let socket = socket.filter(|socket| socket.info.was_established());
     Ok(socket.map(|socket| FlowEvent {
         usage: match event.state {

@@ -1,5 +1,6 @@
-//! The command line. One file a command.
+//! The command line. One file per command.
 
+mod access;
 mod client;
 mod config;
 mod flows;
@@ -13,6 +14,7 @@ mod send;
 mod status;
 mod stun;
 mod tag;
+mod usage;
 
 use std::ffi::OsString;
 use std::process::ExitCode;
@@ -26,11 +28,11 @@ use crate::error::Result;
 #[derive(ArgsInfo, FromArgs)]
 #[argh(help_triggers("-h", "--help", "help"))]
 struct Arguments {
-    /// error, warn, info, debug or trace; stronger than the configuration
-    #[argh(option, from_str_fn(log_level))]
+    /// error, warn, info, debug or trace; overrides the configuration file
+    #[argh(option, arg_name = "level", from_str_fn(log_level))]
     log_level: Option<LevelFilter>,
 
-    /// put the time in front of each line of the log
+    /// start each line of the log with the time
     #[argh(switch)]
     log_time: bool,
 
@@ -65,7 +67,7 @@ enum Command {
 #[argh(subcommand, name = "version", help_triggers("-h", "--help", "help"))]
 struct Version {}
 
-/// How the log is to be written, from anywhere on the command line.
+/// The options of the log, which may be given before or after the command.
 struct Logging {
     level: Option<LevelFilter>,
     time: bool,
@@ -86,7 +88,7 @@ pub struct CommandLine {
     pub options: Vec<(String, Option<char>)>,
 }
 
-/// Every command.
+/// Every command with its options; the first is the program itself.
 pub fn commands() -> Vec<CommandLine> {
     let mut commands = Vec::new();
     describe("", &Arguments::get_args_info(), &mut commands);
@@ -109,8 +111,8 @@ fn log_level(word: &str) -> std::result::Result<LevelFilter, String> {
     crate::config::log_level(word)
 }
 
-/// An option and its value may be one word: `--log-level=debug`.
-fn split(word: &str) -> impl Iterator<Item = &str> {
+/// Splits an option from a value in the same word: `--log-level=debug`.
+fn split_option(word: &str) -> impl Iterator<Item = &str> {
     let (option, value) = match word.split_once('=') {
         Some((option, value)) if option.starts_with("--") => (option, Some(value)),
         _ => (word, None),
@@ -118,7 +120,7 @@ fn split(word: &str) -> impl Iterator<Item = &str> {
     std::iter::once(option).chain(value)
 }
 
-/// Runs the command of the process's arguments.
+/// Runs the command that the arguments of the process name.
 pub fn main() -> ExitCode {
     let arguments: std::result::Result<Vec<String>, _> = std::env::args_os()
         .skip(1)
@@ -128,7 +130,7 @@ pub fn main() -> ExitCode {
         eprintln!("flowd-rs: an argument is not UTF-8");
         return ExitCode::from(2);
     };
-    let arguments: Vec<&str> = arguments.iter().flat_map(|word| split(word)).collect();
+    let arguments: Vec<&str> = arguments.iter().flat_map(|word| split_option(word)).collect();
     let parsed = match Arguments::from_args(&["flowd-rs"], &arguments) {
         Ok(parsed) => parsed,
         Err(exit) if exit.status.is_ok() => {
@@ -136,7 +138,8 @@ pub fn main() -> ExitCode {
             return ExitCode::SUCCESS;
         }
         Err(exit) => {
-            eprintln!("flowd-rs: {}", exit.output.trim());
+            let message = usage::explain(Arguments::get_args_info(), &arguments, &exit.output);
+            eprintln!("flowd-rs: {message}");
             return ExitCode::from(2);
         }
     };
@@ -170,9 +173,8 @@ fn dispatch(arguments: Arguments) -> Result<ExitCode> {
         Some(Command::Prepare(command)) => command.run()?,
         Some(Command::Registry(command)) => command.run()?,
         None => {
-            eprintln!(
-                "flowd-rs: a command is expected: run, config, flows, listen, marker, prepare, registry, send, status, stun, tag, version or help"
-            );
+            let message = usage::missing_command("", &Arguments::get_args_info());
+            eprintln!("flowd-rs: {message}");
             return Ok(ExitCode::from(2));
         }
     }

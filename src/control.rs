@@ -1,15 +1,17 @@
-//! The control socket: what `flowd-rs flows` and `flowd-rs status` ask.
+//! The control socket, which `flowd-rs flows` and `flowd-rs status` query.
+
+pub mod routes;
 
 use std::path::Path;
 
+use self::routes::{ROUTES, Routes};
 use crate::config;
 use crate::error::{Context, Result};
 use crate::http::{Handler, Listener, Request, Response, Server, problem};
-use crate::routes::{ROUTES, Routes};
 use crate::sys::stop::Stop;
 
-/// Its owner and its group may ask.
-const MODE: u32 = 0o660;
+/// The owner and the group of the socket may connect.
+const SOCKET_MODE: u32 = 0o660;
 
 /// The control socket, bound.
 pub struct Control {
@@ -18,23 +20,23 @@ pub struct Control {
 }
 
 impl Control {
-    /// Binds the socket. At the default path a failure is only logged: the daemon works without.
+    /// Binds the socket. A failure is only logged if the path is the default one: the daemon can run without the socket.
     pub fn new(config: &config::ControlSocket, routes: Routes) -> Result<Option<Control>> {
-        let server = Listener::unix(&config.path, MODE).and_then(|l| Server::new(vec![l]));
+        let server = Listener::unix(&config.path, SOCKET_MODE).and_then(|l| Server::new(vec![l]));
         match server {
             Ok(server) => Ok(Some(Control { server, routes })),
             Err(error) if !config.given => {
                 log::info!(
-                    "{}: {error}; running without a control socket (controlSocket)",
-                    config.path.display()
+                    "{}: {error}; running without it",
+                    socket_name(&config.path)
                 );
                 Ok(None)
             }
-            Err(error) => Err(error).context(|| what(&config.path)),
+            Err(error) => Err(error).context(|| socket_name(&config.path)),
         }
     }
 
-    /// Answers until it is time to stop.
+    /// Answers requests until `stop` is set.
     pub fn run(mut self, stop: Stop) -> Result<()> {
         self.server
             .run(&mut ReadOnly(&mut self.routes), stop)
@@ -42,7 +44,7 @@ impl Control {
     }
 }
 
-fn what(path: &Path) -> String {
+fn socket_name(path: &Path) -> String {
     format!("control socket {} (controlSocket)", path.display())
 }
 

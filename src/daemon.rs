@@ -1,7 +1,7 @@
-//! Builds everything, starts the threads, and sees to signals, readiness, watchdog, reloads and the orderly
-//! end.
+//! Builds the daemon, starts its threads, and handles signals, readiness, the watchdog, reloads and shutdown.
 
 mod parts;
+mod wanted;
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -18,42 +18,43 @@ use sd_notify::NotifyState;
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM, SIGUSR1, SIGUSR2};
 use signal_hook::iterator::Signals;
 
-use crate::config::{self, Config};
+use crate::backends::firefly::public_addresses::AddressCache;
+use crate::config::Config;
+use crate::context::DaemonContext;
 use crate::control::Control;
+use crate::control::routes::Routes;
+use crate::dispatcher::echo_filter::EchoFilter;
+use crate::dispatcher::flow_table::FlowTable;
+use crate::dispatcher::journal::Journal;
 use crate::dispatcher::{Dispatcher, Heartbeat};
-use crate::echo::EchoFilter;
 use crate::error::{Context, Error, Result};
-use crate::flow_table::FlowTable;
-use crate::journal::Journal;
 use crate::metrics::Metrics;
-use crate::public_addresses::Known;
-use crate::registry::{self, Handle};
-use crate::routes::{Routes, Sources};
+use crate::registry::{self, SharedRegistry};
 use crate::sys::stop::{StopSwitch, stop};
 use crate::sys::{privileges, state_dir};
 use parts::{Parts, spawn};
 
-/// What the process ends with on SIGUSR2, EX_TEMPFAIL of sysexits(3): systemd starts it again at once.
-const RESTART: u8 = 75;
-/// Events that wait for the dispatcher.
+/// Exit status after SIGUSR2, EX_TEMPFAIL of sysexits(3): the unit makes systemd start the daemon again at once.
+const EXIT_CODE_RESTART: u8 = 75;
+/// How many events may wait for the dispatcher.
 const DISPATCHER_QUEUE: usize = 4096;
-/// Questions that wait for the dispatcher.
-const QUERIES: usize = 16;
-/// How long threads may take to end.
+/// How many queries may wait for the dispatcher.
+const QUERY_QUEUE: usize = 16;
+/// How long threads may take to end on a stop.
 const STOP_DEADLINE: Duration = Duration::from_secs(10);
 
-/// How long a stop takes at most in good health: until then a second signal is not impatience.
-const IN_TIME: Duration = Duration::from_secs(2);
+/// A normal stop finishes within this time; until then a second signal is ignored.
+const SECOND_SIGNAL_GRACE: Duration = Duration::from_secs(2);
 
-/// What the main thread waits for.
+/// A message to the main thread.
 enum Notice {
     Signal(i32),
     /// A thread has ended.
     Ended(String, Result<()>),
 }
 
-/// Runs the daemon until it is told to stop, which gives the exit code, or until one of its threads dies, which is an error.
-/// `path` is where `config` was read, and is read again on a reload; `log_level` is the command line's.
+/// Runs the daemon until a signal stops it, and returns the exit code. It is an error if one of its threads dies.
+/// `path` is the file of `config`, which a reload reads again; `log_level` is the one of the command line.
 pub fn run(config: Config, path: &Path, log_level: Option<LevelFilter>) -> Result<ExitCode> {
     privileges::no_new_privileges();
     let (notices, inbox) = unbounded();
@@ -63,37 +64,38 @@ pub fn run(config: Config, path: &Path, log_level: Option<LevelFilter>) -> Resul
     config.log_remarks();
 
     let metrics = Metrics::new();
-    let (known, source) = registry::known(&config.registry);
+    let (known, source) = registry::load_cached_or_builtin(&config.registry);
     log::debug!("registry: {source}");
-    let registry = Handle::new(known);
+    let registry = SharedRegistry::new(known);
     let mut table = FlowTable::new(config.flows.max_flows);
     let journal = Journal::open(&config.state_dir, &mut table, &metrics)
         .context(|| format!("journal in {} (stateDir)", config.state_dir.display()))?;
     if !table.is_empty() {
         log::info!(
-            "{} flows are open from before, by {}",
+            "restored {} open {} from {}",
             table.len(),
+            if table.len() == 1 { "flow" } else { "flows" },
             journal.path().display()
         );
     }
-    let (ask, queries) = bounded(QUERIES);
-    let sources = Sources {
-        queries: ask,
+    let (query_sender, queries) = bounded(QUERY_QUEUE);
+    let context = DaemonContext {
+        queries: query_sender,
         registry: registry.clone(),
-        public: Known::default(),
         metrics: metrics.clone(),
-        setup: Arc::new(ArcSwap::from_pointee(parts::setup(&config)?)),
+        active: Arc::new(ArcSwap::from_pointee(wanted::active(&config)?)),
         started: Timestamp::now(),
     };
     let (channel, events) = bounded(DISPATCHER_QUEUE);
-    let built = Parts::build(&config, &sources)?;
-    let control = Control::new(&config.control_socket, Routes::new(sources.clone()))?;
-    let wishes = keep_registry(&config, &registry, &metrics)?;
+    let addresses = AddressCache::default();
+    let built = wanted::build_all(&config, &context, &addresses)?;
+    let control = Control::new(&config.control_socket, Routes::new(context.clone()))?;
+    let registry_updates = start_registry_updates(&config, &registry, &metrics)?;
 
-    // Everything is acquired. Threads that are started from now on have no more than this one.
-    privileges::keep(&privileges::kept(&config));
+    // Every resource is acquired. Threads started from now on have at most the privileges of this one.
+    privileges::keep_only(&privileges::needed(config.uses_bpf()));
     let (switch, stop) = stop().context(|| "pipe of the stop switch".to_owned())?;
-    let mut parts = Parts::new(sources, channel, notices.clone());
+    let mut parts = Parts::new(context, addresses, channel, notices.clone());
     let outputs = parts.start_backends(built.backends, &config, &table)?;
     let dispatcher = Dispatcher::new(
         table,
@@ -105,7 +107,7 @@ pub fn run(config: Config, path: &Path, log_level: Option<LevelFilter>) -> Resul
     );
     let heartbeat = dispatcher.heartbeat();
     let dispatch = move || {
-        privileges::keep_none();
+        privileges::drop_all();
         dispatcher.run(&events, queries);
         Ok(())
     };
@@ -114,7 +116,7 @@ pub fn run(config: Config, path: &Path, log_level: Option<LevelFilter>) -> Resul
     let mut others = 1;
     if let Some(control) = control {
         let serve = move || {
-            privileges::keep_none();
+            privileges::drop_all();
             control.run(stop)
         };
         spawn("control".to_owned(), notices, Box::new(serve))?;
@@ -132,11 +134,11 @@ pub fn run(config: Config, path: &Path, log_level: Option<LevelFilter>) -> Resul
         heartbeat,
         started: Instant::now(),
         result: Ok(()),
-        ending: ExitCode::SUCCESS,
+        exit_code: ExitCode::SUCCESS,
         config,
         path: path.to_owned(),
         log_level,
-        wishes,
+        registry_updates,
     };
     let result = supervisor.run();
     drop(pid_file);
@@ -152,30 +154,30 @@ fn log_ready(what: &str, config: &Config) {
     );
 }
 
-/// The main thread's part once all others run.
+/// The work of the main thread once all others run.
 struct Supervisor {
     inbox: Receiver<Notice>,
     switch: StopSwitch,
     parts: Parts,
-    /// Threads that run beside the parts: the dispatcher, the control socket.
+    /// The number of running threads that are not parts: dispatcher and control socket.
     others: usize,
     metrics: Metrics,
     heartbeat: Heartbeat,
     started: Instant,
     result: Result<()>,
-    /// What an orderly stop ends with.
-    ending: ExitCode,
+    /// The exit code of an orderly stop.
+    exit_code: ExitCode,
     config: Config,
     path: PathBuf,
     log_level: Option<LevelFilter>,
-    wishes: Sender<config::Registry>,
+    registry_updates: Sender<registry::Settings>,
 }
 
 impl Supervisor {
     fn run(mut self) -> Result<ExitCode> {
         let result = self.supervise();
         self.log_status("stopped");
-        result.and(self.result).map(|()| self.ending)
+        result.and(self.result).map(|()| self.exit_code)
     }
 
     fn supervise(&mut self) -> Result<()> {
@@ -183,15 +185,15 @@ impl Supervisor {
         let mut beats = 0;
         let mut deadline = None;
         while self.others + self.parts.running() > 0 {
-            let patience = match deadline {
+            let timeout = match deadline {
                 Some(deadline) => Instant::now()
                     .checked_duration_since(deadline)
                     .map_or(Duration::from_millis(100), |_| Duration::ZERO),
                 None => watchdog.unwrap_or(Duration::from_secs(3600)),
             };
-            let notice = match self.parts.aside() {
+            let notice = match self.parts.next_deferred_notice() {
                 Some(notice) => Ok(notice),
-                None => self.inbox.recv_timeout(patience),
+                None => self.inbox.recv_timeout(timeout),
             };
             match notice {
                 Ok(Notice::Signal(SIGUSR1)) => self.log_status("status"),
@@ -205,17 +207,19 @@ impl Supervisor {
                 Ok(Notice::Signal(SIGHUP)) => {}
                 Ok(Notice::Signal(SIGUSR2)) if deadline.is_none() => {
                     self.parts.hand_over();
-                    self.ending = ExitCode::from(RESTART);
-                    deadline = Some(self.stop("SIGUSR2: stopping for the next process"));
+                    self.exit_code = ExitCode::from(EXIT_CODE_RESTART);
+                    deadline = Some(self.stop("SIGUSR2: stopping, the next process takes over"));
                 }
                 Ok(Notice::Signal(SIGUSR2)) => {}
                 Ok(Notice::Signal(_)) if deadline.is_some() => {
-                    // A terminal and a script may both say it; who says it again later means it.
+                    // Ctrl-C can deliver SIGINT twice (terminal and wrapper script). Only a second signal after the grace
+                    // period forces an immediate exit.
                     if deadline.is_some_and(|d| {
-                        d.saturating_duration_since(Instant::now()) < STOP_DEADLINE - IN_TIME
+                        d.saturating_duration_since(Instant::now())
+                            < STOP_DEADLINE - SECOND_SIGNAL_GRACE
                     }) {
                         return Err(Error::Failed(
-                            "told to stop again while stopping: ended at once".to_owned(),
+                            "second stop signal while stopping: ended at once".to_owned(),
                         ));
                     }
                 }
@@ -244,7 +248,7 @@ impl Supervisor {
                 Err(RecvTimeoutError::Timeout) => {}
                 Err(RecvTimeoutError::Disconnected) => break,
             }
-            // A dispatcher that hangs gets no more pings, and the daemon is restarted.
+            // If the dispatcher hangs, systemd gets no more keep-alives and restarts the daemon.
             let now = self.heartbeat.beats();
             if watchdog.is_some() && now != std::mem::replace(&mut beats, now) {
                 notify(&[NotifyState::Watchdog]);
@@ -261,11 +265,11 @@ impl Supervisor {
         Instant::now() + STOP_DEADLINE
     }
 
-    /// During a stop a thread ends as it should; at any other time the daemon goes down with it.
+    /// During a stop threads are meant to end; at any other time the end of one stops the daemon.
     fn thread_ended(&mut self, name: &str, result: Result<()>, deadline: &mut Option<Instant>) {
         let error = match (result, &deadline) {
             (Ok(()), Some(_)) => return,
-            (Ok(()), None) => Error::Failed(format!("thread {name} ended by itself")),
+            (Ok(()), None) => Error::Failed(format!("thread {name} ended unexpectedly")),
             (Err(error), _) => Error::Failed(format!("thread {name} died: {error}")),
         };
         if deadline.is_none() {
@@ -276,8 +280,8 @@ impl Supervisor {
         }
     }
 
-    /// By the file as it is now. A wrong one is only said; an error is one that leaves the daemon without
-    /// a part of it.
+    /// Applies the configuration file as it is now. A configuration that is refused is only logged. An error means
+    /// that the daemon has lost a part, and must stop.
     fn reload(&mut self) -> Result<()> {
         notify(&[
             NotifyState::Reloading,
@@ -286,22 +290,20 @@ impl Supervisor {
         let result = match Config::load(&self.path) {
             Ok(config) => self.apply(config),
             Err(error) => {
-                complain(&error);
+                report_refused_reload(&error);
                 Ok(())
             }
         };
-        let _ = self.wishes.send(self.config.registry.clone());
+        let _ = self.registry_updates.send(self.config.registry.clone());
         notify(&[NotifyState::Ready]);
         result
     }
 
     fn apply(&mut self, mut config: Config) -> Result<()> {
-        let missing = privileges::missing(&config);
-        if !missing.is_empty()
-            && !privileges::kept(&self.config).is_superset(&privileges::kept(&config))
-        {
-            complain(&format!(
-                "eBPF needs {}, which was given up at the start, as there was no need of it: restart the daemon",
+        let missing = privileges::missing(config.uses_bpf());
+        if !missing.is_empty() && (config.uses_bpf() && !self.config.uses_bpf()) {
+            report_refused_reload(&format!(
+                "eBPF needs {}, which the daemon dropped at its start because nothing needed it: restart the daemon",
                 missing.join(", ")
             ));
             return Ok(());
@@ -316,7 +318,7 @@ impl Supervisor {
             ),
         ] {
             if changed {
-                log::warn!("reload: {key} is another, which takes effect at the next start");
+                log::warn!("reload: {key} changed; restart the daemon to apply it");
             }
         }
         config.pid_path.clone_from(&self.config.pid_path);
@@ -325,7 +327,7 @@ impl Supervisor {
             .control_socket
             .clone_from(&self.config.control_socket);
         if let Err(error) = self.parts.apply(&config, &self.config, &self.inbox) {
-            complain(&error);
+            report_refused_reload(&error);
             return self.parts.apply(&self.config, &config, &self.inbox);
         }
         if self.log_level.is_none() {
@@ -343,37 +345,37 @@ impl Supervisor {
     }
 }
 
-/// Said to the log and to systemd.
-fn complain(error: &dyn std::fmt::Display) {
-    let text = format!("reload: {error}; going on with the former configuration");
+/// Logs why a reload was refused, and shows it in `systemctl status`.
+fn report_refused_reload(error: &dyn std::fmt::Display) {
+    let text = format!("reload: {error}; the previous configuration stays in effect");
     log::error!("{text}");
     notify(&[NotifyState::Status(&text)]);
 }
 
-/// A thread that updates the registry; it is not waited for on a stop, as it may wait for the network.
-fn keep_registry(
+/// Starts the thread that updates the registry. A stop does not wait for it, since it may be waiting for the network.
+fn start_registry_updates(
     config: &Config,
-    handle: &Handle,
+    handle: &SharedRegistry,
     metrics: &Metrics,
-) -> Result<Sender<config::Registry>> {
-    let (wish, wishes) = unbounded();
+) -> Result<Sender<registry::Settings>> {
+    let (request, registry_updates) = unbounded();
     let (handle, metrics) = (handle.clone(), metrics.clone());
-    let _ = wish.send(config.registry.clone());
+    let _ = request.send(config.registry.clone());
     thread::Builder::new()
         .name("registry".to_owned())
         .spawn(move || {
-            privileges::keep_none();
-            registry::keep(&handle, &wishes, &metrics);
+            privileges::drop_all();
+            registry::keep_updated(&handle, &registry_updates, &metrics);
         })
         .context(|| "thread registry".to_owned())?;
-    Ok(wish)
+    Ok(request)
 }
 
 fn listen_for_signals(notices: Sender<Notice>) -> Result<()> {
     let signals = Signals::new([SIGTERM, SIGINT, SIGHUP, SIGUSR1, SIGUSR2]);
     let mut signals = signals.context(|| "signal handlers".to_owned())?;
     let forward = move || {
-        privileges::keep_none();
+        privileges::drop_all();
         for signal in signals.forever() {
             if notices.send(Notice::Signal(signal)).is_err() {
                 return;
@@ -387,14 +389,14 @@ fn listen_for_signals(notices: Sender<Notice>) -> Result<()> {
     Ok(())
 }
 
-/// Without systemd there is nobody to tell.
+/// Notifies systemd; does nothing if systemd did not start the daemon.
 fn notify(state: &[NotifyState<'_>]) {
     if let Err(error) = sd_notify::notify(state) {
         log::debug!("systemd could not be notified: {error}");
     }
 }
 
-/// For scripts; the lock of the state directory is what keeps a second daemon out.
+/// The file of the process id, for scripts. The lock of the state directory is what keeps a second daemon out.
 struct PidFile(Option<PathBuf>);
 
 impl PidFile {
@@ -403,7 +405,7 @@ impl PidFile {
             return PidFile(None);
         };
         if let Err(error) = fs::write(path, format!("{}\n", std::process::id())) {
-            // The service needs none, and may not write where flowd-go's is.
+            // The service needs no such file, and may not write to the default path, which is flowd-go's.
             let level = match config.pid_path_given {
                 true => Level::Warn,
                 false => Level::Debug,

@@ -1,4 +1,9 @@
-//! The one thread between plugins and backends. It owns the table of open flows and its journal.
+//! The one thread between plugins and backends. It owns the table of open flows and the journal.
+
+pub mod echo_filter;
+pub mod flow_table;
+pub mod journal;
+pub mod queue;
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -9,73 +14,75 @@ use jiff::Timestamp;
 use log::Level;
 use prometheus::{IntCounter, IntGauge};
 
-use crate::echo::EchoFilter;
-use crate::flow::{Flow, FlowEvent, Origin, State};
-use crate::flow_table::{FlowTable, OpenFlow, Step};
-use crate::journal::{self, Journal};
-use crate::log_limit::LogLimit;
+use self::echo_filter::EchoFilter;
+use self::flow_table::{FlowTable, OpenFlow, Transition};
+use self::journal::Journal;
+use self::queue::{Pushed, push};
+use crate::event::{FlowEvent, Origin, State};
+use crate::flow::Flow;
+use crate::logging::LogLimit;
 use crate::metrics::{Metrics, Outcomes, Queue};
-use crate::queue::{Pushed, push};
 
+/// How often flows are expired.
 const TICK: Duration = Duration::from_secs(1);
-/// The most events that share a write to the journal.
-const BATCH: usize = 512;
+/// How many events at most share a write to the journal.
+const MAX_BATCH: usize = 512;
 
-/// A backend's end of things: its channel and what is known of its length.
+/// The channel to a backend.
 pub struct Output {
     /// The name of the backend.
     pub name: &'static str,
-    /// Where its events go.
+    /// Receives the events.
     pub channel: Sender<Arc<FlowEvent>>,
     /// Depth and high-water mark of the channel.
     pub queue: Queue,
-    /// Whether it gets news of sockets.
-    pub wants_news: bool,
+    /// Whether it receives the enrichers' `ongoing` events, which are many.
+    pub wants_socket_reports: bool,
 }
 
-/// What a reload may change.
+/// The settings of the dispatcher, which a reload may change.
 pub struct Settings {
     /// `flows.maxFlows`.
     pub max_flows: usize,
     /// `flows.maxAge`.
     pub max_age: Duration,
-    /// Whether fireflies come in, which may be echoes.
-    pub fireflies_come_in: bool,
+    /// Whether the firefly plugin runs: then fireflies may be echoes.
+    pub receives_fireflies: bool,
 }
 
-/// A question about the open flows, or a change; the answer goes into the channel.
+/// A request to the dispatcher. The answer goes into the channel that comes with it.
 pub enum Query {
-    /// From now on the events of the backend of this name go here, or nowhere. The answer is what is
-    /// open now.
+    /// From now on the events for the backend of this name go to this output, or nowhere. The answer is the flows
+    /// that are open at that moment.
     Output(&'static str, Option<Output>, Sender<Vec<(Flow, OpenFlow)>>),
-    /// Other settings.
+    /// New settings.
     Settings(Settings),
-    /// All of them, in no order.
+    /// All open flows, in no order.
     Flows(Sender<Vec<(Flow, OpenFlow)>>),
-    /// One of them.
+    /// One flow, if it is open.
     Flow(Flow, Sender<Option<OpenFlow>>),
 }
 
-/// How long the dispatcher may take to say what is open.
-const PATIENCE: Duration = Duration::from_secs(5);
+/// How long the dispatcher may take to list the open flows.
+const ANSWER_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// Asks the dispatcher; `None` if it does not answer in time.
+/// Asks the dispatcher; `None` if it does not answer within `timeout`.
 pub fn ask<T>(
     queries: &Sender<Query>,
-    patience: Duration,
+    timeout: Duration,
     query: impl FnOnce(Sender<T>) -> Query,
 ) -> Option<T> {
     let (reply, answer) = bounded(1);
-    queries.send_timeout(query(reply), patience).ok()?;
-    answer.recv_timeout(patience).ok()
+    queries.send_timeout(query(reply), timeout).ok()?;
+    answer.recv_timeout(timeout).ok()
 }
 
-/// The open flows, as far as the dispatcher says which they are.
+/// The open flows, or none if the dispatcher does not answer in time.
 pub fn open_flows(queries: &Sender<Query>) -> Vec<(Flow, OpenFlow)> {
-    ask(queries, PATIENCE, Query::Flows).unwrap_or_default()
+    ask(queries, ANSWER_TIMEOUT, Query::Flows).unwrap_or_default()
 }
 
-/// A sign of life that the watchdog looks at.
+/// A counter by which the watchdog sees that the dispatcher is alive.
 #[derive(Clone, Default)]
 pub struct Heartbeat(Arc<AtomicU64>);
 
@@ -84,7 +91,7 @@ impl Heartbeat {
         self.0.fetch_add(1, Ordering::Relaxed);
     }
 
-    /// How often the heart has beaten: at least once a second in good health.
+    /// The count, which grows at least once a second in good health.
     pub fn beats(&self) -> u64 {
         self.0.load(Ordering::Relaxed)
     }
@@ -96,21 +103,21 @@ pub struct Dispatcher {
     journal: Journal,
     outputs: Vec<Output>,
     max_age: Duration,
-    /// Where fireflies come in.
+    /// `None` without the firefly plugin.
     echoes: Option<EchoFilter>,
     heartbeat: Heartbeat,
-    counters: Outcomes<Step>,
+    counters: Outcomes<Transition>,
     flows_open: IntGauge,
     ongoing_dropped: IntCounter,
     queue: Queue,
     refused: LogLimit,
-    /// Lines for the journal and events for the backends, of the batch at hand.
+    /// Lines for the journal, and events for the backends, of the current batch.
     lines: String,
-    passed: Vec<Arc<FlowEvent>>,
+    forwarded: Vec<Arc<FlowEvent>>,
 }
 
 impl Dispatcher {
-    /// `table` holds the flows that `journal` says are open.
+    /// `table` holds the flows that are open in `journal`.
     pub fn new(
         table: FlowTable,
         journal: Journal,
@@ -130,15 +137,18 @@ impl Dispatcher {
             flows_open: metrics.flows_open.clone(),
             ongoing_dropped: metrics.ongoing_dropped.clone(),
             queue: metrics.queue("dispatcher"),
-            refused: LogLimit::new(Level::Error, "flows refused because of flows.maxFlows"),
+            refused: LogLimit::new(
+                Level::Error,
+                "flows refused because the table is full (flows.maxFlows)",
+            ),
             lines: String::new(),
-            passed: Vec::new(),
+            forwarded: Vec::new(),
         };
         dispatcher.flows_open.set(dispatcher.table.len() as i64);
         dispatcher
     }
 
-    /// What the watchdog looks at.
+    /// The counter for the watchdog.
     pub fn heartbeat(&self) -> Heartbeat {
         self.heartbeat.clone()
     }
@@ -147,43 +157,47 @@ impl Dispatcher {
     pub fn run(mut self, events: &Receiver<FlowEvent>, mut queries: Receiver<Query>) {
         let mut ticked = Instant::now();
         loop {
-            let (mut first, mut asked) = (None, None);
+            let (mut first, mut query) = (None, None);
             select! {
                 recv(events) -> event => match event {
                     Ok(event) => first = Some(event),
                     Err(_) => break,
                 },
-                recv(queries) -> query => match query {
-                    Ok(query) => asked = Some(query),
+                recv(queries) -> received => match received {
+                    Ok(received) => query = Some(received),
                     Err(_) => queries = never(),
                 },
                 default(TICK) => {}
             }
-            // Who asks is to see what was sent before.
-            let batch = if asked.is_some() { events.len() } else { BATCH };
+            // The requester must see the effect of all events that were sent before.
+            let batch = if query.is_some() {
+                events.len()
+            } else {
+                MAX_BATCH
+            };
             self.queue
                 .observe(events.len() + usize::from(first.is_some()));
             let (time, now) = (Timestamp::now(), Instant::now());
             for event in first.into_iter().chain(events.try_iter()).take(batch) {
-                self.step(event, time, now);
+                self.apply(event, time, now);
             }
             if now.duration_since(ticked) >= TICK {
                 ticked = now;
                 self.expire(time);
                 self.refused.tick(now);
             }
-            self.pass_on(now);
-            if let Some(query) = asked {
+            self.forward(now);
+            if let Some(query) = query {
                 self.answer(query);
             }
-            self.journal.tend(&self.table, now);
+            self.journal.compact_if_due(&self.table, now);
             self.queue.observe(events.len());
             self.heartbeat.beat();
         }
         self.refused.flush();
     }
 
-    /// Who asked may have gone.
+    /// Answers a request. The requester may no longer be waiting: a send failure is ignored.
     fn answer(&mut self, query: Query) {
         let flows = |table: &FlowTable| {
             let flows = table.iter().map(|(flow, open)| (*flow, open.clone()));
@@ -198,7 +212,7 @@ impl Dispatcher {
             Query::Settings(settings) => {
                 self.table.set_max_flows(settings.max_flows);
                 self.max_age = settings.max_age;
-                match settings.fireflies_come_in {
+                match settings.receives_fireflies {
                     true => drop(self.echoes.get_or_insert_default()),
                     false => self.echoes = None,
                 }
@@ -212,61 +226,63 @@ impl Dispatcher {
         }
     }
 
-    fn step(&mut self, mut event: FlowEvent, time: Timestamp, now: Instant) {
+    fn apply(&mut self, mut event: FlowEvent, time: Timestamp, now: Instant) {
         let echo = |filter: &mut EchoFilter| filter.is_echo(&event, now);
-        let step = match self.echoes.as_mut().is_some_and(echo) {
-            true => Step::Echo,
-            false => self.table.step(&mut event, time),
+        let transition = match self.echoes.as_mut().is_some_and(echo) {
+            true => Transition::Echo,
+            false => self.table.apply(&mut event, time),
         };
-        self.note(step, event);
+        self.record(transition, event);
     }
 
     fn expire(&mut self, now: Timestamp) {
         for event in self.table.expire(now, self.max_age) {
-            self.note(Step::Expired, event);
+            self.record(Transition::Expired, event);
         }
-        for event in self.table.end_closed(now) {
-            self.note(Step::SocketClosed, event);
+        for event in self.table.end_closing(now) {
+            self.record(Transition::SocketClosed, event);
         }
     }
 
-    fn note(&mut self, step: Step, event: FlowEvent) {
-        self.counters.add(step);
+    fn record(&mut self, transition: Transition, event: FlowEvent) {
+        self.counters.add(transition);
         log::debug!(
-            "{step:?}: {} tag {} from {}",
+            "{transition:?}: {} tag {} from {}",
             event.flow,
             event.tag(),
             event.origin.as_str()
         );
-        if step.opens() {
+        if transition.opens() {
             if let Some(open) = self.table.get(&event.flow) {
                 journal::encode_open(&mut self.lines, &event.flow, open);
             }
-        } else if step.closes() {
+        } else if transition.closes() {
             journal::encode_close(&mut self.lines, &event.flow);
-        } else if step == Step::Refused {
+        } else if transition == Transition::Refused {
             let (flow, open) = (&event.flow, self.table.len());
             self.refused.log(Instant::now(), || {
-                format!(
-                    "{flow} refused: {open} flows are open, which is the limit (flows.maxFlows)"
-                )
+                format!("{flow} refused: {open} flows are open, the limit is flows.maxFlows")
             });
         }
-        if step.passes() {
-            self.passed.push(Arc::new(event));
+        if transition.is_forwarded_to_backends() {
+            self.forwarded.push(Arc::new(event));
         }
     }
 
-    /// The journal first: a flow whose start was sent is open after a crash, and its start is not sent
-    /// again.
-    fn pass_on(&mut self, now: Instant) {
+    /// Writes the journal, then sends the events: after a crash, a flow whose start was sent is open, and its start
+    /// is not sent again.
+    fn forward(&mut self, now: Instant) {
         self.journal.append(&self.lines, now);
         self.lines.clear();
         self.flows_open.set(self.table.len() as i64);
-        for event in self.passed.drain(..) {
-            let news = event.origin == Origin::Socket && event.state == State::Ongoing;
-            for output in self.outputs.iter().filter(|o| !news || o.wants_news) {
-                // A backend that has ended takes the daemon down by other ways.
+        for event in self.forwarded.drain(..) {
+            let is_report = event.origin == Origin::Socket && event.state == State::Ongoing;
+            for output in self
+                .outputs
+                .iter()
+                .filter(|o| !is_report || o.wants_socket_reports)
+            {
+                // The end of a backend stops the daemon by other means: see `daemon`.
                 if push(&output.channel, event.state, Arc::clone(&event)) == Pushed::Dropped {
                     self.ongoing_dropped.inc();
                 }

@@ -1,25 +1,28 @@
-//! What the kernel knows of the sockets of open flows, as events, one thread each.
+//! Enrichers: report the kernel's statistics of the sockets of open flows as flow events, each on its own thread.
 //!
-//! An enricher tells of sockets whether or not they are those of open flows: the dispatcher, which owns
-//! the table, drops what is not. So nothing flows back to an enricher, and nothing can block in a
-//! circle.
+//! An enricher reports sockets whether or not they belong to open flows: the dispatcher, which owns the table of open
+//! flows, drops the others. So enrichers need no messages from the dispatcher, and no cycle of queues can block.
 
+pub mod netlink;
 #[cfg(feature = "bpf")]
 pub mod skops;
-pub mod sockets;
 
 use crate::config::Config;
+use crate::context::DaemonContext;
 use crate::error::Result;
 use crate::plugins::{Plugin, boxed};
-use crate::routes::Sources;
 
-/// Builds the enricher of this name, if it is configured. Seen from the dispatcher it is a plugin.
-pub fn build(name: &str, config: &Config, sources: &Sources) -> Result<Option<Box<dyn Plugin>>> {
+/// Builds the enricher of this name, if it is configured. To the dispatcher it is a plugin.
+pub fn build(
+    name: &str,
+    config: &Config,
+    context: &DaemonContext,
+) -> Result<Option<Box<dyn Plugin>>> {
     Ok(match name {
-        "sockets" => boxed(sockets::Sockets::new(config, sources)?),
+        "netlink" => boxed(netlink::Netlink::new(config, context)?),
         #[cfg(feature = "bpf")]
         "skops" => {
-            let build = |settings| skops::SkopsEnricher::new(settings, &sources.metrics);
+            let build = |settings| skops::SkopsEnricher::new(settings, &context.metrics);
             boxed(config.skops_enricher.as_ref().map(build).transpose()?)
         }
         _ => None,

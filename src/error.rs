@@ -1,37 +1,78 @@
-//! What ends the program early: one line for the operator, and the exit code.
+//! Errors that end the program: one line for the operator, and the exit code.
 
+use std::fmt;
 use std::io;
+use std::path::PathBuf;
 use std::process::ExitCode;
 
-use crate::config;
-
-/// An error that the operator reads.
+/// An error for the operator.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     /// The configuration is wrong.
     #[error(transparent)]
-    Config(#[from] config::ConfigError),
-    /// A resource could not be had; `what` names it.
-    #[error("{what}: {source}")]
+    Config(#[from] ConfigError),
+    /// A file, socket or other resource could not be used.
+    #[error("{resource}: {source}")]
     Resource {
         /// The path, socket or name.
-        what: String,
-        /// What the system said.
+        resource: String,
+        /// The error of the system call.
         source: io::Error,
     },
     /// The command line is wrong.
     #[error("{0}")]
     Usage(String),
-    /// Anything else that went wrong at run time.
+    /// Any other failure at run time.
     #[error("{0}")]
     Failed(String),
 }
 
-/// The result of what can end the program.
+/// A configuration error: where it is, what is wrong and what was expected.
+#[derive(Debug, PartialEq, Eq, thiserror::Error)]
+pub struct ConfigError {
+    /// The file.
+    pub path: PathBuf,
+    /// Line and column, from 1.
+    pub place: Option<(usize, usize)>,
+    /// The key as a dotted path, `plugins.api.bindPort`; empty if the error is about the whole file.
+    pub key: String,
+    /// What is wrong and what was expected.
+    pub message: String,
+    /// The text of the line at `place`.
+    pub line: Option<String>,
+}
+
+impl ConfigError {
+    /// The line with a caret below the column; empty without a place.
+    pub fn excerpt(&self) -> String {
+        let (Some((number, column)), Some(line)) = (self.place, &self.line) else {
+            return String::new();
+        };
+        // Tabs are kept, so that the caret lines up.
+        let before = line.chars().take(column - 1);
+        let indent: String = before.map(|c| if c == '\t' { c } else { ' ' }).collect();
+        format!("{number:>5} | {line}\n      | {indent}^\n")
+    }
+}
+
+impl fmt::Display for ConfigError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}:", self.path.display())?;
+        if let Some((line, column)) = self.place {
+            write!(f, "{line}:{column}:")?;
+        }
+        if !self.key.is_empty() {
+            write!(f, " {}:", self.key)?;
+        }
+        write!(f, " {}", self.message)
+    }
+}
+
+/// The result of a function whose error ends the program.
 pub type Result<T> = std::result::Result<T, Error>;
 
 impl Error {
-    /// 2 for usage or configuration, 1 for a failure at run time.
+    /// 2 for an error in the command line or the configuration, 1 for a failure at run time.
     pub fn exit_code(&self) -> ExitCode {
         match self {
             Error::Config(_) | Error::Usage(_) => ExitCode::from(2),
@@ -42,14 +83,14 @@ impl Error {
 
 /// Names the resource that an I/O error is about.
 pub trait Context<T> {
-    /// `what` is the path, socket or name.
-    fn context(self, what: impl FnOnce() -> String) -> Result<T>;
+    /// `resource` is the path, socket or name.
+    fn context(self, resource: impl FnOnce() -> String) -> Result<T>;
 }
 
 impl<T, E: Into<io::Error>> Context<T> for std::result::Result<T, E> {
-    fn context(self, what: impl FnOnce() -> String) -> Result<T> {
+    fn context(self, resource: impl FnOnce() -> String) -> Result<T> {
         self.map_err(|source| Error::Resource {
-            what: what(),
+            resource: resource(),
             source: source.into(),
         })
     }

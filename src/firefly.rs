@@ -1,26 +1,26 @@
-//! The firefly codec: a flow event as JSON behind an RFC 5424 header, and back. No I/O, no clock.
+//! The firefly codec: converts flow events to JSON behind an RFC 5424 header, and back. No I/O, no clock.
 //!
-//! Encoding obeys the published schema, version 1. Decoding takes what real producers send: any header
-//! or none, trailing bytes, missing times, keys that it does not know, unescaped quotes in the
-//! application.
+//! Encoding follows the published schema, version 1. Decoding accepts what real producers send: any header or none,
+//! trailing bytes, missing times, unknown keys, unescaped quotes in the application.
 
 mod decode;
 mod encode;
+pub mod netlink_object;
 
-pub use decode::{DecodeError, Rejection, decode, sender};
-pub use encode::{DATAGRAM_MAX, Encoder};
+pub use decode::{DecodeError, Rejection, decode, syslog_hostname};
+pub use encode::{Encoder, MAX_DATAGRAM_SIZE};
 
 /// The port that fireflies are sent to.
 pub const PORT: u16 = 10514;
 
-/// The longest application that is sent, in bytes: it keeps a datagram under [`DATAGRAM_MAX`] whatever
-/// a producer calls itself.
-const APPLICATION_MAX: usize = 128;
+/// The longest application name that is sent, in bytes: with it, a datagram stays within [`MAX_DATAGRAM_SIZE`] for any
+/// producer.
+const MAX_APPLICATION_SIZE: usize = 128;
 
-fn cut(application: &str) -> &str {
+fn truncate_application(application: &str) -> &str {
     match application
         .char_indices()
-        .find(|(at, c)| at + c.len_utf8() > APPLICATION_MAX)
+        .find(|(at, c)| at + c.len_utf8() > MAX_APPLICATION_SIZE)
     {
         Some((at, _)) => &application[..at],
         None => application,
@@ -35,7 +35,8 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
-    use crate::flow::{Flow, FlowEvent, Member, Origin, Protocol, State, Tag, Usage};
+    use crate::event::{FlowEvent, Member, Origin, State};
+    use crate::flow::{Flow, Protocol, Tag, Usage};
 
     const NOW: &str = "2026-01-02T03:04:05.000006Z";
 
@@ -109,7 +110,7 @@ mod tests {
                 let datagram = format!("{header}{json}{tail}");
                 let decoded = decode(datagram.as_bytes(), now()).unwrap();
                 assert_eq!(decoded.flow, event(State::Start).flow);
-                assert_eq!(sender(datagram.as_bytes()), host, "{header:?}");
+                assert_eq!(syslog_hostname(datagram.as_bytes()), host, "{header:?}");
             }
         }
     }
@@ -159,7 +160,7 @@ mod tests {
     }
 
     #[test]
-    fn refusals_by_reason() {
+    fn invalid_fireflies_are_rejected_by_reason() {
         let reason = |lifecycle: &str, rest: &str| decode_with(lifecycle, rest).unwrap_err().reason;
         assert_eq!(reason(r#""state":5"#, CONTEXT), Rejection::State);
         assert_eq!(reason("", CONTEXT), Rejection::State);
@@ -186,7 +187,7 @@ mod tests {
     }
 
     #[test]
-    fn cut_at_every_byte_it_is_refused() {
+    fn a_datagram_truncated_at_any_byte_is_rejected() {
         let datagram = encode(&event(State::End));
         for cut in 0..datagram.len() {
             let decoded = decode(&datagram.as_bytes()[..cut], now());
@@ -195,7 +196,7 @@ mod tests {
     }
 
     #[test]
-    fn the_largest_datagram_fits_a_packet() {
+    fn the_largest_datagram_fits_in_a_packet() {
         let mut event = event(State::End);
         let wide = Flow::new(
             Protocol::Tcp,
@@ -221,7 +222,7 @@ mod tests {
         let header = "h".repeat(64);
         let mut out = String::new();
         Encoder::new(&header, "", true).encode(&event, now(), &mut out);
-        assert!(out.len() <= DATAGRAM_MAX, "{}", out.len());
+        assert!(out.len() <= MAX_DATAGRAM_SIZE, "{}", out.len());
     }
 
     #[test]
@@ -235,7 +236,7 @@ mod tests {
     }
 
     #[test]
-    fn what_does_not_fit_is_left_out_the_least_known_first() {
+    fn members_that_do_not_fit_are_left_out_unknown_ones_first() {
         let member = |key: &str, length: usize| Member {
             key: key.into(),
             json: format!("{{\"x\":\"{}\"}}", "x".repeat(length)).into(),
@@ -245,10 +246,10 @@ mod tests {
             event.members = members.to_vec();
             let mut out = String::new();
             let left_out = Encoder::new("host", "", true).encode(&event, now(), &mut out);
-            assert!(out.len() <= DATAGRAM_MAX, "{}", out.len());
-            let again = decode(out.as_bytes(), now()).unwrap();
-            assert_eq!(again.members.len() + left_out, members.len());
-            again
+            assert!(out.len() <= MAX_DATAGRAM_SIZE, "{}", out.len());
+            let decoded = decode(out.as_bytes(), now()).unwrap();
+            assert_eq!(decoded.members.len() + left_out, members.len());
+            decoded
                 .members
                 .iter()
                 .map(|m| m.key.to_string())
@@ -268,7 +269,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn what_is_encoded_decodes_to_the_same(
+        fn an_encoded_event_decodes_to_the_same(
             state in 0usize..3, udp in any::<bool>(), v6 in any::<bool>(), a in any::<u128>(), b in any::<u128>(),
             ports in (1u16.., 1u16..), tag in (any::<u16>(), any::<u16>()), header in any::<bool>(),
             start in 1i64..4_000_000_000_000_000, lasted in 0i64..1_000_000_000_000,
@@ -304,19 +305,19 @@ mod tests {
             };
             let mut out = String::new();
             Encoder::new("host", "none", header).encode(&event, later, &mut out);
-            // An event of our own is reported when it is sent.
+            // An event that is not relayed is reported when it is sent.
             event.reported.get_or_insert(later);
             prop_assert_eq!(decode(out.as_bytes(), now()).unwrap(), event);
         }
 
         #[test]
-        fn any_bytes_make_no_panic(bytes in proptest::collection::vec(any::<u8>(), 0..300)) {
+        fn arbitrary_bytes_do_not_panic(bytes in proptest::collection::vec(any::<u8>(), 0..300)) {
             let _ = decode(&bytes, now());
-            let _ = sender(&bytes);
+            let _ = syslog_hostname(&bytes);
         }
 
         #[test]
-        fn a_firefly_with_bytes_changed_makes_no_panic_and_no_impossible_flow(
+        fn a_corrupted_firefly_causes_neither_a_panic_nor_an_impossible_flow(
             changes in proptest::collection::vec((0usize..480, any::<u8>()), 1..4)
         ) {
             let mut datagram = encode(&event(State::End)).into_bytes();

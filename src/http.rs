@@ -1,9 +1,9 @@
 //! A small HTTP/1.1 server (RFC 9112) for the daemon's own routes, over TCP and Unix sockets.
 //!
-//! One thread and one poll loop serve all connections, so that a client that is silent, slow or sends
-//! without end costs a bounded buffer and no thread. What is bounded: the size of a request, the time
-//! that it takes to arrive, the time that a response takes to leave, the number of connections (beyond
-//! it, who has kept silent the longest goes), and the bytes that all requests together hold.
+//! One thread and one poll loop serve all connections, so that a silent, slow or endlessly sending client
+//! costs a bounded buffer and no thread. Limits apply to the size of a request, the time to receive it, the
+//! time to send a response, the number of connections (beyond it, the one that has waited longest for its
+//! client is closed), and the total size of the buffers of incomplete requests.
 
 mod connection;
 mod message;
@@ -24,30 +24,30 @@ use crate::sys::stop::Stop;
 use connection::{Connection, Next};
 
 /// Connections at once.
-const CONNECTIONS: usize = 256;
-/// Bytes that requests which have not arrived in full may hold together.
-const BUFFERED: usize = 8 << 20;
-/// How long a stop waits for answers that are under way.
-const LAST_ANSWERS: Duration = Duration::from_millis(100);
-/// How often deadlines are looked at.
-const TICK: Duration = Duration::from_millis(250);
-/// Tokens of listeners count down from here, those of connections up from 0.
+const MAX_CONNECTIONS: usize = 256;
+/// Size of the buffers of all incomplete requests together, in bytes.
+const MAX_BUFFERED_BYTES: usize = 8 << 20;
+/// How long a stop waits for responses in progress.
+const SHUTDOWN_DRAIN: Duration = Duration::from_millis(100);
+/// How often the deadlines of connections are checked.
+const DEADLINE_CHECK_INTERVAL: Duration = Duration::from_millis(250);
+/// Tokens of listeners count down from this one, those of connections count up from 0.
 const STOP: Token = Token(usize::MAX);
 
-/// What answers requests. It must not take long: it holds up all other clients.
+/// Answers requests. It must be fast: all other clients wait meanwhile.
 pub trait Handler {
-    /// The answer to a request.
+    /// The response to a request.
     fn handle(&mut self, request: &Request) -> Response;
 }
 
-/// A server with its sockets bound.
+/// A server whose sockets are bound.
 pub struct Server {
     poll: Poll,
     listeners: Vec<Listener>,
 }
 
 impl Server {
-    /// Serves these listeners.
+    /// A server for these listeners.
     pub fn new(mut listeners: Vec<Listener>) -> io::Result<Server> {
         let poll = Poll::new()?;
         for (index, listener) in listeners.iter_mut().enumerate() {
@@ -58,32 +58,32 @@ impl Server {
         Ok(Server { poll, listeners })
     }
 
-    /// Serves until it is time to stop. An error of one connection ends that one only.
+    /// Serves until `stop` is set. An error on a connection closes only that one.
     pub fn run(mut self, handler: &mut dyn Handler, stop: Stop) -> io::Result<()> {
         self.poll.registry().register(
             &mut SourceFd(&stop.as_raw_fd()),
             STOP,
             Interest::READABLE,
         )?;
-        let mut events = Events::with_capacity(CONNECTIONS);
+        let mut events = Events::with_capacity(MAX_CONNECTIONS);
         let mut connections: Slab<Connection> = Slab::with_capacity(16);
         let mut ready: Vec<usize> = Vec::new();
         let mut deadline = None;
         loop {
-            // What has come is answered; who comes now waits for whoever takes over the listener.
+            // Requests that have arrived are answered. New clients wait for the process that takes over the listener.
             let stopping = stop.is_set();
             if stopping {
-                let deadline = *deadline.get_or_insert(Instant::now() + LAST_ANSWERS);
+                let deadline = *deadline.get_or_insert(Instant::now() + SHUTDOWN_DRAIN);
                 if connections.is_empty() || Instant::now() >= deadline {
                     return Ok(());
                 }
             }
-            let patience = match () {
+            let timeout = match () {
                 () if !ready.is_empty() => Duration::ZERO,
-                () if stopping => LAST_ANSWERS / 10,
-                () => TICK,
+                () if stopping => SHUTDOWN_DRAIN / 10,
+                () => DEADLINE_CHECK_INTERVAL,
             };
-            match self.poll.poll(&mut events, Some(patience)) {
+            match self.poll.poll(&mut events, Some(timeout)) {
                 Err(error) if error.kind() != io::ErrorKind::Interrupted => return Err(error),
                 _ => {}
             }
@@ -91,7 +91,7 @@ impl Server {
             for event in &events {
                 match event.token() {
                     STOP => {}
-                    Token(key) if key < CONNECTIONS => ready.push(key),
+                    Token(key) if key < MAX_CONNECTIONS => ready.push(key),
                     Token(_) if stopping => {}
                     Token(token) => self.accept(STOP.0 - 1 - token, &mut connections, &mut ready),
                 }
@@ -104,10 +104,10 @@ impl Server {
                 };
                 match connection.drive(handler, now) {
                     Next::Wait => {}
-                    Next::Again => ready.push(key),
+                    Next::Yield => ready.push(key),
                     Next::Close => drop(connections.remove(key)),
                 }
-                bound(&mut connections);
+                enforce_buffer_limit(&mut connections);
             }
             connections.retain(|_, connection| !connection.is_overdue(now));
         }
@@ -123,7 +123,7 @@ impl Server {
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => return,
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
                 Err(error) => {
-                    // Out of file descriptors, or a client that has gone again.
+                    // Out of file descriptors, or the client has already gone.
                     log::debug!("http: accept: {error}");
                     if !make_room(connections) {
                         return;
@@ -131,7 +131,7 @@ impl Server {
                     continue;
                 }
             };
-            if connections.len() >= CONNECTIONS {
+            if connections.len() >= MAX_CONNECTIONS {
                 make_room(connections);
             }
             let entry = connections.vacant_entry();
@@ -148,16 +148,20 @@ impl Server {
     }
 }
 
-/// Closes the connections that hold the most as long as all together hold too much.
-fn bound(connections: &mut Slab<Connection>) {
-    while connections.iter().map(|(_, c)| c.held()).sum::<usize>() > BUFFERED {
-        let largest = connections.iter().max_by_key(|(_, c)| c.held());
+/// Closes connections, those with the largest buffers first, until the total is within the limit.
+fn enforce_buffer_limit(connections: &mut Slab<Connection>) {
+    while connections
+        .iter()
+        .map(|(_, c)| c.buffered_bytes())
+        .sum::<usize>()
+        > MAX_BUFFERED_BYTES {
+        let largest = connections.iter().max_by_key(|(_, c)| c.buffered_bytes());
         let Some((key, _)) = largest else { return };
         connections.remove(key);
     }
 }
 
-/// Closes the connection that has waited the longest for its client.
+/// Closes the connection that has waited longest for its client. Returns whether there was one.
 fn make_room(connections: &mut Slab<Connection>) -> bool {
     let oldest = connections.iter().min_by_key(|(_, c)| c.waiting_since());
     let oldest = oldest.map(|(key, _)| key);

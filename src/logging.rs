@@ -1,4 +1,8 @@
-//! The log: one line a message on standard error, with journal priorities when systemd reads it.
+//! The log: one line per message on standard error, with journal priorities if systemd reads it.
+
+mod limit;
+
+pub use limit::{LogLimit, quote};
 
 use std::collections::VecDeque;
 use std::io::Write;
@@ -9,47 +13,47 @@ use env_logger::Builder;
 use jiff::Timestamp;
 use log::{Level, LevelFilter};
 
-/// How many warnings and errors are remembered.
-const REMEMBERED: usize = 20;
+/// How many warnings and errors are kept.
+const MAX_WARNINGS: usize = 20;
 
 /// A warning or an error that was logged.
 #[derive(Clone, Debug)]
-pub struct Complaint {
-    /// When.
+pub struct LoggedWarning {
+    /// When it was logged.
     pub time: Timestamp,
     /// Warn or error.
     pub level: Level,
-    /// The line.
+    /// The text, without level and time.
     pub message: String,
 }
 
-/// Like standard error, this is every thread's.
-static COMPLAINTS: Mutex<VecDeque<Complaint>> = Mutex::new(VecDeque::new());
+/// Shared by all threads, like standard error.
+static WARNINGS: Mutex<VecDeque<LoggedWarning>> = Mutex::new(VecDeque::new());
 
-/// The last warnings and errors, the latest last.
-pub fn complaints() -> Vec<Complaint> {
-    let complaints = COMPLAINTS.lock().unwrap_or_else(PoisonError::into_inner);
-    complaints.iter().cloned().collect()
+/// The last 20 warnings and errors, the latest last.
+pub fn warnings() -> Vec<LoggedWarning> {
+    let warnings = WARNINGS.lock().unwrap_or_else(PoisonError::into_inner);
+    warnings.iter().cloned().collect()
 }
 
 fn remember(record: &log::Record<'_>) {
-    let mut complaints = COMPLAINTS.lock().unwrap_or_else(PoisonError::into_inner);
-    if complaints.len() == REMEMBERED {
-        complaints.pop_front();
+    let mut warnings = WARNINGS.lock().unwrap_or_else(PoisonError::into_inner);
+    if warnings.len() == MAX_WARNINGS {
+        warnings.pop_front();
     }
-    complaints.push_back(Complaint {
+    warnings.push_back(LoggedWarning {
         time: Timestamp::now(),
         level: record.level(),
         message: record.args().to_string(),
     });
 }
 
-/// Starts logging. `timestamps` puts the time in front of each line.
+/// Starts logging at `level`. With `timestamps`, each line starts with the time.
 pub fn start(level: LevelFilter, timestamps: bool) {
     let journal = is_journal();
     let mut builder = Builder::new();
     builder.filter_level(LevelFilter::Trace);
-    // Libraries tell of their own threads and requests.
+    // These libraries log their own threads and requests at lower levels.
     for library in ["neli", "ureq", "ureq_proto", "rustls", "mio"] {
         builder.filter_module(library, LevelFilter::Warn);
     }
@@ -68,7 +72,7 @@ pub fn start(level: LevelFilter, timestamps: bool) {
         }
         writeln!(out, "{}", record.args())
     });
-    // Only a second start in one process could fail.
+    // Fails only if the logger is already set.
     let _ = builder.try_init();
     log::set_max_level(level);
     std::panic::set_hook(Box::new(|panic| {
@@ -81,7 +85,7 @@ pub fn start(level: LevelFilter, timestamps: bool) {
     }));
 }
 
-/// Whether standard error is the stream that systemd named in `JOURNAL_STREAM` (systemd.exec(5)).
+/// Whether standard error is the stream named in `JOURNAL_STREAM` by systemd (systemd.exec(5)).
 fn is_journal() -> bool {
     let Some(stream) = std::env::var_os("JOURNAL_STREAM") else {
         return false;
@@ -90,7 +94,7 @@ fn is_journal() -> bool {
     stderr.is_ok_and(|s| stream.to_str() == Some(&format!("{}:{}", s.dev(), s.ino())))
 }
 
-/// sd-daemon(3)
+/// The journal priority, see sd-daemon(3).
 fn priority(level: Level) -> u8 {
     match level {
         Level::Error => 3,

@@ -1,9 +1,11 @@
-//! The daemon's own counters: every part adds to them, `/metrics` and the status line read them.
+//! The daemon's own counters: each part adds to them; `/metrics`, `status` and the status line read them.
 //!
-//! They are the `prometheus` crate's, so that there is one set of numbers. A counter is looked up by
-//! its labels once, when its part of the daemon is built; adding to it is one atomic instruction.
+//! They are counters of the `prometheus` crate, so that there is one set of numbers. A counter is looked up by its
+//! labels once, when its part of the daemon is built. Adding to it is one atomic instruction.
 
+use std::collections::BTreeMap;
 use std::fmt::Write as _;
+use std::sync::{Arc, Mutex, PoisonError};
 
 use prometheus::core::Collector;
 use prometheus::process_collector::ProcessCollector;
@@ -16,19 +18,21 @@ use prometheus::{
 /// Bounds of the buckets of scan durations, in seconds.
 const SCAN_BUCKETS: [f64; 8] = [0.0001, 0.001, 0.005, 0.02, 0.1, 0.5, 2.0, 10.0];
 
-/// What can become of something that is counted: a fixed set of words, used as a label's values.
+/// The possible outcomes of something that is counted.
 pub trait Outcome: Copy + 'static {
     /// Every outcome, in the order of [`Outcome::index`].
     const ALL: &'static [Self];
-    /// The word in metrics and in the status line.
+    /// The value of the label `outcome`.
     fn word(self) -> &'static str;
+    /// The template of the English text for `flowd-rs status`: see [`Count::text`].
+    fn text(self) -> &'static str;
     /// Position in [`Outcome::ALL`].
     fn index(self) -> usize;
 }
 
-/// Declares an enum of outcomes and the word of each.
+/// Declares an enum of outcomes, each with its label value and its text.
 macro_rules! outcomes {
-    ($(#[$meta:meta])* $visibility:vis enum $name:ident { $($(#[$doc:meta])* $variant:ident = $word:literal,)+ }) => {
+    ($(#[$meta:meta])* $visibility:vis enum $name:ident { $($(#[$doc:meta])* $variant:ident = $word:literal: $text:literal,)+ }) => {
         $(#[$meta])*
         #[derive(Clone, Copy, Debug, PartialEq, Eq)]
         $visibility enum $name { $($(#[$doc])* $variant,)+ }
@@ -36,6 +40,9 @@ macro_rules! outcomes {
             const ALL: &'static [Self] = &[$($name::$variant,)+];
             fn word(self) -> &'static str {
                 match self { $($name::$variant => $word,)+ }
+            }
+            fn text(self) -> &'static str {
+                match self { $($name::$variant => $text,)+ }
             }
             fn index(self) -> usize { self as usize }
         }
@@ -51,17 +58,6 @@ pub struct Outcomes<O> {
 }
 
 impl<O: Outcome> Outcomes<O> {
-    fn new(family: &IntCounterVec, part: Option<&str>) -> Outcomes<O> {
-        let counter = |outcome: &O| match part {
-            Some(part) => family.with_label_values(&[part, outcome.word()]),
-            None => family.with_label_values(&[outcome.word()]),
-        };
-        Outcomes {
-            counters: O::ALL.iter().map(counter).collect(),
-            outcome: std::marker::PhantomData,
-        }
-    }
-
     /// Counts one.
     pub fn add(&self, outcome: O) {
         self.add_many(outcome, 1);
@@ -72,20 +68,55 @@ impl<O: Outcome> Outcomes<O> {
         self.counters[outcome.index()].inc_by(n);
     }
 
-    /// How many so far.
+    /// The count so far.
     pub fn get(&self, outcome: O) -> u64 {
         self.counters[outcome.index()].get()
     }
 }
 
+/// An outcome and how often it happened.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Count {
+    /// The value of the label `outcome`.
+    pub outcome: &'static str,
+    /// How often.
+    pub count: u64,
+    /// What happened, in English: `rejected: 2 lines with the wrong number of fields`.
+    pub text: String,
+}
+
+/// Fills in the count of a template: a group `{one|many}` becomes the count and the matching word. A second
+/// group becomes the matching word alone.
+fn count_text(template: &str, count: u64) -> String {
+    let mut text = String::new();
+    let mut groups = template.split(['{', '}']);
+    text += groups.next().unwrap_or_default();
+    let mut number = format!("{count} ");
+    while let (Some(group), Some(rest)) = (groups.next(), groups.next()) {
+        let (one, many) = group.split_once('|').unwrap_or((group, group));
+        text += &std::mem::take(&mut number);
+        text += if count == 1 { one } else { many };
+        text += rest;
+    }
+    text
+}
+
+/// The part of the daemon that counts: the kind and the name, which is empty where there is only one.
+type CountedPart = (&'static str, String);
+/// The counters of each part, with the value of the label `outcome` and the template of the text.
+type CountersByPart = BTreeMap<CountedPart, Vec<(&'static str, &'static str, IntCounter)>>;
+
 /// All families of the daemon's own counters.
 #[derive(Clone)]
 pub struct Metrics {
     registry: Registry,
-    /// What the operating system and the build say, for `/metrics` alone.
+    /// Metrics of the process and the build, for `/metrics` alone.
     process: Registry,
+    /// Locked when a part of the daemon is built and when `status` is asked, never to count.
+    counted: Arc<Mutex<CountersByPart>>,
     scans: HistogramVec,
     plugin_events: IntCounterVec,
+    enricher_events: IntCounterVec,
     backend_events: IntCounterVec,
     dispatcher_events: IntCounterVec,
     journal_writes: IntCounterVec,
@@ -114,7 +145,7 @@ impl Metrics {
         registered.expect("the names of a process' metrics are unique");
         let build = Opts::new(
             "flowd_build_info",
-            "The version of the daemon, in the label version; always 1.",
+            "Version of the daemon, in the label version; always 1.",
         );
         let build = IntGaugeVec::new(build, &["version"]);
         let build = register(&process, build);
@@ -131,22 +162,27 @@ impl Metrics {
         Metrics {
             plugin_events: counters(
                 "flowd_plugin_events_total",
-                "What each plugin was given, by what became of it (flow events and rejected input).",
+                "Flow events and rejected input of each plugin, by outcome.",
                 &["plugin", "outcome"],
+            ),
+            enricher_events: counters(
+                "flowd_enricher_events_total",
+                "Socket reports and scans of each enricher, by outcome.",
+                &["enricher", "outcome"],
             ),
             backend_events: counters(
                 "flowd_backend_events_total",
-                "What each backend did, by outcome (for the firefly backend: datagrams).",
+                "Actions of each backend, by outcome (for the firefly backend: datagrams).",
                 &["backend", "outcome"],
             ),
             dispatcher_events: counters(
                 "flowd_dispatcher_events_total",
-                "Flow events that reached the dispatcher, by what the table of open flows made of them.",
+                "Flow events processed by the dispatcher, by their effect on the table of open flows.",
                 &["outcome"],
             ),
             journal_writes: counters(
                 "flowd_journal_writes_total",
-                "Writes to the journal of open flows, by outcome; a write carries a batch of events.",
+                "Writes to the journal of open flows, by outcome; one write carries a batch of events.",
                 &["outcome"],
             ),
             registry_updates: counters(
@@ -157,11 +193,11 @@ impl Metrics {
             queue_depth: gauges("flowd_queue_depth", "Flow events waiting in a queue."),
             queue_high_water: gauges(
                 "flowd_queue_high_water",
-                "The most flow events that have waited in a queue at once.",
+                "Highest number of flow events that have waited in a queue.",
             ),
             flows_open: register(
                 &registry,
-                IntGauge::new("flowd_flows_open", "Flows that are open now."),
+                IntGauge::new("flowd_flows_open", "Open flows."),
             ),
             ongoing_dropped: register(
                 &registry,
@@ -182,43 +218,88 @@ impl Metrics {
                 HistogramVec::new(
                     HistogramOpts::new(
                         "flowd_scan_duration_seconds",
-                        "Time that a scan of all sockets took, in seconds, by who scanned.",
+                        "Duration of a scan of all sockets, in seconds, by scanner.",
                     )
                     .buckets(SCAN_BUCKETS.to_vec()),
                     &["scanner"],
                 ),
             ),
+            counted: Arc::default(),
             process,
             registry,
         }
     }
 
+    fn outcomes<O: Outcome>(
+        &self,
+        family: &IntCounterVec,
+        kind: &'static str,
+        name: &str,
+    ) -> Outcomes<O> {
+        let counter = |outcome: &O| match name {
+            "" => family.with_label_values(&[outcome.word()]),
+            name => family.with_label_values(&[name, outcome.word()]),
+        };
+        let counters: Vec<IntCounter> = O::ALL.iter().map(counter).collect();
+        let mut counted = self.counted.lock().unwrap_or_else(PoisonError::into_inner);
+        let part = counted.entry((kind, name.to_owned())).or_default();
+        for (outcome, counter) in O::ALL.iter().zip(&counters) {
+            // A part that a reload replaces goes on with the counters of the one before.
+            if part.iter().all(|(word, ..)| *word != outcome.word()) {
+                part.push((outcome.word(), outcome.text(), counter.clone()));
+            }
+        }
+        Outcomes {
+            counters,
+            outcome: std::marker::PhantomData,
+        }
+    }
+
+    /// The counts of a part of the daemon that are not zero. `kind` is `plugin`, `enricher` or `backend`; or
+    /// `dispatcher`, `journal` or `registry`, which have no `name`.
+    pub fn counts(&self, kind: &'static str, name: &str) -> Vec<Count> {
+        let counted = self.counted.lock().unwrap_or_else(PoisonError::into_inner);
+        let part = counted.get(&(kind, name.to_owned()));
+        let count = |(outcome, text, counter): &(&'static str, &str, IntCounter)| Count {
+            outcome: outcome,
+            count: counter.get(),
+            text: count_text(text, counter.get()),
+        };
+        let counts = part.into_iter().flatten().map(count);
+        counts.filter(|count| count.count != 0).collect()
+    }
+
     /// The counters of a plugin.
     pub fn plugin<O: Outcome>(&self, plugin: &str) -> Outcomes<O> {
-        Outcomes::new(&self.plugin_events, Some(plugin))
+        self.outcomes(&self.plugin_events, "plugin", plugin)
+    }
+
+    /// The counters of an enricher.
+    pub fn enricher<O: Outcome>(&self, enricher: &str) -> Outcomes<O> {
+        self.outcomes(&self.enricher_events, "enricher", enricher)
     }
 
     /// The counters of a backend.
     pub fn backend<O: Outcome>(&self, backend: &str) -> Outcomes<O> {
-        Outcomes::new(&self.backend_events, Some(backend))
+        self.outcomes(&self.backend_events, "backend", backend)
     }
 
     /// The counters of the dispatcher.
     pub fn dispatcher<O: Outcome>(&self) -> Outcomes<O> {
-        Outcomes::new(&self.dispatcher_events, None)
+        self.outcomes(&self.dispatcher_events, "dispatcher", "")
     }
 
     /// The counters of the journal.
     pub fn journal<O: Outcome>(&self) -> Outcomes<O> {
-        Outcomes::new(&self.journal_writes, None)
+        self.outcomes(&self.journal_writes, "journal", "")
     }
 
-    /// The durations of the scans of a plugin or enricher, in seconds.
+    /// The durations of scans, in seconds. `scanner` is the kind and name of a part: `plugin netlink`.
     pub fn scans(&self, scanner: &str) -> Histogram {
         self.scans.with_label_values(&[scanner])
     }
 
-    /// Every family as it is now, for `/metrics`; but not the open flows, which are shown by tag.
+    /// Every family as it is now, for `/metrics`, except the number of open flows, which is shown by tag.
     pub fn gather(&self) -> Vec<MetricFamily> {
         let mut families = self.registry.gather();
         families.retain(|family| family.name() != "flowd_flows_open");
@@ -228,7 +309,7 @@ impl Metrics {
 
     /// The counters of updates of the registry.
     pub fn registry_updates<O: Outcome>(&self) -> Outcomes<O> {
-        Outcomes::new(&self.registry_updates, None)
+        self.outcomes(&self.registry_updates, "registry", "")
     }
 
     /// Depth and high-water mark of a queue.
@@ -264,7 +345,7 @@ impl Metrics {
         samples
     }
 
-    /// All values that are not zero, in one line: `family label values value`, by commas.
+    /// The status line: all values that are not zero, as `family labels value`, separated by commas.
     pub fn summary(&self) -> String {
         let mut line = String::new();
         for sample in self.samples().iter().filter(|sample| sample.value != 0) {
@@ -272,7 +353,10 @@ impl Metrics {
             let name = name.strip_suffix("_total").unwrap_or(name);
             line += if line.is_empty() { "" } else { ", " };
             line += name;
-            for (_, value) in &sample.labels {
+            // The outcome is what the others are counted by: it comes last.
+            let is_outcome = |(label, _): &&(String, String)| label == "outcome";
+            let (outcome, others): (Vec<_>, Vec<_>) = sample.labels.iter().partition(is_outcome);
+            for (_, value) in others.into_iter().chain(outcome) {
                 line += " ";
                 line += value;
             }
@@ -288,9 +372,9 @@ impl Metrics {
 pub struct Sample {
     /// The name of the family.
     pub name: String,
-    /// Names and values, in the order of the names.
+    /// Names and values, sorted by name.
     pub labels: Vec<(String, String)>,
-    /// All of the daemon's own are whole numbers.
+    /// The value. All of the daemon's own metrics are whole numbers.
     pub value: i64,
 }
 
@@ -310,7 +394,7 @@ pub struct Queue {
 }
 
 impl Queue {
-    /// Notes that `waiting` events wait.
+    /// Records that `waiting` events wait.
     pub fn observe(&self, waiting: usize) {
         let waiting = waiting as i64;
         self.depth.set(waiting);
@@ -320,8 +404,8 @@ impl Queue {
     }
 }
 
-/// Names and labels are constants of this file: that they are well-formed and distinct is what the
-/// test below shows.
+/// Registers a family. Names and labels are constants of this file; the tests below show that they are well-formed and
+/// distinct.
 fn register<C: Collector + Clone + 'static>(
     registry: &Registry,
     family: prometheus::Result<C>,
@@ -338,21 +422,42 @@ mod tests {
     use super::*;
 
     outcomes! {
-        enum Sample { Good = "good", Bad = "bad", }
+        enum Sample { Good = "good": "accepted: {line|lines}", Bad = "bad": "rejected: {line|lines}", }
     }
 
     #[test]
     fn the_summary_names_what_was_counted_and_nothing_else() {
         let metrics = Metrics::new();
-        let counters = metrics.plugin::<Sample>("named_pipe");
+        let counters = metrics.plugin::<Sample>("namedPipe");
         counters.add_many(Sample::Bad, 3);
         metrics.flows_open.set(7);
         assert_eq!(
             metrics.summary(),
-            "flows_open 7, plugin_events bad named_pipe 3"
+            "flows_open 7, plugin_events namedPipe bad 3"
         );
         assert_eq!(counters.get(Sample::Bad), 3);
         assert_eq!(counters.get(Sample::Good), 0);
+        let text = "rejected: 3 lines".to_owned();
+        let count = Count {
+            outcome: "bad",
+            count: 3,
+            text,
+        };
+        assert_eq!(metrics.counts("plugin", "namedPipe"), [count]);
+    }
+
+    #[test]
+    fn the_text_of_a_count_is_english() {
+        let template = "rejected: {line|lines} that {is|are} not text";
+        let texts = [0, 1, 2].map(|count| count_text(template, count));
+        assert_eq!(
+            texts,
+            [
+                "rejected: 0 lines that are not text",
+                "rejected: 1 line that is not text",
+                "rejected: 2 lines that are not text",
+            ]
+        );
     }
 
     #[test]

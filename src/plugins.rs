@@ -1,12 +1,13 @@
-//! Sources of flow events, one thread each.
+//! Plugins: the sources of flow events, each on its own thread.
 
 pub mod api;
+pub mod connections;
+#[cfg(test)]
+mod example;
 pub mod firefly;
 #[cfg(feature = "bpf")]
 pub mod iperf3;
 pub mod named_pipe;
-pub mod netlink;
-pub mod netstat;
 pub mod perfsonar;
 
 use std::os::fd::OwnedFd;
@@ -16,35 +17,36 @@ use jiff::Timestamp;
 use prometheus::IntCounter;
 
 use crate::config::Config;
+use crate::context::DaemonContext;
+use crate::dispatcher::queue::{Pushed, push};
 use crate::error::Result;
-use crate::flow::{FlowEvent, State};
+use crate::event::{FlowEvent, State};
 use crate::metrics::Metrics;
-use crate::queue::{Pushed, push};
-use crate::routes::Sources;
 use crate::sys::handover::Handover;
 use crate::sys::stop::Stop;
 
-/// A source of flow events. Building one acquires every resource it needs (socket, pipe, BPF program),
-/// so that a bad configuration or a missing privilege is an error before the daemon says it is ready.
+/// A source of flow events. Its constructor acquires every resource that it needs (socket, pipe, eBPF program), so that a
+/// bad configuration or a missing privilege is an error before the daemon reports that it is ready.
 pub trait Plugin: Send {
-    /// The name in logs, metrics and threads.
+    /// The name in the configuration, in logs and metrics, and of the thread.
     fn name(&self) -> &'static str;
 
-    /// Runs on its own thread until `stop` is set; dropping `events` is how it says it is done.
+    /// Runs on its own thread until `stop` is set. Dropping `events` signals that no more events follow.
     fn run(self: Box<Self>, events: EventSender, stop: Stop) -> Result<()>;
 }
 
-/// Builds the plugin of this name, if it is configured. `inherited` is what the one before it has left.
+/// Builds the plugin of this name, if it is configured. `inherited` is the socket that its predecessor left in the
+/// [`Handover`].
 pub fn build(
     name: &str,
     config: &Config,
-    sources: &Sources,
+    context: &DaemonContext,
     handover: Handover,
     inherited: Option<OwnedFd>,
 ) -> Result<Option<Box<dyn Plugin>>> {
-    let (registry, metrics) = (&sources.registry, &sources.metrics);
+    let (registry, metrics) = (&context.registry, &context.metrics);
     Ok(match name {
-        "named_pipe" => {
+        "namedPipe" => {
             let build = |pipe| named_pipe::NamedPipe::new(pipe, registry, metrics, handover);
             boxed(config.named_pipe.as_ref().map(build).transpose()?)
         }
@@ -53,15 +55,15 @@ pub fn build(
             boxed(config.firefly_plugin.as_ref().map(build).transpose()?)
         }
         "api" => {
-            let build = |api| api::Api::new(api, sources.clone(), handover, inherited);
+            let build = |api| api::Api::new(api, context.clone(), handover, inherited);
             boxed(config.api.as_ref().map(build).transpose()?)
         }
         "netlink" => {
-            let build = |netlink| netlink::Netlink::new(netlink, sources);
+            let build = |netlink| connections::netlink::Netlink::new(netlink, context);
             boxed(config.netlink.as_ref().map(build).transpose()?)
         }
         "netstat" => {
-            let build = |netstat| netstat::Netstat::new(netstat, metrics);
+            let build = |netstat| connections::netstat::Netstat::new(netstat, metrics);
             boxed(config.netstat.as_ref().map(build).transpose()?)
         }
         #[cfg(feature = "bpf")]
@@ -79,30 +81,30 @@ pub fn build(
     })
 }
 
-/// As the trait object that the daemon runs.
+/// Boxes a plugin as the trait object that the daemon runs.
 pub fn boxed<P: Plugin + 'static>(plugin: Option<P>) -> Option<Box<dyn Plugin>> {
     plugin.map(|plugin| Box::new(plugin) as Box<dyn Plugin>)
 }
 
-/// The time to the microsecond, which is what a firefly and the journal keep.
+/// The current time in whole microseconds, the resolution of fireflies and of the journal.
 pub fn now() -> Timestamp {
     let now = Timestamp::now();
     Timestamp::from_microsecond(now.as_microsecond()).unwrap_or(now)
 }
 
-/// The way to the dispatcher. The channel behind it is bounded.
+/// Sends flow events to the dispatcher, over a bounded channel.
 #[derive(Clone)]
 pub struct EventSender {
     channel: Sender<FlowEvent>,
     ongoing_dropped: IntCounter,
 }
 
-/// The dispatcher has ended: the daemon is going down.
+/// The dispatcher has ended: the daemon is stopping.
 #[derive(Debug)]
 pub struct Closed;
 
 impl EventSender {
-    /// Events go into `channel`.
+    /// A sender into `channel`. Counts the events that it drops in `metrics`.
     pub fn new(channel: Sender<FlowEvent>, metrics: &Metrics) -> EventSender {
         EventSender {
             channel,
@@ -110,18 +112,20 @@ impl EventSender {
         }
     }
 
-    /// Waits for room with a start or an end; drops and counts news that does not fit.
+    /// Sends an event. A start or an end waits for room in the channel; an `ongoing` event that finds the channel full is
+    /// dropped and counted.
     pub fn send(&self, event: FlowEvent) -> std::result::Result<(), Closed> {
         self.push(event.state, event)
     }
 
-    /// Waits for room whatever the event: for those who have nothing else to do meanwhile.
-    pub fn send_patiently(&self, event: FlowEvent) -> std::result::Result<(), Closed> {
+    /// Sends an event and always waits for room, also with an `ongoing` event. For threads with nothing else to do
+    /// meanwhile.
+    pub fn send_blocking(&self, event: FlowEvent) -> std::result::Result<(), Closed> {
         self.push(State::End, event)
     }
 
-    fn push(&self, urgency: State, event: FlowEvent) -> std::result::Result<(), Closed> {
-        match push(&self.channel, urgency, event) {
+    fn push(&self, priority: State, event: FlowEvent) -> std::result::Result<(), Closed> {
+        match push(&self.channel, priority, event) {
             Pushed::Done => Ok(()),
             Pushed::Dropped => {
                 self.ongoing_dropped.inc();

@@ -1,13 +1,15 @@
-//! The SciTags registry: names of experiments and activities to ids and back.
+//! The SciTags registry: maps names of experiments and activities to ids and back.
 //!
-//! Names compare without regard to case, and `_` stands for a space, so that a name fits where white
-//! space separates fields. The same activity name has different ids in different experiments.
+//! Names are compared without case, and `_` is equal to a space, so that a name can be used where white space
+//! separates fields. The same activity name has different ids in different experiments.
 
 mod builtin;
 mod document;
 mod update;
 
-pub use update::{Handle, Update, fetch, keep, known};
+pub use update::{
+    Settings, SharedRegistry, Update, fetch, keep_updated, load_cached_or_builtin,
+};
 
 use serde_json::json;
 
@@ -20,7 +22,7 @@ pub struct Experiment {
     pub id: u16,
     /// Name as published.
     pub name: String,
-    /// Activities in the order of their ids.
+    /// Activities, ordered by id.
     pub activities: Vec<Activity>,
 }
 
@@ -40,7 +42,7 @@ pub struct Registry {
 }
 
 impl Registry {
-    /// The registry that is part of the program.
+    /// The registry that is built into the program.
     pub fn builtin() -> Registry {
         let activity = |&(id, name): &(u16, &str)| Activity {
             id,
@@ -57,12 +59,12 @@ impl Registry {
         Registry { experiments }
     }
 
-    /// All experiments in the order of their ids.
+    /// All experiments, ordered by id.
     pub fn experiments(&self) -> &[Experiment] {
         &self.experiments
     }
 
-    /// As the registry is published.
+    /// JSON in the format in which the registry is published.
     pub fn to_json(&self) -> serde_json::Value {
         let activity = |a: &Activity| json!({"activityName": a.name, "activityId": a.id});
         let experiment = |e: &Experiment| {
@@ -95,7 +97,7 @@ impl Registry {
             .map(|a| a.id)
     }
 
-    /// The names of experiment and activity of a tag; an id that is not registered is its number.
+    /// The names of a tag's experiment and activity; an id that is not registered is shown as a number.
     pub fn names(&self, tag: Tag) -> (String, String) {
         let experiment = self.experiment(tag.experiment);
         let activity = experiment.and_then(|e| e.activities.iter().find(|a| a.id == tag.activity));
@@ -106,6 +108,7 @@ impl Registry {
     }
 }
 
+/// Characters with the same result are equal in names.
 fn fold(c: char) -> char {
     if c == '_' {
         ' '
@@ -114,7 +117,7 @@ fn fold(c: char) -> char {
     }
 }
 
-/// Whether a name is meant: without regard to case, `_` for a space.
+/// Whether two names are equal: without case, `_` is equal to a space.
 pub fn same_name(registered: &str, given: &str) -> bool {
     registered.chars().map(fold).eq(given.chars().map(fold))
 }
@@ -124,7 +127,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_builtin_registry_is_whole_and_every_id_fits_a_label() {
+    fn the_builtin_registry_is_complete_and_every_id_fits_a_label() {
         let registry = Registry::builtin();
         assert_eq!(registry.experiments().len(), 14);
         for (index, experiment) in registry.experiments().iter().enumerate() {
@@ -149,7 +152,7 @@ mod tests {
     }
 
     #[test]
-    fn names_are_told_apart_by_experiment_and_compare_without_case() {
+    fn names_are_compared_without_case_and_activities_per_experiment() {
         let registry = Registry::builtin();
         assert_eq!(registry.experiment_id("CMS"), Some(3));
         assert_eq!(registry.experiment_id("cm"), None);
@@ -160,7 +163,7 @@ mod tests {
     }
 
     #[test]
-    fn an_unregistered_id_is_its_number() {
+    fn an_unregistered_id_is_shown_as_a_number() {
         let names = Registry::builtin().names(Tag {
             experiment: 3333,
             activity: 7,

@@ -1,7 +1,7 @@
-//! Tag ⇄ scitag ⇄ IPv6 flow label ⇄ option of an extension header. No I/O.
+//! Converts a tag to and from a scitag, an IPv6 flow label, and an option of an extension header. No I/O.
 //!
-//! The label follows draft-cc-v6ops-wlcg-flow-label-marking-03: of its 20 bits, bit 19 the highest,
-//! 17…9 are the experiment with its lowest bit first, 7…2 the activity, and 19, 18, 8, 1, 0 entropy.
+//! The label follows draft-cc-v6ops-wlcg-flow-label-marking-03. Of its 20 bits, with bit 19 the highest, bits 17 to
+//! 9 are the experiment with its lowest bit first, bits 7 to 2 the activity, and bits 19, 18, 8, 1 and 0 entropy.
 
 use std::hash::Hasher;
 use std::net::IpAddr;
@@ -10,7 +10,7 @@ use siphasher::sip::SipHasher13;
 
 use crate::flow::{Flow, Tag};
 
-/// The bits of a label that tell flows with the same tag apart.
+/// The bits of a label that differ between flows with the same tag.
 pub const ENTROPY: u32 = 0b1100_0000_0001_0000_0011;
 /// The largest experiment that fits in a label.
 pub const EXPERIMENT_MAX: u16 = 511;
@@ -30,7 +30,7 @@ pub fn from_scitag(scitag: u16) -> Tag {
     }
 }
 
-/// Whether packets can carry the tag: an experiment of 1 to 511 and an activity of 1 to 63.
+/// Whether packets can carry the tag: the experiment is 1 to 511 and the activity 1 to 63.
 pub fn fits(tag: Tag) -> bool {
     (1..=EXPERIMENT_MAX).contains(&tag.experiment) && (1..=ACTIVITY_MAX).contains(&tag.activity)
 }
@@ -41,7 +41,7 @@ pub fn label(tag: Tag) -> u32 {
     reversed << 9 | u32::from(tag.activity) << 2
 }
 
-/// The tag in a label, whatever its entropy.
+/// The tag in a label; the entropy bits are ignored.
 pub fn from_label(label: u32) -> Tag {
     let reversed = (label >> 9 & 0x1ff) as u16;
     Tag {
@@ -50,8 +50,8 @@ pub fn from_label(label: u32) -> Tag {
     }
 }
 
-/// The entropy bits of a flow: the same for the same ends and key, so that they hold for the life of
-/// the flow, over restarts and repeated starts.
+/// The entropy bits of a flow. They depend only on the flow and the key, so that a restart or a repeated start does
+/// not change the label of an open flow.
 pub fn entropy(source_to_destination: &Flow, key: &[u8; 16]) -> u32 {
     let mut hasher = SipHasher13::new_with_key(key);
     for end in [
@@ -69,30 +69,30 @@ pub fn entropy(source_to_destination: &Flow, key: &[u8; 16]) -> u32 {
     (hash & 0b11) | (hash >> 2 & 1) << 8 | (hash >> 3 & 0b11) << 18
 }
 
-/// Gives flows the labels that their packets carry.
+/// Computes the labels of flows.
 #[derive(Clone, Debug)]
 pub struct Labeller {
     key: [u8; 16],
 }
 
 impl Labeller {
-    /// `key` is that of the entropy bits.
+    /// `key` is the secret key for the entropy bits.
     pub fn new(key: [u8; 16]) -> Labeller {
         Labeller { key }
     }
 
-    /// The key of the entropy bits.
+    /// The key for the entropy bits.
     pub fn key(&self) -> &[u8; 16] {
         &self.key
     }
 
-    /// The label of the packets that go from source to destination. The tag must fit.
+    /// The label of the packets from source to destination. The tag must fit.
     pub fn label(&self, source_to_destination: &Flow, tag: Tag) -> u32 {
         label(tag) | entropy(source_to_destination, &self.key)
     }
 }
 
-/// The 24 bits of the option: `experiment << 8 | activity`.
+/// The value of the option, 24 bits: `experiment << 8 | activity`.
 pub fn option_value(tag: Tag) -> u32 {
     u32::from(tag.experiment) << 8 | u32::from(tag.activity)
 }
@@ -103,6 +103,39 @@ pub fn options_header(tag: Tag, next_header: u8) -> [u8; 8] {
     [next_header, 0, 0x1e, 3, high, middle, low, 0]
 }
 
+/// Where in the IPv6 header a packet carries its tag.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Strategy {
+    /// In the flow label.
+    Label,
+    /// In a Hop-by-Hop Options header.
+    HopByHop,
+    /// In a Destination Options header.
+    Destination,
+    /// In both headers.
+    HopByHopDestination,
+}
+
+impl Strategy {
+    /// All strategies; the index is the number that the eBPF program uses.
+    pub const ALL: [Strategy; 4] = [
+        Strategy::Label,
+        Strategy::HopByHop,
+        Strategy::Destination,
+        Strategy::HopByHopDestination,
+    ];
+
+    /// The word in the configuration.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Strategy::Label => "label",
+            Strategy::HopByHop => "hopByHop",
+            Strategy::Destination => "destination",
+            Strategy::HopByHopDestination => "hopByHopDestination",
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -110,7 +143,7 @@ mod tests {
     use proptest::prelude::*;
 
     #[test]
-    fn labels_of_the_specification() {
+    fn labels_match_the_specification() {
         for (experiment, activity, expected) in [
             (2, 9, 65572),
             (2, 19, 65612),
@@ -141,7 +174,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn every_tag_that_fits_comes_back(experiment in 1u16..=511, activity in 1u16..=63, noise in any::<u32>()) {
+        fn every_tag_that_fits_is_read_back(experiment in 1u16..=511, activity in 1u16..=63, noise in any::<u32>()) {
             let tag = Tag { experiment, activity };
             prop_assert!(fits(tag));
             prop_assert_eq!(label(tag) & ENTROPY, 0);
@@ -151,7 +184,7 @@ mod tests {
         }
 
         #[test]
-        fn entropy_is_stable_and_touches_its_bits_only(port in 1u16.., key in any::<[u8; 16]>()) {
+        fn entropy_is_stable_and_changes_only_its_bits(port in 1u16.., key in any::<[u8; 16]>()) {
             let end = |n: u8, port| ([0x20, 1, 0xd, 0xb8, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, n].into(), port);
             let flow = Flow::new(Protocol::Tcp, end(1, port), end(2, 443)).unwrap();
             let bits = entropy(&flow, &key);

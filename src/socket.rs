@@ -1,20 +1,16 @@
-//! What the kernel knows of a socket: the answers of `sock_diag(7)`. No I/O.
+//! The kernel's statistics of sockets: decodes the answers of `sock_diag(7)`. No I/O.
 
 mod message;
 mod skops;
 mod tcp_info;
 
-use std::sync::Arc;
-
 pub use message::{Messages, Parsed, request, request_one};
 pub use skops::{SKOPS_NAMES, Skops};
 pub use tcp_info::{Field, TcpInfo};
 
-use crate::connections::Connection;
 use crate::flow::{Flow, Usage};
 
-/// States of a TCP socket, by the kernel's numbers (include/net/tcp_states.h); the names are those of
-/// flowd.
+/// States of a TCP socket, indexed by the kernel's numbers (include/net/tcp_states.h), with flowd's names.
 pub const STATES: [&str; 14] = [
     "",
     "established",
@@ -32,38 +28,38 @@ pub const STATES: [&str; 14] = [
     "unconnected",
 ];
 
-/// States of a connection that both ends have agreed to, as bits of their numbers: ESTABLISHED, FIN_WAIT1,
-/// FIN_WAIT2, CLOSE_WAIT, LAST_ACK and CLOSING.
+/// The states after the handshake and before TIME_WAIT, as a bit mask: ESTABLISHED, FIN_WAIT1, FIN_WAIT2, CLOSE_WAIT,
+/// LAST_ACK and CLOSING.
 pub const CONNECTED: u32 = 1 << 1 | 1 << 4 | 1 << 5 | 1 << 8 | 1 << 9 | 1 << 11;
 
 /// `TCP_FIN_WAIT2`, `TCP_TIME_WAIT`
 const FIN_WAIT2: u8 = 5;
 const TIME_WAIT: u8 = 6;
 
-/// States in which the FIN of the other end has come: TIME_WAIT, CLOSE_WAIT, LAST_ACK and CLOSING.
+/// The states in which the remote end's FIN has been received, as a bit mask: TIME_WAIT, CLOSE_WAIT, LAST_ACK and CLOSING.
 const FIN_RECEIVED: u32 = 1 << 6 | 1 << 8 | 1 << 9 | 1 << 11;
 
-/// A socket with two ends.
+/// A connected socket.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Socket {
     /// From the local end to the remote one.
     pub flow: Flow,
-    /// What else there is to know.
+    /// State and statistics.
     pub info: SocketInfo,
 }
 
-/// What `sock_diag` tells of a socket; what was not asked for, or is not known to this kernel, is absent.
+/// What `sock_diag` reports of a socket. Fields that were not requested, or that this kernel does not have, are `None`.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct SocketInfo {
     /// The state, as an index of [`STATES`].
     pub state: u8,
-    /// Retransmissions of the last segment.
+    /// Retransmissions of the last segment (`idiag_retrans`).
     pub retransmits: u8,
     /// The interface that the socket is bound to; 0 for none.
     pub interface: u32,
-    /// Whether the FIN of the other end is known to have come: `bytes_received` counts it.
+    /// Whether the remote end's FIN is known to have been received: `bytes_received` includes it.
     pub fin_received: bool,
-    /// The user who owns it.
+    /// User id of its owner.
     pub uid: u32,
     /// Its inode in sockfs; 0 once its owner has closed it.
     pub inode: u32,
@@ -97,7 +93,7 @@ pub struct SocketInfo {
 pub struct Algorithm([u8; 16]);
 
 impl Algorithm {
-    /// Takes a name up to its first NUL.
+    /// Reads a name up to its first NUL.
     pub fn new(name: &[u8]) -> Algorithm {
         let mut bytes = [0; 16];
         let name = name.iter().take_while(|byte| byte.is_ascii_graphic());
@@ -108,7 +104,7 @@ impl Algorithm {
         Algorithm(bytes)
     }
 
-    /// The name.
+    /// The name as text.
     pub fn as_str(&self) -> &str {
         let name = self.0.split(|&byte| byte == 0).next().unwrap_or_default();
         std::str::from_utf8(name).unwrap_or_default()
@@ -118,83 +114,69 @@ impl Algorithm {
 /// `struct tcp_bbr_info`
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Bbr {
-    /// Estimated bandwidth in bytes a second.
+    /// Estimated bandwidth in bytes per second.
     pub bandwidth: u64,
     /// Minimum round-trip time in µs.
     pub min_rtt: u32,
     /// Pacing gain, times 256.
     pub pacing_gain: u32,
-    /// Gain of the congestion window, times 256.
+    /// Congestion window gain, times 256.
     pub cwnd_gain: u32,
 }
 
 impl SocketInfo {
-    /// Payload bytes so far; what was sent again counts once. Of a socket that has gone, the received ones
-    /// may be one too many: it is not always known whether the other end's FIN had come.
+    /// Payload bytes so far; retransmitted bytes count once. For a closed socket, `received` may be one too many: it is not
+    /// always known whether the remote end's FIN was received.
     pub fn usage(&self) -> Option<Usage> {
         let tcp = self.tcp.as_ref().filter(|_| self.was_established())?;
         let received = tcp.get(Field::BytesReceived);
-        // Before Linux 4.19 what was acknowledged is close; it counts SYN and FIN, too.
+        // Before Linux 4.19 there is no `bytes_sent`: `bytes_acked` is close, and includes SYN and FIN.
         let acknowledged = || {
             tcp.get(Field::BytesAcked)
                 .map(|acked| acked.saturating_sub(1))
         };
         Some(Usage {
             received: received.map(|bytes| bytes.saturating_sub(self.fin_received.into())),
-            sent: self.sent_once().or_else(acknowledged),
+            sent: self.unique_bytes_sent().or_else(acknowledged),
         })
     }
 
-    fn sent_once(&self) -> Option<u64> {
+    fn unique_bytes_sent(&self) -> Option<u64> {
         let tcp = self.tcp.as_ref()?;
-        let again = tcp.get(Field::BytesRetrans).unwrap_or(0);
-        Some(tcp.get(Field::BytesSent)?.saturating_sub(again))
+        let retransmitted = tcp.get(Field::BytesRetrans).unwrap_or(0);
+        Some(tcp.get(Field::BytesSent)?.saturating_sub(retransmitted))
     }
 
-    /// Whether a SYN or a FIN of this end was acknowledged, too.
-    pub fn more_was_acknowledged_than_sent(&self) -> bool {
+    /// Whether more bytes were acknowledged than payload was sent: then a SYN or FIN of this end was acknowledged.
+    pub fn has_acknowledged_more_than_payload(&self) -> bool {
         let acknowledged = self.tcp.as_ref().and_then(|tcp| tcp.get(Field::BytesAcked));
-        acknowledged > self.sent_once()
+        acknowledged > self.unique_bytes_sent()
     }
 
-    /// Whether both ends have agreed to the connection, and this end has an owner or something left to do.
-    /// What is in FIN_WAIT2 without an owner only waits for the other end's FIN: it has closed.
+    /// Whether the connection is established and this end has not finished closing it.
     pub fn is_connected(&self) -> bool {
-        self.is_in(CONNECTED) && !self.only_waits()
+        self.is_in_any(CONNECTED) && !self.is_time_wait()
     }
 
-    /// Whether it is one of those that wait for a while after both ends, or this one, have closed: all else of
-    /// it is forgotten.
-    pub fn only_waits(&self) -> bool {
+    /// Whether the kernel keeps only a time-wait entry of the socket: in TIME_WAIT, or in FIN_WAIT2 without an owner,
+    /// which only waits for the remote end's FIN.
+    pub fn is_time_wait(&self) -> bool {
         self.state == TIME_WAIT || (self.state == FIN_WAIT2 && self.inode == 0)
     }
 
-    fn is_in(&self, states: u32) -> bool {
+    fn is_in_any(&self, states: u32) -> bool {
         1u32.checked_shl(self.state.into()).unwrap_or(0) & states != 0
     }
 
-    /// Whether the connection came about, as far as it has counts that say so. Of a socket that has gone, a
-    /// SYN of ours, at least, was acknowledged; those that their owner has reset have lost their counts.
+    /// Whether the connection was established, by its state or its counts. For a closed socket, at least this end's SYN
+    /// was acknowledged; a socket that its owner has reset has lost its counts.
     pub fn was_established(&self) -> bool {
         let count = |tcp: &TcpInfo, field| tcp.get(field).unwrap_or(0);
         self.tcp.as_ref().is_some_and(|tcp| {
-            self.is_in(CONNECTED)
+            self.is_in_any(CONNECTED)
                 || count(tcp, Field::BytesAcked) > 0
                 || count(tcp, Field::BytesReceived) > 0
                 || count(tcp, Field::DataSegsOut) > 0
         })
-    }
-}
-
-impl From<Arc<Socket>> for Connection {
-    fn from(socket: Arc<Socket>) -> Connection {
-        Connection {
-            flow: socket.flow,
-            // A socket that has gone has no owner any more.
-            uid: (socket.info.inode != 0).then_some(socket.info.uid),
-            cgroup: socket.info.cgroup,
-            usage: socket.info.usage(),
-            socket: Some(socket),
-        }
     }
 }

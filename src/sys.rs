@@ -1,8 +1,7 @@
-//! What touches the kernel. All `unsafe` of the program lives here.
+//! Access to the kernel and to the system. All `unsafe` code of the program is here.
 
 #[cfg(feature = "bpf")]
 pub mod clsact;
-pub mod connection_rules;
 pub mod fifo;
 pub mod handover;
 pub mod http_client;

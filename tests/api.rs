@@ -1,4 +1,4 @@
-//! The HTTP API as its clients use it, and as others abuse it.
+//! The HTTP API, with good and with hostile clients.
 #![allow(missing_docs)]
 
 mod common;
@@ -17,12 +17,13 @@ use serde_json::{Value, json};
 
 const API: &str = "127.0.0.1:7777";
 
-/// A daemon with the API on; `options` is YAML of `plugins.api`, in braces.
+/// A daemon with the API enabled. `options` is the YAML of `plugins.api`, in braces.
 fn home(options: &str) -> Home {
     Home::with(&format!("  api: {options}\nbackends:\n  firefly: {{}}\n"))
 }
 
-fn ours(state: &str, port: u16) -> Value {
+/// A flow event in the JSON of flowd-rs.
+fn flow_json(state: &str, port: u16) -> Value {
     json!({
         "state": state, "protocol": "tcp", "src-ip": "2001:db8::1", "src-port": port, "dst-ip": "2001:db8::2",
         "dst-port": 1094, "experiment-id": "ATLAS", "activity-id": "Data Challenge", "application": "mover 1.0",
@@ -30,7 +31,8 @@ fn ours(state: &str, port: u16) -> Value {
     })
 }
 
-fn gos(state: u8, port: u16) -> Value {
+/// A flow event in the JSON of flowd-go.
+fn flowd_go_json(state: u8, port: u16) -> Value {
     json!({
         "State": state, "Protocol": 0, "Family": 10, "Src": format!("[2001:db8::1]:{port}"), "Dst": "[2001:db8::2]:1094",
         "Experiment": 2, "Activity": 26, "StartTs": "2026-01-02T03:04:05Z", "EndTs": "2026-01-02T03:04:06.5Z", "Application": "mover 1.0",
@@ -39,7 +41,7 @@ fn gos(state: u8, port: u16) -> Value {
 
 #[test]
 #[ignore = "needs root"]
-fn a_flow_by_either_spelling_over_either_socket() {
+fn both_json_formats_are_accepted_over_tcp_and_the_unix_socket() {
     let hosts = Hosts::new();
     let home = home("{}");
     let socket = home.path("api/socket");
@@ -59,9 +61,9 @@ fn a_flow_by_either_spelling_over_either_socket() {
     {
         let port = 100 * (1 + n as u16);
         for (m, body) in [
-            ours("start", port),
-            gos(2, port + 1),
-            json!([ours("start", port + 2), gos(2, port + 3)]),
+            flow_json("start", port),
+            flowd_go_json(2, port + 1),
+            json!([flow_json("start", port + 2), flowd_go_json(2, port + 3)]),
         ]
         .iter()
         .enumerate()
@@ -84,7 +86,7 @@ fn a_flow_by_either_spelling_over_either_socket() {
             );
         }
 
-        // What is open, and what each is called.
+        // The open flows, as a list and one by one.
         let listing = client.get("/flows").json();
         assert_eq!(listing["flows"].as_array().unwrap().len(), 4);
         let one = client
@@ -110,9 +112,9 @@ fn a_flow_by_either_spelling_over_either_socket() {
 
         for port in port..port + 4 {
             let body = if port % 2 == 0 {
-                ours("end", port)
+                flow_json("end", port)
             } else {
-                gos(3, port)
+                flowd_go_json(3, port)
             };
             assert_eq!(client.post("/flow", &body.to_string()).status, 200);
             let end = sink.firefly().json;
@@ -129,14 +131,14 @@ fn a_flow_by_either_spelling_over_either_socket() {
         }
         assert!(none("", &mut client));
     }
-    daemon.expect_status("plugin_events accepted api 16");
+    daemon.expect_status("plugin_events api accepted 16");
     daemon.stop();
     assert!(!socket.exists());
 }
 
 #[test]
 #[ignore = "needs root"]
-fn the_dummy_flow_of_flowd_go_and_the_other_routes() {
+fn the_dummy_flow_of_flowd_go_and_the_other_routes_work() {
     let ns = NetNs::new("api");
     let home = home("{}");
     let daemon = home.start(&ns);
@@ -165,7 +167,7 @@ fn the_dummy_flow_of_flowd_go_and_the_other_routes() {
         client.get("/status").json()["plugins"][1]["events"]["accepted"],
         2
     );
-    // Of two requests at once, the first has an answer without a body.
+    // Two requests in one write. The response to the first, HEAD, has no body.
     client
         .raw(b"HEAD /healthz HTTP/1.1\r\nHost: x\r\n\r\nGET /healthz HTTP/1.1\r\nHost: x\r\n\r\n");
     assert!(client.headers().contains("Content-Length: 16"));
@@ -175,12 +177,12 @@ fn the_dummy_flow_of_flowd_go_and_the_other_routes() {
 
 #[test]
 #[ignore = "needs root"]
-fn errors_say_which_field_and_why() {
+fn errors_name_the_field_and_the_reason() {
     let ns = NetNs::new("api");
     let home = home("{}");
     let daemon = home.start(&ns);
     let mut client = Client::tcp(&ns, API);
-    let mut bad = ours("start", 1);
+    let mut bad = flow_json("start", 1);
     bad["dst-port"] = json!(65536);
     for (method, path, body, status, error) in [
         (
@@ -193,7 +195,7 @@ fn errors_say_which_field_and_why() {
         (
             "POST",
             "/flow",
-            json!([ours("start", 1), bad]).to_string(),
+            json!([flow_json("start", 1), bad]).to_string(),
             400,
             "[1] dst-port is 65536, expected a number of 1 to 65535",
         ),
@@ -202,14 +204,14 @@ fn errors_say_which_field_and_why() {
             "/flow",
             "{".to_owned(),
             400,
-            "the body is no JSON: EOF while parsing an object at line 1 column 1",
+            "the body is not valid JSON: EOF while parsing an object at line 1 column 1",
         ),
         (
             "POST",
             "/flow",
             String::new(),
             400,
-            "the body is no JSON: EOF while parsing a value at line 1 column 0",
+            "the body is not valid JSON: EOF while parsing a value at line 1 column 0",
         ),
         ("GET", "/flow", String::new(), 405, "expected POST"),
         ("DELETE", "/flows", String::new(), 405, "expected GET, HEAD"),
@@ -277,7 +279,7 @@ fn errors_say_which_field_and_why() {
         assert!(answer.headers.contains("Connection: close") && client.try_answer().is_none());
     }
     let chunked = "POST /flow HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n";
-    let body = ours("start", 1).to_string();
+    let body = flow_json("start", 1).to_string();
     client.raw(
         format!(
             "{chunked}5\r\n{}\r\n{:x}\r\n{}\r\n0\r\n\r\n",
@@ -288,15 +290,15 @@ fn errors_say_which_field_and_why() {
         .as_bytes(),
     );
     assert_eq!(client.answer().json(), json!({"accepted": 1}));
-    daemon.expect_status("plugin_events invalid api 4");
-    daemon.expect_status("plugin_events accepted api 1");
+    daemon.expect_status("plugin_events api rejected_request 4");
+    daemon.expect_status("plugin_events api accepted 1");
     daemon.expect_status("flows_open 1");
     daemon.stop();
 }
 
 #[test]
 #[ignore = "needs root"]
-fn without_the_token_nothing_is_answered() {
+fn requests_without_the_token_are_refused() {
     let ns = NetNs::new("api");
     let home = home("{}");
     let file = home.path("token");
@@ -310,7 +312,7 @@ fn without_the_token_nothing_is_answered() {
         ));
         let daemon = home.start(&ns);
         let mut client = Client::tcp(&ns, API);
-        let body = ours("start", 1).to_string();
+        let body = flow_json("start", 1).to_string();
         for headers in [
             "",
             "Authorization: Bearer wrong\r\n",
@@ -338,26 +340,26 @@ fn without_the_token_nothing_is_answered() {
                 .len(),
             1
         );
-        daemon.expect_status("plugin_events unauthorized api 16");
-        client.request("POST", "/flow", good, &ours("end", 1).to_string());
+        daemon.expect_status("plugin_events api rejected_token 16");
+        client.request("POST", "/flow", good, &flow_json("end", 1).to_string());
         daemon.stop();
     }
 }
 
 #[test]
-fn what_would_let_everybody_in_is_a_configuration_error() {
+fn bad_settings_of_the_api_are_configuration_errors() {
     for (options, expected) in [
         (
             "{bindAddress: 0.0.0.0}",
-            "plugins.api.bindAddress: 0.0.0.0 is not loopback: expected a token or a tokenFile",
+            "plugins.api.bindAddress: 0.0.0.0 is not a loopback address: set token or tokenFile",
         ),
         (
             "{bindAddress: '2001:db8::1'}",
-            "plugins.api.bindAddress: 2001:db8::1 is not loopback",
+            "plugins.api.bindAddress: 2001:db8::1 is not a loopback address",
         ),
         (
             "{bindAddress: localhost}",
-            "plugins.api.bindAddress: \"localhost\" is no address",
+            "plugins.api.bindAddress: \"localhost\" is not a valid address",
         ),
         (
             "{bindPort: 65536}",
@@ -365,7 +367,7 @@ fn what_would_let_everybody_in_is_a_configuration_error() {
         ),
         (
             "{bindPort: 0}",
-            "plugins.api.bindPort: 0 is no port, and there is no unixSocket either",
+            "plugins.api.bindPort: 0 disables TCP, but unixSocket is not set: set one of them",
         ),
         (
             "{token: ''}",
@@ -373,11 +375,11 @@ fn what_would_let_everybody_in_is_a_configuration_error() {
         ),
         (
             "{token: a, tokenFile: b}",
-            "plugins.api.tokenFile: there is a token as well, expected one of them",
+            "plugins.api: set either token or tokenFile, not both",
         ),
         (
             "{unixSocket: x, unixSocketMode: 999}",
-            "plugins.api.unixSocketMode: \"999\" is no file mode",
+            "plugins.api.unixSocketMode: \"999\" is not a valid file mode",
         ),
     ] {
         let home = home(options);
@@ -427,23 +429,23 @@ fn a_port_or_a_socket_in_use_is_an_error_before_the_daemon_is_ready() {
     let (code, error) = start(&second);
     assert_eq!(code, 1);
     assert!(
-        error.contains("control.sock (controlSocket): another process listens there"),
+        error.contains("control.sock (controlSocket): another process is listening on it"),
         "{error}"
     );
     daemon.kill();
-    // A socket that a killed daemon left is replaced.
+    // The daemon replaces a socket left by a killed one.
     let daemon = first.start(&ns);
     assert_eq!(Client::unix(&socket).get("/healthz").status, 200);
     daemon.stop();
 }
 
-/// Times a good request, which must not wait for others.
+/// Times two good requests, which must not wait for other clients.
 fn prompt(ns: &NetNs) -> Duration {
     let began = Instant::now();
     let mut client = Client::tcp(ns, API);
     assert_eq!(client.get("/flows").status, 200);
     assert_eq!(
-        client.post("/flow", &ours("start", 1).to_string()).status,
+        client.post("/flow", &flow_json("start", 1).to_string()).status,
         200
     );
     began.elapsed()
@@ -461,8 +463,8 @@ fn resident(daemon: &Daemon<'_>) -> u64 {
 
 #[test]
 #[ignore = "needs root"]
-fn silent_slow_and_huge_clients_hold_up_nobody() {
-    // Less than the time-outs of those that are in the way.
+fn silent_slow_and_greedy_clients_do_not_delay_others() {
+    // Less than the timeouts of the bad clients.
     const PROMPT: Duration = Duration::from_secs(5);
     let ns = NetNs::new("api");
     let home = home("{}");
@@ -470,10 +472,10 @@ fn silent_slow_and_huge_clients_hold_up_nobody() {
     prompt(&ns);
     let before = resident(&daemon);
 
-    // 500 that say nothing.
+    // 500 clients that send nothing.
     let idle: Vec<_> = (0..500).map(|_| connect(&ns, API)).collect();
     assert!(prompt(&ns) < PROMPT);
-    // One byte now and then, of headers and of a body.
+    // Clients that send a header or a body byte by byte.
     let mut slow: Vec<_> = (0..50).map(|_| connect(&ns, API)).collect();
     for (n, stream) in slow.iter_mut().enumerate() {
         if n % 2 == 0 {
@@ -487,7 +489,7 @@ fn silent_slow_and_huge_clients_hold_up_nobody() {
         }
         assert!(prompt(&ns) < PROMPT);
     }
-    // A body of 1 GiB: announced, in chunks, and sent anyhow.
+    // A body of 1 GiB, with Content-Length or in chunks.
     for head in ["Content-Length: 1073741824", "Transfer-Encoding: chunked"] {
         let mut client = connect(&ns, API);
         let block = vec![b'x'; 1 << 20];
@@ -524,7 +526,7 @@ fn silent_slow_and_huge_clients_hold_up_nobody() {
             "{answer}"
         );
     }
-    // Many large bodies that never end.
+    // Many large bodies that are never completed.
     let large: Vec<_> = (0..200)
         .map(|_| {
             let mut stream = connect(&ns, API);
@@ -549,7 +551,7 @@ fn silent_slow_and_huge_clients_hold_up_nobody() {
 
 #[test]
 #[ignore = "needs root"]
-fn a_listing_of_many_flows_is_whole_and_its_slow_reader_waits_alone() {
+fn a_long_listing_is_complete_and_slow_readers_delay_only_themselves() {
     const FLOWS: usize = 20_000;
     let hosts = Hosts::new();
     let home = home("{}");
@@ -558,14 +560,14 @@ fn a_listing_of_many_flows_is_whole_and_its_slow_reader_waits_alone() {
     daemon.expect_status(&format!("flows_open {FLOWS}"));
     let mut slow: Vec<_> = (0..20).map(|_| connect(&hosts.here, API)).collect();
     for stream in &mut slow {
-        // Little room, so that little of a listing is made for them.
+        // A small receive buffer, so that the daemon produces only a small part of the listing.
         setsockopt(&*stream, sockopt::RcvBuf, &4096).unwrap();
         stream
             .write_all(b"GET /flows HTTP/1.1\r\nHost: x\r\n\r\n")
             .unwrap();
     }
     let mut client = Client::tcp(&hosts.here, API);
-    // As many listings as may be are on their way.
+    // The limit of listings in progress is reached.
     common::wait_for("503", || (client.get("/flows").status == 503).then_some(()));
     assert_eq!(client.get("/healthz").status, 200);
     drop(slow);
@@ -585,8 +587,8 @@ fn a_listing_of_many_flows_is_whole_and_its_slow_reader_waits_alone() {
 
 #[test]
 #[ignore = "needs root"]
-fn schemathesis_finds_the_openapi_document_true() {
-    // `make test` puts it there, from PyPI.
+fn the_api_matches_its_openapi_document() {
+    // `make test` installs it from PyPI.
     let program = concat!(
         env!("CARGO_MANIFEST_DIR"),
         "/target/schemathesis/bin/schemathesis"

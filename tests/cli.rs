@@ -1,4 +1,4 @@
-//! `flows`, `status`, `send` and `listen`, run as a user runs them.
+//! The commands of the program, run as a user runs them.
 #![allow(missing_docs)]
 
 mod common;
@@ -11,25 +11,25 @@ use common::net::{Hosts, NetNs};
 use common::wait_for;
 use serde_json::Value;
 
-/// Runs a command with the configuration of a daemon.
-fn ask(home: &Home, command: &str, more: &[&str]) -> (i32, String, String) {
+/// Runs a command with the configuration file of a daemon.
+fn run_with_config(home: &Home, command: &str, more: &[&str]) -> (i32, String, String) {
     let config = home.path("flowd.cfg");
     run(&[&[command, "-c", config.to_str().unwrap()], more].concat())
 }
 
 #[test]
 #[ignore = "needs root"]
-fn flows_shows_what_is_open() {
+fn flows_lists_the_open_flows() {
     let hosts = Hosts::new();
     let home = Home::new("{}");
     let daemon = home.start(&hosts.here);
-    let (code, out, _) = ask(&home, "flows", &[]);
+    let (code, out, _) = run_with_config(&home, "flows", &[]);
     assert_eq!((code, out.as_str()), (0, "0 flows are open\n"));
     home.write("start tcp 2001:db8::1 40001 2001:db8::2 1094 atlas Data_Challenge\n");
     home.write("start udp 192.0.2.1 40002 192.0.2.2 443 3333 7\n");
     home.write("start tcp 2001:db8::1 40003 2001:db8::2 1094 cms Cache\n");
     daemon.expect_status("flows_open 3");
-    let (_, out, _) = ask(&home, "flows", &["--sort", "experiment"]);
+    let (_, out, _) = run_with_config(&home, "flows", &["--sort", "experiment"]);
     let rows: Vec<Vec<&str>> = out
         .lines()
         .map(|l| l.split_whitespace().collect())
@@ -71,7 +71,7 @@ fn flows_shows_what_is_open() {
             "7"
         ]
     );
-    assert_eq!(rows[3][7..], ["named_pipe", "-"]);
+    assert_eq!(rows[3][7..], ["namedPipe", "-"]);
     assert!(out.ends_with("\n3 flows are open\n"));
 
     for (arguments, expected) in [
@@ -81,7 +81,7 @@ fn flows_shows_what_is_open() {
         (&["--address", "192.0.2.2"], 1),
         (&["--address", "198.51.100.1"], 0),
     ] {
-        let (_, out, _) = ask(&home, "flows", &[arguments, &["--json"]].concat());
+        let (_, out, _) = run_with_config(&home, "flows", &[arguments, &["--json"]].concat());
         let document: Value = serde_json::from_str(&out).unwrap();
         assert_eq!(
             document["flows"].as_array().unwrap().len(),
@@ -89,25 +89,27 @@ fn flows_shows_what_is_open() {
             "{arguments:?}"
         );
     }
-    let (_, out, _) = ask(&home, "flows", &["--sort", "source"]);
+    let (_, out, _) = run_with_config(&home, "flows", &["--sort", "source"]);
     assert!(
         out.find("40002").unwrap() < out.find("40001").unwrap(),
         "{out}"
     );
-    let (code, _, error) = ask(&home, "flows", &["--experiment", "nobody"]);
+    let (code, _, error) = run_with_config(&home, "flows", &["--experiment", "nobody"]);
     assert_eq!(code, 1);
     assert!(
         error.contains("\"nobody\" is neither an id of 0 to 65535 nor a name of the registry"),
         "{error}"
     );
-    let (code, _, error) = ask(&home, "flows", &["--sort", "colour"]);
+    let (code, _, error) = run_with_config(&home, "flows", &["--sort", "colour"]);
     assert_eq!(code, 2);
     assert!(
-        error.contains("expected age, experiment, source or destination"),
+        error.contains(
+            "--sort: \"colour\" is not a sort key, expected age, experiment, source or destination"
+        ),
         "{error}"
     );
 
-    // It goes on until it is told to stop.
+    // --watch prints the table until it is killed.
     let mut watch = Command::new(PROGRAM)
         .args(["flows", "--watch", "-c"])
         .arg(home.path("flowd.cfg"))
@@ -128,7 +130,7 @@ fn flows_shows_what_is_open() {
     watch.kill().unwrap();
     watch.wait().unwrap();
     daemon.stop();
-    let (code, _, error) = ask(&home, "flows", &[]);
+    let (code, _, error) = run_with_config(&home, "flows", &[]);
     let socket = home.path("control.sock").display().to_string();
     assert_eq!(
         (code, error),
@@ -141,16 +143,16 @@ fn flows_shows_what_is_open() {
 
 #[test]
 #[ignore = "needs root"]
-fn status_tells_how_the_daemon_is_doing() {
+fn status_shows_the_state_of_the_daemon() {
     let ns = NetNs::new("status");
     let home = Home::with("  firefly:\n  api:\nbackends:\n  firefly: {}\n");
     let daemon = home.start(&ns);
     home.write("start tcp 192.0.2.1 1 192.0.2.2 2 2 9\nrubbish\n");
     home.wait_for_log("rejected line");
     daemon.expect_status("backend_events firefly unreachable 1");
-    // The depth of a queue is as of the last second.
+    // The depth of a queue is updated once a second.
     let out = wait_for("empty queues", || {
-        let (code, out, _) = ask(&home, "status", &[]);
+        let (code, out, _) = run_with_config(&home, "status", &[]);
         assert_eq!(code, 0);
         (out.matches(" 0 waiting, ").count() == 2).then_some(out)
     });
@@ -161,17 +163,17 @@ fn status_tells_how_the_daemon_is_doing() {
             daemon.child.id()
         ),
         "open flows  1\n",
-        "plugin named_pipe    accepted 1, fields 1\n",
+        "plugin namedPipe     accepted: 1 line; rejected: 1 line with the wrong number of fields\n",
         "plugin firefly       nothing yet\n",
         "plugin api           nothing yet\n",
         "backend firefly      unreachable 1\n",
         "dispatcher           started 1\n",
         "queue dispatcher     0 waiting, ",
-        "warn: named pipe: rejected line \"rubbish\": 1 fields, expected 8",
+        "warn: namedPipe: rejected line \"rubbish\": 1 field, expected 8",
     ] {
         assert!(out.contains(expected), "{expected:?} is not in\n{out}");
     }
-    let (_, out, _) = ask(&home, "status", &["--json"]);
+    let (_, out, _) = run_with_config(&home, "status", &["--json"]);
     let status: Value = serde_json::from_str(&out).unwrap();
     assert_eq!(status["flows-open"], 1);
     daemon.stop();
@@ -179,18 +181,18 @@ fn status_tells_how_the_daemon_is_doing() {
 
 #[test]
 #[ignore = "needs root"]
-fn send_checks_the_line_and_says_whether_a_daemon_reads_it() {
+fn send_checks_the_line_and_reports_whether_a_daemon_reads_it() {
     let ns = NetNs::new("send");
     let home = Home::new("{}");
     let flow = ["tcp", "2001:db8::1", "40001", "2001:db8::2", "1094"];
-    let send = |state: &str, tag: &[&str]| ask(&home, "send", &[&[state], &flow[..], tag].concat());
+    let send = |state: &str, tag: &[&str]| run_with_config(&home, "send", &[&[state], &flow[..], tag].concat());
     let pipe = home.pipe().display().to_string();
     let (code, _, error) = send("end", &[]);
     assert_eq!(
         (code, error),
         (
             1,
-            format!("flowd-rs: there is no named pipe {pipe}: no daemon is running\n")
+            format!("flowd-rs: there is no named pipe {pipe}: no daemon is running, or it uses another pipe (plugins.namedPipe.pipePath)\n")
         )
     );
     let daemon = home.start(&ns);
@@ -198,14 +200,17 @@ fn send_checks_the_line_and_says_whether_a_daemon_reads_it() {
     let line = "start tcp 2001:db8::1 40001 2001:db8::2 1094 atlas Data_Challenge";
     assert_eq!(
         (code, out),
-        (0, format!("sent to {pipe}, which a daemon reads: {line}\n"))
+        (
+            0,
+            format!("sent to {pipe} (a daemon is reading): {line}\n")
+        )
     );
     daemon.expect_status("flows_open 1");
     for (state, tag, expected) in [
         (
             "start",
             &[][..],
-            "expected an experiment and an activity after the destination's port",
+            "expected an experiment and an activity after the destination port",
         ),
         (
             "start",
@@ -230,14 +235,14 @@ fn send_checks_the_line_and_says_whether_a_daemon_reads_it() {
         (code, error),
         (
             1,
-            format!("flowd-rs: nobody reads the named pipe {pipe}: no daemon is running\n")
+            format!("flowd-rs: nothing reads the named pipe {pipe}: no daemon is running, or it uses another pipe (plugins.namedPipe.pipePath)\n")
         )
     );
 }
 
 #[test]
 #[ignore = "needs root"]
-fn listen_prints_a_line_a_firefly() {
+fn listen_prints_one_line_per_firefly() {
     let hosts = Hosts::new();
     let home = Home::new("{}");
     let listen = |more: &[&str]| {
@@ -251,7 +256,7 @@ fn listen_prints_a_line_a_firefly() {
             .spawn()
             .unwrap();
         let lines = BufReader::new(child.stdout.take().unwrap()).lines();
-        // Until its port is bound: to try it could take it away.
+        // Wait until its port is bound. Binding it here to find out could take it away.
         wait_for("the listener", || {
             let sockets = format!("/proc/{}/net/udp6", child.id());
             let sockets = std::fs::read_to_string(sockets).ok()?;
@@ -274,7 +279,7 @@ fn listen_prints_a_line_a_firefly() {
         line.contains(" end     tcp ") && line.contains(" after 0."),
         "{line}"
     );
-    // What is no firefly is said so, and does not end it.
+    // A datagram that is not a firefly is reported, and the program continues.
     let stray = hosts
         .here
         .enter(|| std::net::UdpSocket::bind("[::]:0").unwrap());

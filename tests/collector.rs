@@ -1,4 +1,4 @@
-//! Copies to a collector, and destinations that are not there.
+//! Copies to a collector, and unreachable destinations.
 #![allow(missing_docs)]
 
 mod common;
@@ -17,12 +17,12 @@ fn a_collector_of_either_family_gets_the_flows_of_both() {
     for address in [THERE4, THERE6] {
         let hosts = Hosts::new();
         let home = Home::new(&collector(address));
-        let here = if address == THERE4 {
+        let bind = if address == THERE4 {
             "192.0.2.2:20514"
         } else {
             "[2001:db8::2]:20514"
         };
-        let sink = Sink::bind(&hosts.there, here);
+        let sink = Sink::bind(&hosts.there, bind);
         let daemon = home.start(&hosts.here);
         home.write(
             "start tcp 192.0.2.1 1 192.0.2.2 2 2 9\nstart tcp 2001:db8::1 1 2001:db8::2 2 2 9\n",
@@ -35,7 +35,7 @@ fn a_collector_of_either_family_gets_the_flows_of_both() {
 
 #[test]
 #[ignore = "needs root"]
-fn a_destination_without_a_route_costs_nobody_a_firefly() {
+fn a_destination_without_a_route_affects_no_other_firefly() {
     let hosts = Hosts::new();
     let home = Home::new(&collector(THERE6));
     let sink = Sink::bind(&hosts.there, "[2001:db8::2]:20514");
@@ -61,11 +61,11 @@ fn a_destination_without_a_route_costs_nobody_a_firefly() {
     assert!((1..20).contains(&warnings), "{warnings} lines");
 }
 
-/// Datagrams to a neighbour that does not answer wait in the kernel, up to 212,992 bytes of them a
-/// neighbour, and count against the send buffer of their socket: forty such would fill any.
+/// Datagrams to an unresponsive neighbour wait in the kernel, up to 212,992 bytes per neighbour, and count against the
+/// send buffer of their socket: forty such neighbours would fill any send buffer.
 #[test]
 #[ignore = "needs root"]
-fn neighbours_that_do_not_answer_keep_nobody_waiting() {
+fn unresponsive_neighbours_delay_no_other_firefly() {
     const GOOD: usize = 2000;
     let hosts = Hosts::new();
     let home = Home::new("{}");
@@ -90,13 +90,13 @@ fn neighbours_that_do_not_answer_keep_nobody_waiting() {
         }
         text += &line("start", n, "2 9");
     }
-    let writer = std::time::Instant::now();
+    let began = std::time::Instant::now();
     home.write(&text);
     assert_eq!(sink.collect("start", GOOD).len(), GOOD);
     eprintln!(
-        "{GOOD} good ones among {} dead ones in {:?}",
+        "{GOOD} fireflies among {} to unresponsive neighbours in {:?}",
         GOOD * 10,
-        writer.elapsed()
+        began.elapsed()
     );
     let status = daemon.expect_status(&format!("backend_events firefly sent {}", GOOD * 11));
     assert!(!status.contains("failed"), "{status}");
@@ -105,12 +105,12 @@ fn neighbours_that_do_not_answer_keep_nobody_waiting() {
 
 #[test]
 #[ignore = "needs root"]
-fn a_collector_that_refuses_is_no_trouble() {
+fn a_collector_that_refuses_datagrams_affects_no_other_firefly() {
     let hosts = Hosts::new();
     let home = Home::new(&collector(THERE6));
     let sink = Sink::bind(&hosts.there, "[2001:db8::2]:10514");
     let daemon = home.start(&hosts.here);
-    // Nobody listens on the collector's port: each datagram is answered with an ICMPv6 error.
+    // Nothing listens on the collector's port: each datagram is answered with an ICMPv6 error.
     home.write(&lines("start", 0..3000, "2 9"));
     assert_eq!(sink.collect("start", 3000).len(), 3000);
     daemon.expect_status("backend_events firefly sent 6000");
@@ -119,7 +119,7 @@ fn a_collector_that_refuses_is_no_trouble() {
 
 #[test]
 #[ignore = "needs root"]
-fn a_collector_whose_name_does_not_resolve_costs_its_copies_only() {
+fn a_collector_whose_name_does_not_resolve_loses_only_its_own_copies() {
     let hosts = Hosts::new();
     let home = Home::new(&collector("collector.invalid"));
     let sink = Sink::bind(&hosts.there, "[2001:db8::2]:10514");
@@ -133,7 +133,7 @@ fn a_collector_whose_name_does_not_resolve_costs_its_copies_only() {
 
 #[test]
 #[ignore = "needs root"]
-fn a_collector_by_name_is_looked_up() {
+fn a_collector_given_by_name_is_resolved() {
     let hosts = Hosts::new();
     let home = Home::new(&collector("localhost"));
     let sink = Sink::bind(&hosts.here, "[::]:20514");

@@ -14,7 +14,8 @@ use common::daemon::{Daemon, Home, PROGRAM};
 use common::net::Hosts;
 use common::sink::Sink;
 use common::{DEADLINE, wait_for};
-use flowd_rs::flow::{Flow, FlowEvent};
+use flowd_rs::event::FlowEvent;
+use flowd_rs::flow::Flow;
 use nix::sys::socket::{setsockopt, sockopt};
 use serde_json::Value;
 
@@ -81,12 +82,13 @@ fn close(mut near: TcpStream, far: TcpStream) {
     drop(near);
 }
 
-fn scanned(daemon: &Daemon<'_>, plugin: &str) {
+/// Waits for another scan by `scanner`: `plugin_events netlink`, or `enricher_events netlink`.
+fn scanned(daemon: &Daemon<'_>, scanner: &str) {
     let scans = || {
         let status = daemon.status();
         let word = status
             .split(", ")
-            .find(|w| w.starts_with(&format!("plugin_events scanned {plugin} ")));
+            .find(|w| w.starts_with(&format!("{scanner} scanned ")));
         word.map_or(0, |word| {
             word.rsplit(' ').next().unwrap().parse::<u64>().unwrap()
         })
@@ -104,7 +106,7 @@ fn each_connection_is_announced_and_ends_with_exact_counts() {
     let v6 = listen(&hosts, "[::]:5000");
     let existing = connect(&hosts, &v6, &format!("[{THERE6}]"));
     let daemon = home.start(&hosts.here);
-    scanned(&daemon, "netlink");
+    scanned(&daemon, "plugin_events netlink");
     let v4 = listen(&hosts, "42.0.0.2:5001");
     // IPv6, IPv4, and IPv4 to a listener of both.
     let mut connections = vec![
@@ -130,7 +132,7 @@ fn each_connection_is_announced_and_ends_with_exact_counts() {
     }
     // One that is half closed is open.
     connections[0].0.shutdown(Shutdown::Write).unwrap();
-    scanned(&daemon, "netlink");
+    scanned(&daemon, "plugin_events netlink");
     assert_eq!(sink.drain(Duration::from_millis(100)), []);
     connections
         .into_iter()
@@ -143,7 +145,7 @@ fn each_connection_is_announced_and_ends_with_exact_counts() {
     }
     // What was there before is nobody's business.
     close(existing.0, existing.1);
-    scanned(&daemon, "netlink");
+    scanned(&daemon, "plugin_events netlink");
     assert_eq!(sink.drain(Duration::from_millis(100)), []);
     daemon.expect_status("dispatcher_events ended_socket_closed 3");
     daemon.stop();
@@ -162,7 +164,7 @@ fn private_internal_listening_and_unanswered_ones_are_left_out() {
     let home = home(NETLINK, "");
     let sink = Sink::bind(&hosts.there, SINK);
     let daemon = home.start(&hosts.here);
-    scanned(&daemon, "netlink");
+    scanned(&daemon, "plugin_events netlink");
     let any = listen(&hosts, "[::]:5000");
     let here = hosts.here.enter(|| TcpListener::bind("[::]:5000").unwrap());
     let mut left_out = vec![
@@ -182,11 +184,11 @@ fn private_internal_listening_and_unanswered_ones_are_left_out() {
             TcpStream::connect_timeout(&"42.0.0.77:1".parse().unwrap(), Duration::from_millis(300));
         let _ = TcpStream::connect_timeout(&"42.0.0.2:1".parse().unwrap(), DEADLINE);
     });
-    scanned(&daemon, "netlink");
+    scanned(&daemon, "plugin_events netlink");
     left_out
         .into_iter()
         .for_each(|(near, far)| close(near, far));
-    scanned(&daemon, "netlink");
+    scanned(&daemon, "plugin_events netlink");
     assert_eq!(sink.drain(Duration::from_millis(100)), []);
     daemon.stop();
 }
@@ -198,7 +200,7 @@ fn a_connection_shorter_than_a_period_has_a_start_and_an_end() {
     let home = home(&NETLINK.replace("period: 200", "period: 60000"), "");
     let sink = Sink::bind(&hosts.there, SINK);
     let daemon = home.start(&hosts.here);
-    daemon.expect_status("plugin_events scanned netlink 1");
+    daemon.expect_status("plugin_events netlink scanned 1");
     let listener = listen(&hosts, "[::]:5000");
     const SHORT: usize = 50;
     for _ in 0..SHORT {
@@ -209,7 +211,7 @@ fn a_connection_shorter_than_a_period_has_a_start_and_an_end() {
     let events = wait_for("all of them", || {
         let status = daemon.status();
         status
-            .contains(&format!("plugin_events ended netlink {SHORT}"))
+            .contains(&format!("plugin_events netlink ended {SHORT}"))
             .then(|| sink.drain(Duration::from_millis(200)))
     });
     let of = |state: &str| -> HashMap<Flow, &FlowEvent> {
@@ -274,7 +276,7 @@ fn netstat_sees_the_same_without_privileges() {
     )
     .unwrap();
     let daemon = home.start_command(command, &[]);
-    scanned(&daemon, "netstat");
+    scanned(&daemon, "plugin_events netstat");
     let listener = listen(&hosts, "[::]:5000");
     let connections =
         [format!("[{THERE6}]"), THERE4.to_owned()].map(|to| connect(&hosts, &listener, &to));
@@ -296,7 +298,7 @@ fn a_connection_that_is_reset_ends_once_however_long_its_socket_is_kept() {
     let home = home(NETLINK, "");
     let sink = Sink::bind(&hosts.there, SINK);
     let daemon = home.start(&hosts.here);
-    scanned(&daemon, "netlink");
+    scanned(&daemon, "plugin_events netlink");
     let listener = listen(&hosts, "[::]:5000");
     let (mut near, far) = connect(&hosts, &listener, THERE4);
     sink.collect("start", 1);
@@ -307,10 +309,10 @@ fn a_connection_that_is_reset_ends_once_however_long_its_socket_is_kept() {
     });
     drop(far);
     sink.collect("end", 1);
-    scanned(&daemon, "netlink");
+    scanned(&daemon, "plugin_events netlink");
     drop(near);
     sink.assert_silent();
-    daemon.expect_status("plugin_events ended netlink 1");
+    daemon.expect_status("plugin_events netlink ended 1");
     daemon.stop();
 }
 
@@ -328,13 +330,13 @@ fn a_connection_that_is_closed_here_alone_is_one_flow() {
         } else {
             "netstat"
         };
-        scanned(&daemon, name);
+        scanned(&daemon, &format!("plugin_events {name}"));
         let listener = listen(&hosts, "[::]:5000");
         let (near, far) = connect(&hosts, &listener, THERE4);
         sink.collect("start", 1);
         drop(near);
         sink.collect("end", 1);
-        scanned(&daemon, name);
+        scanned(&daemon, &format!("plugin_events {name}"));
         sink.assert_silent();
         drop(far);
         daemon.stop();
@@ -355,7 +357,7 @@ fn a_connection_that_is_reset_here_ends_whoever_reported_it() {
         let daemon = home.start(&hosts.here);
         if !plugin.is_empty() {
             // What is there at the first scan is not announced.
-            scanned(&daemon, "netlink");
+            scanned(&daemon, "plugin_events netlink");
         }
         let listener = listen(&hosts, "[::]:5000");
         let (mut near, mut far) = connect(&hosts, &listener, THERE4);
@@ -365,7 +367,7 @@ fn a_connection_that_is_reset_here_ends_whoever_reported_it() {
         }
         sink.collect("start", 1);
         exchange(&mut near, &mut far, 1000, 10);
-        scanned(&daemon, "sockets");
+        scanned(&daemon, "enricher_events netlink");
         let linger = nix::libc::linger {
             l_onoff: 1,
             l_linger: 0,
@@ -387,7 +389,7 @@ fn rules_by_owner_do_not_take_connections_without_one() {
     let home = home(&plugin, "");
     let sink = Sink::bind(&hosts.there, SINK);
     let daemon = home.start(&hosts.here);
-    daemon.expect_status("plugin_events scanned netlink 1");
+    daemon.expect_status("plugin_events netlink scanned 1");
     let listener = listen(&hosts, "[::]:5000");
     let (near, far) = connect(&hosts, &listener, THERE4);
     close(near, far);
@@ -404,7 +406,7 @@ fn five_thousand_connections_at_once() {
     let home = home(NETLINK, "");
     let sink = Sink::bind(&hosts.there, SINK);
     let daemon = home.start(&hosts.here);
-    scanned(&daemon, "netlink");
+    scanned(&daemon, "plugin_events netlink");
     let listener = listen(&hosts, "[::]:5000");
     let open: Vec<_> = (0..MANY)
         .map(|_| connect(&hosts, &listener, &format!("[{THERE6}]")))
@@ -533,7 +535,7 @@ fn a_connection_that_goes_while_the_daemon_is_down_is_ended_by_the_next() {
     let home = home(NETLINK, "");
     let sink = Sink::bind(&hosts.there, SINK);
     let daemon = home.start(&hosts.here);
-    scanned(&daemon, "netlink");
+    scanned(&daemon, "plugin_events netlink");
     let listener = listen(&hosts, "[::]:5000");
     let (gone, stays) = (
         connect(&hosts, &listener, THERE4),
@@ -674,10 +676,13 @@ fn notifications_that_are_lost_are_made_up_for_by_a_scan() {
     let hosts = hosts();
     let listener = listen(&hosts, "[::]:5000");
     let netlink = NETLINK.replace("period: 200", "period: 60000, announceExisting: true");
-    for (plugin, reporter) in [("sockets", ""), ("netlink", netlink.as_str())] {
+    for (scanner, reporter) in [("enricher_events", ""), ("plugin_events", netlink.as_str())] {
         let home = home(reporter, "");
         let config = std::fs::read_to_string(home.path("flowd.cfg")).unwrap();
-        let end = format!("flows: {{endOnSocketClose: {}}}\n", plugin == "sockets");
+        let end = format!(
+            "flows: {{endOnSocketClose: {}}}\n",
+            scanner == "enricher_events"
+        );
         let config = config + &end + "enrichers: {period: 500, netlink: {}}\n";
         std::fs::write(home.path("flowd.cfg"), config).unwrap();
         let sink = Sink::bind(&hosts.there, SINK);
@@ -692,7 +697,7 @@ fn notifications_that_are_lost_are_made_up_for_by_a_scan() {
             PROGRAM,
         ]);
         let daemon = home.start_command(command, &[]);
-        if plugin == "sockets" {
+        if scanner == "enricher_events" {
             let line = |(near, _): &(TcpStream, TcpStream)| {
                 let port = near.local_addr().unwrap().port();
                 format!("start tcp {HERE4} {port} {THERE4} 5000 2 9\n")
@@ -700,7 +705,7 @@ fn notifications_that_are_lost_are_made_up_for_by_a_scan() {
             home.write(&open.iter().map(line).collect::<String>());
         }
         sink.collect("start", OPEN);
-        scanned(&daemon, "sockets");
+        scanned(&daemon, "enricher_events netlink");
         daemon.signal(nix::sys::signal::Signal::SIGSTOP);
         while !has_lost_notifications(&daemon) {
             for _ in 0..500 {
@@ -723,7 +728,7 @@ fn notifications_that_are_lost_are_made_up_for_by_a_scan() {
         });
         let status = daemon.status();
         assert!(
-            status.contains(&format!("plugin_events overrun {plugin} ")),
+            status.contains(&format!("{scanner} netlink overrun ")),
             "{status}"
         );
         daemon.stop();
@@ -737,7 +742,7 @@ fn a_service_that_is_killed_has_its_flows_ended_whatever_the_congestion_control(
     let home = home(NETLINK, "enrich: true, enrichmentMode: ''");
     let sink = Sink::bind(&hosts.there, SINK);
     let daemon = home.start(&hosts.here);
-    scanned(&daemon, "netlink");
+    scanned(&daemon, "plugin_events netlink");
     let listener = listen(&hosts, "[::]:5000");
     let available = std::fs::read_to_string("/proc/sys/net/ipv4/tcp_available_congestion_control");
     let available = available.unwrap();

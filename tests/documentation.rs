@@ -1,4 +1,4 @@
-//! The documentation says what the program takes, and nothing else.
+//! The manual pages, the example configuration and the completion match the program.
 #![cfg(feature = "bpf")]
 #![allow(missing_docs)]
 
@@ -11,7 +11,7 @@ const MAN5: &str = include_str!("../man/flowd.cfg.5");
 const CONF: &str = include_str!("../conf/flowd.cfg");
 const BASH: &str = include_str!("../conf/completion/flowd-rs.bash");
 
-/// Sections of flowd.cfg(5) and the keys that their lists have, nested lists too.
+/// The sections of flowd.cfg(5) and the keys in their lists, including nested lists.
 fn documented() -> BTreeMap<String, BTreeSet<String>> {
     let (mut sections, mut section) = (BTreeMap::<_, BTreeSet<String>>::new(), None);
     for line in MAN5.lines() {
@@ -30,7 +30,7 @@ fn documented() -> BTreeMap<String, BTreeSet<String>> {
     sections
 }
 
-/// Sections of the program, and their keys.
+/// The sections of the configuration that the program accepts, and their keys.
 fn known() -> BTreeMap<String, BTreeSet<String>> {
     let keys = config::keys();
     let is_section = |path: &str| keys.iter().any(|key| key.starts_with(&format!("{path}.")));
@@ -40,7 +40,7 @@ fn known() -> BTreeMap<String, BTreeSet<String>> {
         if is_section(key) && !key.ends_with(".rules") {
             sections.entry(key.clone()).or_default();
         } else {
-            // The keys of a rule are listed where the rules are.
+            // flowd.cfg(5) lists the keys of a rule in the section of the rules.
             let section = section.strip_suffix(".rules").unwrap_or(section);
             sections
                 .entry(section.to_owned())
@@ -48,7 +48,7 @@ fn known() -> BTreeMap<String, BTreeSet<String>> {
                 .insert(name.to_owned());
         }
     }
-    // It has no keys of its own.
+    // Only the backends below it have keys.
     sections.remove("backends");
     sections.insert("backends.dummy".to_owned(), BTreeSet::new());
     sections.retain(|section, keys| !keys.is_empty() || section == "backends.dummy");
@@ -56,9 +56,9 @@ fn known() -> BTreeMap<String, BTreeSet<String>> {
 }
 
 #[test]
-fn the_manual_page_has_every_key_of_the_configuration_and_no_other() {
+fn the_manual_page_documents_every_key_of_the_configuration_and_no_other() {
     let (mut known, documented) = (known(), documented());
-    // It says: the same as netlink.
+    // The page refers to netlink for the keys of netstat.
     let netstat = known.insert("plugins.netstat".to_owned(), BTreeSet::new());
     assert_eq!(netstat.as_ref(), known.get("plugins.netlink"));
     assert_eq!(documented, known);
@@ -72,7 +72,7 @@ fn the_commented_configuration_shows_every_key() {
             let before = CONF[..at].chars().next_back();
             before.is_none_or(|c| !c.is_alphanumeric())
         });
-        // What is accepted and has no effect is not shown, nor is what only flowd has.
+        // Keys without effect and keys of flowd are not shown.
         let without_effect = [
             "maxReaders",
             "buffSize",
@@ -85,7 +85,7 @@ fn the_commented_configuration_shows_every_key() {
     }
 }
 
-/// What stands behind `Fl` in the manual page.
+/// The options in the manual page: the arguments of `Fl`.
 fn documented_options() -> BTreeSet<String> {
     let mut options = BTreeSet::new();
     for line in MAN8.lines().filter(|line| line.starts_with('.')) {
@@ -108,16 +108,16 @@ fn documented_options() -> BTreeSet<String> {
 }
 
 #[test]
-fn the_manual_page_has_every_command_and_option_and_no_other() {
+fn the_manual_page_documents_every_command_and_option_and_no_other() {
     let commands = cli::commands();
     let mut options: BTreeSet<String> = ["h", "help"].map(str::to_owned).into();
     for command in &commands {
         let last = command.command.rsplit(' ').next().unwrap();
-        let there = last.is_empty()
+        let is_documented = last.is_empty()
             || MAN8
                 .lines()
                 .any(|line| line.contains("Cm ") && line.split(' ').any(|w| w == last));
-        assert!(there, "{}", command.command);
+        assert!(is_documented, "{}", command.command);
         for (long, short) in &command.options {
             options.insert(long.clone());
             options.extend(short.map(String::from));
@@ -139,7 +139,7 @@ fn the_manual_page_has_every_command_and_option_and_no_other() {
 }
 
 #[test]
-fn completion_has_every_command_and_option() {
+fn the_completion_has_every_command_and_option() {
     let words: BTreeSet<&str> = BASH.split([' ', '"', '\n', '\t', ';', ')']).collect();
     for command in cli::commands() {
         for word in command.command.split(' ').filter(|word| !word.is_empty()) {
@@ -183,7 +183,7 @@ fn bash_completes_commands_and_options() {
 }
 
 #[test]
-fn every_key_of_flowd_is_in_the_manual_page() {
+fn the_manual_page_has_every_key_of_flowd() {
     for key in config::FLOWD_KEYS {
         assert!(MAN5.split([' ', '\n']).any(|word| word == key), "{key}");
     }

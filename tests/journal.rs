@@ -1,4 +1,4 @@
-//! Open flows survive what the daemon does not.
+//! Open flows survive a restart, a crash and a full disk.
 #![allow(missing_docs)]
 
 mod common;
@@ -14,13 +14,13 @@ use std::time::Duration;
 use common::daemon::{Home, line, lines};
 use common::net::Hosts;
 use common::sink::Sink;
-use flowd_rs::flow::State;
+use flowd_rs::event::State;
 
 const DESTINATION: &str = "[2001:db8::2]:10514";
 
 #[test]
 #[ignore = "needs root"]
-fn killed_amid_ten_thousand_starts_no_start_is_sent_twice_and_every_end_is_true() {
+fn after_a_kill_amid_ten_thousand_starts_none_is_sent_twice_and_every_end_has_its_start_time() {
     const COUNT: usize = 10_000;
     let hosts = Hosts::new();
     let home = Home::new("{}");
@@ -32,12 +32,12 @@ fn killed_amid_ten_thousand_starts_no_start_is_sent_twice_and_every_end_is_true(
     std::thread::scope(|scope| {
         scope.spawn(|| {
             for n in 0..COUNT {
-                // Not so far ahead that everything is journalled before the kill.
+                // Stays close behind the daemon, so that the kill comes before everything is journalled.
                 while n > received.load(Ordering::Relaxed) + 2000 && !killed.load(Ordering::Relaxed)
                 {
                     std::thread::yield_now();
                 }
-                // It ends with the daemon.
+                // The pipe has no reader after the kill.
                 if writer
                     .write_all(line("start", n, "2 9").as_bytes())
                     .is_err()
@@ -63,9 +63,9 @@ fn killed_amid_ten_thousand_starts_no_start_is_sent_twice_and_every_end_is_true(
         "{open} journalled, {} sent",
         starts.len()
     );
-    assert!(open < COUNT, "the kill came too late to show anything");
+    assert!(open < COUNT, "the kill came too late for this test");
 
-    // What it has written and nobody has read goes with it.
+    // Lines that no reader has read are lost with the last open end of the pipe.
     drop(writer);
     let second = home.start(&hosts.here);
     second.expect_status(&format!("flows_open {open}"));
@@ -86,7 +86,7 @@ fn killed_amid_ten_thousand_starts_no_start_is_sent_twice_and_every_end_is_true(
         assert_eq!(ends[flow].start_time, start.start_time);
         assert_eq!(ends[flow].tag, start.tag);
     }
-    // Only what was journalled and not yet sent at the kill lacks its start.
+    // Only flows that were journalled but not yet sent at the kill have no start firefly.
     assert!(
         starts.len() + 4096 + 16384 >= COUNT,
         "{} starts",
@@ -118,7 +118,7 @@ fn a_stop_and_a_start_keep_open_flows_open() {
 
 #[test]
 #[ignore = "needs root"]
-fn a_torn_journal_costs_its_last_line_only() {
+fn a_torn_journal_loses_only_its_last_line() {
     let hosts = Hosts::new();
     let home = Home::new("{}");
     let sink = Sink::bind(&hosts.there, DESTINATION);
@@ -148,7 +148,7 @@ fn a_torn_journal_costs_its_last_line_only() {
 
 #[test]
 #[ignore = "needs root"]
-fn flows_past_their_age_are_ended() {
+fn flows_older_than_max_age_are_ended() {
     let hosts = Hosts::new();
     let home = Home::with("backends: {firefly: {}}\nflows: {maxAge: 1s}\n");
     let sink = Sink::bind(&hosts.there, DESTINATION);
@@ -158,13 +158,13 @@ fn flows_past_their_age_are_ended() {
     let end = sink.firefly();
     assert_eq!(end.json["flow-lifecycle"]["state"], "end");
     assert_eq!(end.event.start_time, start.event.start_time);
-    daemon.expect_status("dispatcher_events expired 1");
+    daemon.expect_status("dispatcher_events ended_expired 1");
     daemon.stop();
 }
 
 #[test]
 #[ignore = "needs root"]
-fn a_full_table_refuses_starts_and_says_so() {
+fn a_full_table_refuses_starts_and_logs_it() {
     let hosts = Hosts::new();
     let home = Home::with("backends: {firefly: {}}\nflows: {maxFlows: 100}\n");
     let sink = Sink::bind(&hosts.there, DESTINATION);
@@ -178,7 +178,7 @@ fn a_full_table_refuses_starts_and_says_so() {
     assert!((1..10).contains(&refused), "{refused} lines");
 }
 
-/// A tmpfs, unmounted with the value.
+/// A tmpfs, unmounted on drop.
 struct Disk<'a>(&'a Path);
 
 impl<'a> Disk<'a> {
@@ -202,7 +202,7 @@ impl Drop for Disk<'_> {
 
 #[test]
 #[ignore = "needs root"]
-fn a_full_disk_stops_no_firefly_and_the_journal_catches_up() {
+fn a_full_disk_delays_no_firefly_and_the_journal_catches_up() {
     const COUNT: usize = 5000;
     let hosts = Hosts::new();
     let home = Home::new("{}");

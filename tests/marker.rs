@@ -1,4 +1,4 @@
-//! The marker on real interfaces: frames read off the wire at the far side.
+//! The marker on real interfaces: frames captured at the remote end.
 #![cfg(feature = "bpf")]
 #![allow(missing_docs)]
 
@@ -17,9 +17,9 @@ use common::daemon::{Daemon, Home, PROGRAM, lines, run as run_program};
 use common::net::{Hosts, NetNs};
 use common::wait_for;
 use common::wire::{Frame, Wire};
-use flowd_rs::config::Strategy;
 use flowd_rs::flow::Tag;
 use flowd_rs::scitag;
+use flowd_rs::scitag::Strategy;
 use flowd_rs::sys::mark_maps::Maps;
 use nix::sys::socket::{
     AddressFamily, SockFlag, SockType, SockaddrIn6, bind, connect, setsockopt, socket, sockopt,
@@ -74,13 +74,13 @@ fn entered(daemon: &Daemon<'_>, count: usize) {
 
 #[test]
 #[ignore = "needs root"]
-fn udp_of_both_roles_is_labelled_from_start_to_end_and_neighbours_are_not() {
+fn udp_packets_in_both_directions_are_labelled_from_start_to_end_and_others_are_not() {
     let hosts = Hosts::new();
     let bpffs = BpfFs::new();
     let home = home(&bpffs, "targetInterfaces: [veth0]");
     let daemon = home.start(&hosts.here);
     let wire = Wire::listen(&hosts);
-    // As source, and as destination: what leaves this host is what is marked.
+    // This host as source, and as destination: outgoing packets are marked in both cases.
     home.write("start udp 2001:db8::1 4000 2001:db8::2 5000 atlas Staging\n");
     home.write("start udp 2001:db8::2 5001 2001:db8::1 4001 atlas Staging\n");
     entered(&daemon, 2);
@@ -111,7 +111,7 @@ fn udp_of_both_roles_is_labelled_from_start_to_end_and_neighbours_are_not() {
         let tag = scitag::from_label(*labels.iter().next().unwrap());
         assert_eq!(tag == TAG, port != 4002, "{during:?}");
     }
-    // Whichever way round the end is told.
+    // The ends remove the marks, in either direction.
     home.write("end udp 2001:db8::1 4000 2001:db8::2 5000 2 19\nend udp 2001:db8::2 5001 2001:db8::1 4001 2 19\n");
     daemon.expect_status("backend_events marker removed 2");
     assert!(send().iter().all(|f| scitag::from_label(f.label) != TAG));
@@ -124,7 +124,7 @@ fn udp_of_both_roles_is_labelled_from_start_to_end_and_neighbours_are_not() {
     assert!(!bpffs.path().join("flowd-rs").exists());
 }
 
-/// A connection from port 40001 here to port 443 there, with this traffic class.
+/// A connection from port 40001 of this host to port 443 of the other, with this traffic class.
 fn connection(hosts: &Hosts, class: i32) -> (TcpStream, TcpStream) {
     let listener = hosts
         .there
@@ -145,7 +145,7 @@ fn connection(hosts: &Hosts, class: i32) -> (TcpStream, TcpStream) {
         connect(socket.as_raw_fd(), &address("[2001:db8::2]:443")).ok()?;
         Some(TcpStream::from(socket))
     };
-    // The connection before may wait for its last acknowledgement.
+    // The previous connection may still wait for its last acknowledgement.
     let client = hosts
         .here
         .enter(|| wait_for("the port to be free", connected));
@@ -163,14 +163,14 @@ fn transfer((mut client, mut server): (TcpStream, TcpStream), length: usize) {
         server.read_exact(&mut received).unwrap();
     });
     assert!(received == data);
-    // Whoever closes first keeps the port for a minute.
+    // The end that closes first keeps the port for a minute.
     drop(server);
     assert_eq!(client.read_to_end(&mut Vec::new()).unwrap(), 0);
 }
 
 #[test]
 #[ignore = "needs root"]
-fn the_label_that_flows_shows_is_that_of_the_packets() {
+fn flows_shows_the_label_of_the_packets() {
     let hosts = Hosts::new();
     let bpffs = BpfFs::new();
     let home = home(&bpffs, "targetInterfaces: [veth0]");
@@ -208,7 +208,7 @@ fn perfsonar_marks_every_packet_with_one_tag() {
     let wire = Wire::listen(&hosts);
     for _ in 0..2 {
         let daemon = home.start(&hosts.here);
-        // Flows have no say.
+        // Flow events have no effect on the marks.
         home.write("start udp 2001:db8::1 4000 2001:db8::2 5000 3 3\n");
         daemon.expect_status("flows_open 1");
         let socket = udp(&hosts.here, "[2001:db8::1]:4000");
@@ -224,7 +224,7 @@ fn perfsonar_marks_every_packet_with_one_tag() {
             frames.iter().all(|f| scitag::from_label(f.label) == TAG),
             "{frames:?}"
         );
-        // What was sent and not looked at.
+        // Discard the remaining frames.
         wire.frames(usize::MAX, |_| true);
         daemon.stop();
     }
@@ -243,12 +243,12 @@ fn perfsonar_without_a_marker_or_a_tag_is_a_configuration_error() {
         (
             "{experimentId: 2, activityId: 19}",
             "firefly: {}",
-            "plugins.perfsonar: expected backends.marker as well",
+            "plugins.perfsonar: backends.marker must be enabled, too",
         ),
         (
             "{activityId: 19}",
             "marker: {}",
-            "plugins.perfsonar.experimentId: 0 is out of range, expected 1 to 511",
+            "plugins.perfsonar.experimentId: missing, expected 1 to 511",
         ),
         (
             "{experimentId: 2, activityId: 64}",
@@ -326,7 +326,7 @@ fn a_thousand_flows_at_once_have_their_own_marks() {
 
 #[test]
 #[ignore = "needs root"]
-fn bulk_transfers_complete_with_every_strategy_with_offloads_and_without() {
+fn bulk_transfers_complete_with_every_strategy_with_and_without_offloads() {
     let hosts = Hosts::new();
     for offload in ["on", "off"] {
         for ns in [&hosts.here, &hosts.there] {
@@ -392,7 +392,7 @@ fn a_header_never_makes_a_packet_larger_than_the_mtu() {
         let wire = Wire::listen(&hosts);
         home.write("start udp 2001:db8::1 4000 2001:db8::2 5000 atlas Staging\n");
         entered(&daemon, 1);
-        // 1500 bytes less the headers of IPv6 and UDP, with just room for ours, and a byte more.
+        // 1500 bytes less the headers of IPv6, UDP and the option, and one byte more.
         let room = 1500 - 40 - 8 - size;
         let socket = udp(&hosts.here, "[2001:db8::1]:4000");
         for length in [room, room + 1, 1452] {
@@ -418,7 +418,7 @@ fn a_header_never_makes_a_packet_larger_than_the_mtu() {
     }
 }
 
-/// The label as another decoder reads it.
+/// The label as decoded by tshark.
 #[test]
 #[ignore = "needs root"]
 fn tshark_reads_the_same_label() {
@@ -478,7 +478,7 @@ fn show(hosts: &Hosts, bpffs: &BpfFs) -> (Option<i32>, String, String) {
 
 #[test]
 #[ignore = "needs root"]
-fn marking_goes_on_while_the_daemon_is_dead_and_the_next_one_takes_over() {
+fn marking_continues_without_a_daemon_and_the_next_one_takes_over() {
     let hosts = Hosts::new();
     let bpffs = BpfFs::new();
     let home = home(&bpffs, "targetInterfaces: [veth0]");
@@ -498,7 +498,7 @@ fn marking_goes_on_while_the_daemon_is_dead_and_the_next_one_takes_over() {
             }
             sent
         });
-        // Old and new at once: the new one is refused, and marking goes on.
+        // A second daemon is refused, and marking continues.
         let file = home.path("flowd.cfg");
         let mut second = hosts.here.command(PROGRAM);
         let second = second.args(["run", "-c"]).arg(&file).output().unwrap();
@@ -518,7 +518,7 @@ fn marking_goes_on_while_the_daemon_is_dead_and_the_next_one_takes_over() {
             shown.contains("flows       1\n") && shown.contains("atlas / Staging"),
             "{shown}"
         );
-        // Whatever was counted before the kill is still counted.
+        // Packets counted before the kill are still counted.
         assert!(shown.contains(&format!("  {sent}  ")), "{sent}: {shown}");
         daemon.stop();
         (sent, labels)
@@ -531,7 +531,7 @@ fn marking_goes_on_while_the_daemon_is_dead_and_the_next_one_takes_over() {
 
 #[test]
 #[ignore = "needs root"]
-fn a_restart_brings_the_map_in_line_with_the_open_flows() {
+fn a_restart_synchronizes_the_map_with_the_open_flows() {
     let hosts = Hosts::new();
     let bpffs = BpfFs::new();
     let home = home(&bpffs, "targetInterfaces: [veth0]");
@@ -539,7 +539,7 @@ fn a_restart_brings_the_map_in_line_with_the_open_flows() {
     home.write(&lines("start", 0..10, "atlas Staging"));
     entered(&daemon, 10);
     daemon.kill();
-    // While nobody looked: one flow has left the journal, one mark the map.
+    // While no daemon runs, one flow is removed from the journal, and one mark from the map.
     let journal = std::fs::read_to_string(home.path("state/journal")).unwrap();
     let kept: String = journal
         .lines()
@@ -560,15 +560,15 @@ fn a_restart_brings_the_map_in_line_with_the_open_flows() {
         .collect();
     ports.sort_unstable();
     assert_eq!(ports, [1, 2, 3, 5, 6, 7, 8, 9, 10]);
-    // With the label that it had.
+    // The mark has its former label.
     assert_eq!(maps.get(&missing.0).unwrap().label, missing.1.label);
-    home.wait_for_log("removed 1 marks of flows that are not open");
+    home.wait_for_log("removed the mark of 1 flow that is not open");
     daemon.stop();
 }
 
 #[test]
 #[ignore = "needs root"]
-fn others_on_the_qdisc_are_left_alone() {
+fn filters_of_other_programs_are_left_alone() {
     let hosts = Hosts::new();
     let bpffs = BpfFs::new();
     tc(&hosts.here, &["qdisc", "add", "dev", "veth0", "clsact"]);
@@ -595,13 +595,13 @@ fn others_on_the_qdisc_are_left_alone() {
     daemon.stop();
     assert_eq!(attached(&hosts.here, "veth0"), before);
     assert!(qdiscs(&hosts.here).contains("clsact"));
-    // A qdisc of ours that somebody else has begun to use stays as well.
+    // A qdisc made by the daemon also stays if another program uses it.
     tc(&hosts.here, &["qdisc", "del", "dev", "veth0", "clsact"]);
     let daemon = home.start(&hosts.here);
     tc(&hosts.here, &other);
     daemon.stop();
     assert_eq!(attached(&hosts.here, "veth0"), before);
-    // And without them it goes; with removeQdisc: false it stays.
+    // Without other filters it is removed.
     tc(&hosts.here, &["qdisc", "del", "dev", "veth0", "clsact"]);
     home.start(&hosts.here).stop();
     assert!(!qdiscs(&hosts.here).contains("clsact"));
@@ -609,7 +609,7 @@ fn others_on_the_qdisc_are_left_alone() {
 
 #[test]
 #[ignore = "needs root"]
-fn interfaces_that_come_and_go_are_followed() {
+fn added_and_removed_interfaces_are_followed() {
     let hosts = Hosts::new();
     let bpffs = BpfFs::new();
     let home = home(&bpffs, "discoverInterfaces: true");
@@ -633,14 +633,14 @@ fn interfaces_that_come_and_go_are_followed() {
                 .then_some(())
         });
         hosts.here.ip(&["link", "del", "late"]);
-        home.wait_for_log("late is gone");
+        home.wait_for_log("interface late was removed");
         add();
     }
     daemon.stop();
     assert_eq!(attached(&hosts.here, "veth0"), "");
 }
 
-/// A tun device in a namespace: whoever reads the file gets the packets that go out through it.
+/// A tun device in a namespace: reads of the file return the packets sent through it.
 fn tun(ns: &NetNs, name: &str) -> std::fs::File {
     const TUNSETIFF: u64 = 0x4004_54ca;
     const IFF_TUN_NO_PI: u16 = 0x1001;
@@ -688,7 +688,7 @@ fn a_device_without_ethernet_headers_is_marked() {
             .send_to(b"hello", "[2001:db8:2::2]:5000")
             .unwrap();
         let mut packet = [0; 2048];
-        // Router solicitations and the like go out as well.
+        // Other packets, such as router solicitations, are sent as well.
         let length = loop {
             let length = device.read(&mut packet).unwrap();
             if packet[..length].ends_with(b"hello") {
@@ -726,10 +726,10 @@ fn run_clean(hosts: &Hosts, bpffs: &BpfFs, arguments: &[&str]) -> (Option<i32>, 
     )
 }
 
-/// What the user of the daemon could put in place of its directory is not given away.
+/// The daemon's user could replace its directory by a symlink: the target must not change its owner.
 #[test]
 #[ignore = "needs root"]
-fn who_prepares_follows_no_link() {
+fn prepare_follows_no_symlink() {
     use std::os::unix::fs::{MetadataExt, chown, symlink};
     const USER: u32 = 64123;
     let bpffs = BpfFs::of_root();
@@ -756,9 +756,9 @@ fn who_prepares_follows_no_link() {
     std::fs::write(elsewhere.join("secret"), "").unwrap();
     std::fs::remove_dir(ours.join("v1")).unwrap();
     symlink(&elsewhere, ours.join("v1")).unwrap();
-    let (good, said) = prepare();
-    assert!(!good && said.contains("Not a directory"), "{said}");
-    // Nor one level up.
+    let (success, error) = prepare();
+    assert!(!success && error.contains("Not a directory"), "{error}");
+    // Neither one level up.
     std::fs::remove_file(ours.join("v1")).unwrap();
     std::fs::remove_dir(&ours).unwrap();
     symlink(home.dir.path(), &ours).unwrap();
@@ -766,7 +766,7 @@ fn who_prepares_follows_no_link() {
     for path in [&elsewhere, &elsewhere.join("secret")] {
         assert_eq!(std::fs::metadata(path).unwrap().uid(), 0);
     }
-    // A pipe where others may make files is theirs to make, wherever their links lead.
+    // In a directory that another user can write to, no pipe is created, wherever that user's symlinks point.
     let root = tempfile::tempdir_in("/run").unwrap();
     let path = |name: &str| root.path().join(name);
     for name in ["victim", "theirs"] {
@@ -775,7 +775,7 @@ fn who_prepares_follows_no_link() {
     std::fs::write(path("victim/f"), "").unwrap();
     symlink(path("victim"), path("theirs/sub")).unwrap();
     chown(path("theirs"), Some(USER), None).unwrap();
-    for (pipe, made) in [
+    for (pipe, is_created) in [
         ("theirs/pipe", false),
         ("theirs/sub/f", false),
         ("theirs/sub/new", false),
@@ -790,7 +790,7 @@ fn who_prepares_follows_no_link() {
         assert_eq!(prepare(), (true, String::new()), "{pipe}");
         let found = std::fs::metadata(path(pipe));
         let is_theirs = found.is_ok_and(|found| found.uid() == USER);
-        assert_eq!(is_theirs, made, "{pipe}");
+        assert_eq!(is_theirs, is_created, "{pipe}");
     }
     assert_eq!(std::fs::read_dir(path("victim")).unwrap().count(), 1);
     assert_eq!(std::fs::read_dir(path("theirs")).unwrap().count(), 1);
@@ -798,26 +798,26 @@ fn who_prepares_follows_no_link() {
 
 #[test]
 #[ignore = "needs root"]
-fn a_filter_that_somebody_removes_is_put_back() {
+fn a_removed_filter_is_attached_again() {
     let hosts = Hosts::new();
     let bpffs = BpfFs::new();
     let home = home(&bpffs, "targetInterfaces: [veth0]");
     let daemon = home.start(&hosts.here);
-    // As flowd-go does when it stops.
+    // flowd-go does this when it stops.
     tc(&hosts.here, &["qdisc", "del", "dev", "veth0", "clsact"]);
     wait_for("the filter", || {
         attached(&hosts.here, "veth0")
             .contains("flowd_mark_l2")
             .then_some(())
     });
-    home.wait_for_log("the filter on veth0 was removed, attaching again");
+    home.wait_for_log("the filter on veth0 was removed; attaching it again");
     daemon.stop();
     assert!(!qdiscs(&hosts.here).contains("clsact"));
 }
 
 #[test]
 #[ignore = "needs root"]
-fn what_a_killed_daemon_left_is_cleaned() {
+fn clean_removes_what_a_killed_daemon_left() {
     let hosts = Hosts::new();
     let bpffs = BpfFs::new();
     let home = home(&bpffs, "targetInterfaces: [veth0]");
@@ -838,7 +838,7 @@ fn what_a_killed_daemon_left_is_cleaned() {
     assert!(!qdiscs(&hosts.here).contains("clsact"));
     assert!(!bpffs.path().join("flowd-rs").exists());
     assert_eq!(clean(&[]), (Some(0), String::new()));
-    // What is to stay on purpose stays, and marks, until somebody cleans it.
+    // With keepOnExit, the filter stays until it is cleaned.
     let kept = self::home(&bpffs, "targetInterfaces: [veth0], keepOnExit: true");
     kept.start(&hosts.here).stop();
     assert!(attached(&hosts.here, "veth0").contains("flowd_mark_l2"));
@@ -848,7 +848,7 @@ fn what_a_killed_daemon_left_is_cleaned() {
 
 #[test]
 #[ignore = "needs root"]
-fn what_keeps_the_marker_from_running_is_one_clear_line() {
+fn a_marker_that_cannot_run_fails_with_one_clear_line() {
     let hosts = Hosts::new();
     let bpffs = BpfFs::new();
     let fails = |marker: &str, wrapper: &[&str], expected: &str| {
@@ -869,7 +869,7 @@ fn what_keeps_the_marker_from_running_is_one_clear_line() {
     fails(
         "targetInterfaces: [nowhere]",
         &[],
-        "interface nowhere (backends.marker.targetInterfaces) is not there; there are lo, veth0",
+        "interface nowhere (backends.marker.targetInterfaces) does not exist, expected one of lo, veth0",
     );
     let drop = "--bounding-set=-bpf,-sys_admin,-net_admin,-perfmon";
     fails(
@@ -915,7 +915,7 @@ fn tags_are_explained() {
 
 #[test]
 #[ignore = "needs root"]
-fn a_full_map_leaves_the_rest_marked_and_says_so() {
+fn flows_beyond_max_flows_are_refused_and_the_others_stay_marked() {
     let hosts = Hosts::new();
     let bpffs = BpfFs::new();
     let path = bpffs.path().display();

@@ -1,4 +1,4 @@
-//! The marker's eBPF program on crafted frames: what it changes, to the byte, and what it leaves alone.
+//! The marker's eBPF program on crafted frames: exactly which bytes it changes.
 #![cfg(feature = "bpf")]
 #![allow(missing_docs)]
 
@@ -7,9 +7,9 @@ mod prog_run;
 
 use std::net::Ipv6Addr;
 
-use flowd_rs::config::Strategy;
 use flowd_rs::flow::{Flow, Protocol, Tag};
 use flowd_rs::scitag;
+use flowd_rs::scitag::Strategy;
 use flowd_rs::sys::mark_maps::{Entered, Key, Mark};
 use flowd_rs::sys::marker::Program;
 use prog_run::{BpfFs, load, run, settings};
@@ -21,7 +21,7 @@ const TAG: Tag = Tag {
     experiment: 3,
     activity: 14,
 };
-/// `TC_ACT_UNSPEC`: go on to the next filter.
+/// `TC_ACT_UNSPEC`: continue with the next filter.
 const UNSPEC: u32 = u32::MAX;
 const TCP: u8 = 6;
 const UDP: u8 = 17;
@@ -35,7 +35,7 @@ fn label() -> u32 {
     scitag::label(TAG) | scitag::ENTROPY
 }
 
-/// TCP and UDP from SOURCE port 40001 to DESTINATION port 443 are known.
+/// Enters the TCP and the UDP flow from SOURCE port 40001 to DESTINATION port 443.
 fn enter(program: &Program) {
     for protocol in [Protocol::Tcp, Protocol::Udp] {
         let key = Key::new(&flow(protocol)).unwrap();
@@ -48,7 +48,7 @@ fn enter(program: &Program) {
     }
 }
 
-/// An IPv6 packet: traffic class, extension headers as (type, bytes without their first), transport.
+/// An IPv6 packet: traffic class, extension headers as (type, bytes without the first one), transport.
 fn packet(class: u8, extensions: &[Extension], protocol: u8, port: u16) -> Vec<u8> {
     let mut payload = Vec::new();
     let kinds: Vec<u8> = extensions
@@ -78,7 +78,7 @@ fn plain() -> Vec<u8> {
     packet(0, &[], TCP, 443)
 }
 
-/// In an Ethernet frame behind these VLAN tags.
+/// The packet in an Ethernet frame, behind these VLAN tags.
 fn frame(vlans: &[u16], packet: &[u8]) -> Vec<u8> {
     let mut frame = vec![2, 0, 0, 0, 0, 2, 2, 0, 0, 0, 0, 1];
     for (n, kind) in vlans.iter().enumerate() {
@@ -90,7 +90,7 @@ fn frame(vlans: &[u16], packet: &[u8]) -> Vec<u8> {
     frame
 }
 
-/// What the frame should be with this label in the packet at `offset`.
+/// The expected frame: with this label in the packet at `offset`.
 fn labelled(frame: &[u8], offset: usize, label: u32) -> Vec<u8> {
     let mut expected = frame.to_vec();
     let word = u32::from_be_bytes(frame[offset..offset + 4].try_into().unwrap());
@@ -153,13 +153,13 @@ fn extensions() -> Vec<(&'static str, Vec<Extension>)> {
 
 #[test]
 #[ignore = "needs root"]
-fn the_label_of_every_kind_of_frame_and_nothing_else_changes() {
+fn in_every_kind_of_frame_only_the_label_changes() {
     let bpffs = BpfFs::new();
     let program = load(&settings(&bpffs, Strategy::Label));
     enter(&program);
     for vlans in [&[][..], &[0x8100], &[0x88a8, 0x8100]] {
         let offset = 14 + 4 * vlans.len();
-        // Every DSCP and ECN comes out as it went in.
+        // DSCP and ECN never change.
         for class in 0..=255 {
             let frame = frame(vlans, &packet(class, &[], TCP, 443));
             check(&program, &frame, &labelled(&frame, offset, label()));
@@ -172,15 +172,15 @@ fn the_label_of_every_kind_of_frame_and_nothing_else_changes() {
             }
         }
     }
-    // A device without an Ethernet header: BPF_PROG_RUN takes the first 14 bytes for one, so that only
-    // the check of the protocol can be seen here; tests/marker.rs has a tunnel.
+    // Devices without an Ethernet header are tested in tests/marker.rs, with a tunnel: BPF_PROG_RUN always takes the
+    // first 14 bytes for an Ethernet header.
     let marks: u64 = program.maps.marks().map(|(_, mark)| mark.packets).sum();
     assert_eq!(marks, 3 * (256 + 2 * extensions().len() as u64));
 }
 
 #[test]
 #[ignore = "needs root"]
-fn what_is_no_packet_of_a_known_flow_stays_as_it_is() {
+fn packets_of_no_known_flow_are_unchanged() {
     let bpffs = BpfFs::new();
     for strategy in Strategy::ALL {
         let program = load(&settings(&bpffs, strategy));
@@ -237,7 +237,7 @@ fn what_is_no_packet_of_a_known_flow_stays_as_it_is() {
     }
 }
 
-/// The frame with the headers of the strategy behind the IPv6 header.
+/// The expected frame: with the headers of the strategy behind the IPv6 header.
 fn with_headers(frame: &[u8], strategy: Strategy) -> Vec<u8> {
     let kinds: &[u8] = match strategy {
         Strategy::Label => &[],
@@ -261,7 +261,7 @@ fn with_headers(frame: &[u8], strategy: Strategy) -> Vec<u8> {
 
 #[test]
 #[ignore = "needs root"]
-fn extension_headers_to_the_byte_and_packets_that_cannot_take_them_are_counted() {
+fn extension_headers_are_exact_and_packets_that_cannot_carry_them_are_counted() {
     for strategy in [
         Strategy::HopByHop,
         Strategy::Destination,
@@ -279,11 +279,11 @@ fn extension_headers_to_the_byte_and_packets_that_cannot_take_them_are_counted()
         for (name, headers) in extensions() {
             let frame = frame(&[], &packet(0, &headers, TCP, 443));
             let ran = run(program.programs()[0], &frame, 1);
-            let takes = !matches!(
+            let is_marked = !matches!(
                 name,
                 "hop-by-hop" | "jumbo option" | "first fragment" | "chain"
             );
-            let expected = if takes {
+            let expected = if is_marked {
                 with_headers(&frame, strategy)
             } else {
                 frame
@@ -291,17 +291,17 @@ fn extension_headers_to_the_byte_and_packets_that_cannot_take_them_are_counted()
             assert_eq!(ran.frame, expected, "{name}");
         }
         assert_eq!(program.maps.unmarked(), [0, 4, 0]);
-        // An inline VLAN tag: the kernel does not make room.
+        // With an inline VLAN tag, the kernel does not make room for headers.
         let vlan = frame(&[0x8100], &plain());
         check(&program, &vlan, &vlan);
         assert_eq!(program.maps.unmarked(), [0, 4, 1]);
-        // BPF_PROG_RUN takes a device of MTU 65536: what is beyond is tested in tests/marker.rs.
+        // BPF_PROG_RUN uses a device of MTU 65536; the limit of the MTU is tested in tests/marker.rs.
     }
 }
 
 #[test]
 #[ignore = "needs root"]
-fn match_all_marks_every_ipv6_packet_with_one_label_a_flow() {
+fn match_all_marks_every_ipv6_packet_with_one_label_per_flow() {
     for strategy in Strategy::ALL {
         let bpffs = BpfFs::new();
         let mut settings = settings(&bpffs, strategy);
@@ -334,7 +334,7 @@ fn match_all_marks_every_ipv6_packet_with_one_label_a_flow() {
 
 #[test]
 #[ignore = "needs root"]
-fn any_bytes_are_neither_dropped_nor_changed_outside_label_and_headers() {
+fn arbitrary_frames_are_neither_dropped_nor_changed_outside_label_and_headers() {
     let bpffs: Vec<_> = Strategy::ALL.iter().map(|_| BpfFs::new()).collect();
     let programs: Vec<_> = Strategy::ALL
         .iter()
@@ -381,7 +381,7 @@ fn any_bytes_are_neither_dropped_nor_changed_outside_label_and_headers() {
 
 #[test]
 #[ignore = "needs root"]
-fn maps_of_another_shape_are_made_anew_and_a_second_daemon_is_refused() {
+fn maps_with_another_layout_are_recreated_and_a_second_daemon_is_refused() {
     let bpffs = BpfFs::new();
     let settings = settings(&bpffs, Strategy::Label);
     let program = load(&settings);
@@ -401,7 +401,7 @@ fn maps_of_another_shape_are_made_anew_and_a_second_daemon_is_refused() {
 
 #[test]
 #[ignore = "needs root"]
-fn a_full_map_says_so_and_what_was_counted_outlives_the_flow() {
+fn a_full_map_is_reported_and_counts_outlive_the_flow() {
     let bpffs = BpfFs::new();
     let program = Program::load(&settings(&bpffs, Strategy::Label), 2, &[7; 16]).unwrap();
     enter(&program);
@@ -431,10 +431,10 @@ fn a_full_map_says_so_and_what_was_counted_outlives_the_flow() {
     assert_eq!(key.flow(), Some(flow(Protocol::Tcp)));
 }
 
-/// The object that the build made, given by path, and with its trace output.
+/// Loads the built object by path, with its trace output.
 #[test]
 #[ignore = "needs root"]
-fn a_program_of_the_users_own_and_debug_output_mark_the_same() {
+fn a_custom_program_with_debug_output_marks_the_same() {
     let bpffs = BpfFs::new();
     let object = bpffs.path().with_extension("o");
     std::fs::write(
@@ -450,7 +450,7 @@ fn a_program_of_the_users_own_and_debug_output_mark_the_same() {
     let frame = frame(&[], &plain());
     check(&program, &frame, &labelled(&frame, 14, label()));
     drop(program);
-    // One that is no marker is refused by what it lacks.
+    // An object that is not a marker is refused, with the name of the missing map.
     std::fs::write(
         &object,
         include_bytes!(concat!(env!("OUT_DIR"), "/empty.bpf.o")),

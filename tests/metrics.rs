@@ -1,4 +1,4 @@
-//! What Prometheus reads: the page, and a real Prometheus that scrapes it.
+//! The prometheus backend: its page, and a real Prometheus that scrapes it.
 #![cfg(feature = "bpf")]
 #![allow(missing_docs)]
 
@@ -28,7 +28,7 @@ fn listener(hosts: &Hosts, port: u16) -> TcpListener {
     let listener = hosts
         .there
         .enter(|| TcpListener::bind((THERE6, port)).unwrap());
-    // Connections wait in it: the far end needs no file descriptor for each.
+    // Connections wait in the backlog, so that the remote end needs no file descriptor for each.
     nix::sys::socket::listen(&listener, nix::sys::socket::Backlog::new(4096).unwrap()).unwrap();
     listener
 }
@@ -89,11 +89,11 @@ fn open_metrics_parser(page: &str) {
     let parse = "import sys\n\
         from prometheus_client.openmetrics.parser import text_string_to_metric_families as parse\n\
         assert len(list(parse(sys.stdin.read()))) > 50";
-    // Debian's, which knows python3-prometheus-client.
+    // Debian's interpreter, for which python3-prometheus-client is installed.
     check(Command::new("/usr/bin/python3").args(["-c", parse]), page);
 }
 
-/// A program that reads a page and has nothing to say of it.
+/// Runs a program that reads a page on standard input; it must succeed and print nothing.
 fn check(program: &mut Command, page: &str) {
     let mut checker = program
         .stdin(Stdio::piped())
@@ -106,13 +106,13 @@ fn check(program: &mut Command, page: &str) {
         scope.spawn(move || input.write_all(page.as_bytes()).unwrap());
     });
     let output = checker.wait_with_output().unwrap();
-    let said = String::from_utf8_lossy(&output.stderr) + String::from_utf8_lossy(&output.stdout);
-    assert!(output.status.success() && said.is_empty(), "{said}");
+    let printed = String::from_utf8_lossy(&output.stderr) + String::from_utf8_lossy(&output.stdout);
+    assert!(output.status.success() && printed.is_empty(), "{printed}");
 }
 
 const BY_TAG: &str = "{act=\"Cache\",exp=\"cms\"}";
 
-/// As in flowd's README.
+/// The families listed in flowd's README.
 const FLOWD_NAMES: [&str; 38] = [
     "skmem_rmem_alloc",
     "skmem_rcv_buf",
@@ -187,7 +187,7 @@ fn flows_have_the_series_of_flowd_and_none_after_their_end() {
     let mut counters = page.lines().filter(total);
     assert!(counters.all(|line| line.contains("_total ")), "{page}");
 
-    // As ss shows it.
+    // The values are those of ss.
     let ss = hosts
         .here
         .command("ss")
@@ -227,7 +227,7 @@ fn flows_have_the_series_of_flowd_and_none_after_their_end() {
         let (ours, theirs) = (value(name), after(name));
         assert!(
             (ours - theirs).abs() <= 1.0,
-            "{name}: {ours} beside {theirs}"
+            "{name}: {ours}, ss has {theirs}"
         );
     }
     let options = page
@@ -260,7 +260,7 @@ fn flows_have_the_series_of_flowd_and_none_after_their_end() {
 
 #[test]
 #[ignore = "needs root: network namespaces"]
-fn sums_never_go_down_and_count_every_byte_once() {
+fn sums_never_decrease_and_count_every_byte_once() {
     let hosts = Hosts::new();
     let home = home("port: 9000");
     let daemon = home.start(&hosts.here);
@@ -272,7 +272,7 @@ fn sums_never_go_down_and_count_every_byte_once() {
         "flowd_received_packets_total",
     ];
     let mut before = [0.0; 4];
-    let mut look = || {
+    let mut read_sums = || {
         let found = scrape(&hosts.here, "127.0.0.1:9000");
         let now = sums.map(|name| {
             found
@@ -286,7 +286,7 @@ fn sums_never_go_down_and_count_every_byte_once() {
         before = now;
         now
     };
-    // Flows one after the other on one connection, and on several.
+    // Successive flows on one connection, and on several.
     let mut total = 0;
     let mut transfer = Transfer::start(&hosts, &home, &listener, "cms Cache");
     for n in 0..12 {
@@ -294,23 +294,23 @@ fn sums_never_go_down_and_count_every_byte_once() {
         transfer.send(bytes);
         total += bytes;
         if n % 2 == 0 {
-            // Longer than a period, and shorter.
+            // Flows last longer than a period, or less.
             std::thread::sleep(Duration::from_millis(150));
         }
-        wait_for("the start", || (look()[2] > n as f64).then_some(()));
+        wait_for("the start", || (read_sums()[2] > n as f64).then_some(()));
         home.write(&format!("end {}", transfer.line));
-        look();
+        read_sums();
         if n % 3 == 2 {
             drop(transfer);
             transfer = Transfer::start(&hosts, &home, &listener, "cms Cache");
         } else {
             home.write(&format!("start {}", transfer.line));
         }
-        look();
+        read_sums();
     }
     drop(transfer);
     wait_for("all bytes", || {
-        let sent = look()[0];
+        let sent = read_sums()[0];
         assert!(sent <= total as f64, "{sent} of {total}");
         (sent == total as f64).then_some(())
     });
@@ -319,7 +319,7 @@ fn sums_never_go_down_and_count_every_byte_once() {
 
 #[test]
 #[ignore = "needs root: network namespaces"]
-fn the_last_bytes_count_when_a_socket_goes_with_its_flow() {
+fn the_last_bytes_are_counted_if_the_socket_closes_with_its_flow() {
     let hosts = Hosts::new();
     for options in ["port: 9000", "port: 9000, perFlow: false"] {
         let home = home(options);
@@ -360,7 +360,7 @@ fn beyond_max_series_and_without_per_flow_flows_are_summed() {
             let mut transfer = Transfer::start(&hosts, &home, &listener, "cms Cache");
             transfer.send(bytes);
             transfers.push(transfer);
-            // The first come are shown.
+            // The first flows are shown.
             std::thread::sleep(Duration::from_millis(250));
         }
         let hidden: usize = (shown + 1..=5).sum();
@@ -380,7 +380,7 @@ fn beyond_max_series_and_without_per_flow_flows_are_summed() {
         transfers.truncate(shown + 1);
         wait_for("the ends", || {
             let found = scrape(&hosts.here, "127.0.0.1:9000");
-            // A counter stays, a gauge goes.
+            // Counters never decrease; gauges do.
             assert_eq!(found[&sum], hidden as f64);
             (found.get(&window)? < &13.0).then_some(())
         });
@@ -447,7 +447,7 @@ fn ten_thousand_flows_on_two_endpoints_at_once() {
             });
         }
     });
-    // Reset, as nobody has accepted them: no FIN is waited for.
+    // The connections were never accepted, so they are reset: no socket waits for a FIN.
     drop((listeners, open));
     daemon.expect_status(&format!("dispatcher_events ended_socket_closed {FLOWS}"));
     wait_for("no series", || (count(&get(9000)) == 0).then_some(()));
@@ -456,7 +456,7 @@ fn ten_thousand_flows_on_two_endpoints_at_once() {
 
 #[test]
 #[ignore = "needs root: network namespaces"]
-fn slow_and_silent_clients_hold_up_nobody() {
+fn slow_and_silent_clients_do_not_delay_others() {
     let hosts = Hosts::new();
     let home = home("port: 9000");
     let daemon = home.start(&hosts.here);
@@ -467,7 +467,7 @@ fn slow_and_silent_clients_hold_up_nobody() {
     let silent: Vec<TcpStream> = (0..300)
         .map(|_| connect(&hosts.here, "127.0.0.1:9000"))
         .collect();
-    // They ask and read nothing: of a page of several MB most is not made.
+    // They send a request and read no answer: most of a page of several MB is never generated.
     let slow: Vec<TcpStream> = (0..8)
         .map(|_| {
             let mut stream = connect(&hosts.here, "127.0.0.1:9000");
@@ -483,7 +483,7 @@ fn slow_and_silent_clients_hold_up_nobody() {
     daemon.expect_status("flows_open 1200");
     let answer = Client::tcp(&hosts.here, "127.0.0.1:9000").get("/metrics");
     assert!(
-        answer.status == 200 || answer.error().contains("on their way"),
+        answer.status == 200 || answer.error().contains("already in progress"),
         "{answer:?}"
     );
     assert_eq!(
@@ -579,9 +579,9 @@ fn a_port_in_use_is_a_clear_error_at_start() {
         .output()
         .unwrap();
     assert_eq!(output.status.code(), Some(1));
-    let said = String::from_utf8(output.stderr).unwrap();
+    let error = String::from_utf8(output.stderr).unwrap();
     let expected = "flowd-rs: TCP 127.0.0.1:8081 (backends.prometheus.bindAddress, skopsPort): Address already in use (os error 98)";
-    assert_eq!(said.lines().last(), Some(expected), "{said}");
+    assert_eq!(error.lines().last(), Some(expected), "{error}");
 }
 
 /// A real Prometheus beside the daemon.
@@ -647,8 +647,8 @@ impl Prometheus<'_> {
             .collect()
     }
 
-    fn expect(&self, query: &str, what: impl Fn(&[f64]) -> bool) {
-        wait_for(query, || what(&self.query(query)).then_some(()));
+    fn expect(&self, query: &str, is_expected: impl Fn(&[f64]) -> bool) {
+        wait_for(query, || is_expected(&self.query(query)).then_some(()));
     }
 }
 
@@ -716,7 +716,7 @@ fn a_real_prometheus_answers_every_query_of_the_board() {
     while Instant::now() < until {
         keep_sending();
     }
-    // What is quiet in good health: no restarts, nothing lost, nothing left unmarked.
+    // Queries without a result on a healthy daemon: there are no restarts.
     let quiet = ["changes(process_start_time_seconds"];
     for query in board_queries() {
         let answered = wait_for(&query, || {
@@ -738,7 +738,7 @@ fn a_real_prometheus_answers_every_query_of_the_board() {
         "{share:?}"
     );
 
-    // Rules are evaluated and nothing is wrong.
+    // The rules are evaluated, and no alert is active.
     let rules = wait_for("rules", || {
         let rules = prometheus.get("/api/v1/rules")["data"]["groups"][0]["rules"]
             .as_array()?
@@ -764,7 +764,7 @@ fn a_real_prometheus_answers_every_query_of_the_board() {
     });
     home.write("start tcp nobody\n");
     prometheus.expect(
-        "sum(flowd_plugin_events_total{plugin=\"named_pipe\",outcome!=\"accepted\"})",
+        "sum(flowd_plugin_events_total{plugin=\"namedPipe\",outcome=~\"rejected_.*\"})",
         |values| values == [1.0],
     );
     daemon.stop();
@@ -772,7 +772,7 @@ fn a_real_prometheus_answers_every_query_of_the_board() {
 }
 
 #[test]
-fn alert_rules_are_what_promtool_takes() {
+fn promtool_accepts_the_alert_rules() {
     let rules = concat!(
         env!("CARGO_MANIFEST_DIR"),
         "/conf/prometheus/flowd-rs.rules.yml"
@@ -781,7 +781,7 @@ fn alert_rules_are_what_promtool_takes() {
         .args(["check", "rules", rules])
         .output();
     let Ok(output) = output else {
-        // Without root nothing is installed for the tests.
+        // Only `sudo make test` installs the tools for the tests.
         assert!(
             !nix::unistd::geteuid().is_root(),
             "promtool (prometheus) is installed"

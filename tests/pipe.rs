@@ -179,12 +179,12 @@ fn every_kind_of_bad_input_is_counted_and_the_good_lines_among_it_pass() {
         ),
         (
             b"start tcp 2001:db8::1 1 2001:db8::2 2 1 2\xff\xfe",
-            "not_text",
+            "encoding",
         ),
-        (b"start tcp 2001:db8::1 1 2001:db8::2 2 1 2\0", "not_text"),
-        (b"\0\0\0\0", "not_text"),
-        (&[b'x'; 65536], "too_long"),
-        (&[b' '; 65536], "too_long"),
+        (b"start tcp 2001:db8::1 1 2001:db8::2 2 1 2\0", "encoding"),
+        (b"\0\0\0\0", "encoding"),
+        (&[b'x'; 65536], "length"),
+        (&[b' '; 65536], "length"),
     ];
     let hosts = Hosts::new();
     let home = Home::new("{}");
@@ -200,12 +200,14 @@ fn every_kind_of_bad_input_is_counted_and_the_good_lines_among_it_pass() {
         let start = sink.firefly();
         assert_eq!(start.json["flow-id"]["src-port"], 1 + n);
         let count = bad[..=n].iter().filter(|(_, r)| r == reason).count();
-        daemon.expect_status(&format!("plugin_events {reason} named_pipe {count}"));
+        daemon.expect_status(&format!(
+            "plugin_events namedPipe rejected_{reason} {count}"
+        ));
     }
     // Half a line: its writer left.
     writer.write_all(b"start tcp 2001:db8::1 1 2001:").unwrap();
     drop(writer);
-    daemon.expect_status("plugin_events fields named_pipe 3");
+    daemon.expect_status("plugin_events namedPipe rejected_fields 3");
     home.write(&line("start", 100, "2 9").replace('\n', "\r\n\r\n \t\n"));
     assert_eq!(sink.firefly().json["flow-id"]["src-port"], 101);
     // A good line whose writer forgot the newline counts once it has been quiet.
@@ -239,8 +241,8 @@ fn a_million_garbage_lines_neither_stop_the_good_ones_nor_flood_the_log() {
         });
         assert_eq!(sink.collect("start", 1000).len(), 1000);
     });
-    daemon.expect_status("plugin_events fields named_pipe 1000000");
-    daemon.expect_status("plugin_events accepted named_pipe 1000");
+    daemon.expect_status("plugin_events namedPipe rejected_fields 1000000");
+    daemon.expect_status("plugin_events namedPipe accepted 1000");
     daemon.stop();
     let log = home.log();
     let shown = log
@@ -248,7 +250,7 @@ fn a_million_garbage_lines_neither_stop_the_good_ones_nor_flood_the_log() {
         .filter(|l| l.contains("rejected line \""))
         .count();
     assert!((1..60).contains(&shown), "{shown} lines");
-    assert!(log.contains("named pipe: rejected lines: 99"), "{log}");
+    assert!(log.contains("namedPipe: rejected lines: 99"), "{log}");
 }
 
 #[test]
@@ -271,7 +273,7 @@ fn a_deleted_pipe_is_made_again_and_writers_of_the_old_one_are_heard() {
     fs::write(home.pipe(), "start of something\n").unwrap();
     home.write(&line("start", 3, "2 9"));
     assert_eq!(sink.firefly().json["flow-id"]["src-port"], 4);
-    home.wait_for_log("a regular file stood in its place, kept as");
+    home.wait_for_log("was a regular file; renamed it to");
     let is_kept = |p: &PathBuf| p.is_file() && p.to_string_lossy().contains("/pipe.");
     let mut files = fs::read_dir(home.dir.path())
         .unwrap()
@@ -353,7 +355,7 @@ fn a_stop_under_load_sends_everything_that_was_accepted() {
         seen
     });
     let log = home.log();
-    let accepted = format!("plugin_events accepted named_pipe {}", seen.len());
+    let accepted = format!("plugin_events namedPipe accepted {}", seen.len());
     let last = log.lines().last().unwrap();
     assert!(
         last.contains("stopped: ") && last.contains(&accepted),

@@ -1,4 +1,4 @@
-//! The registry from its URL, and public addresses behind a NAT: servers of the test's own.
+//! Fetching the registry, and finding public addresses behind NAT. The tests run the servers themselves.
 #![allow(missing_docs)]
 
 mod common;
@@ -22,14 +22,14 @@ use stun_types::attribute::XorMappedAddress;
 use stun_types::message::{Message, MessageWriteVec};
 use stun_types::prelude::*;
 
-/// What a web server answers to a request, whose head it is given.
+/// Answers a request with the given head.
 type Answer = Box<dyn Fn(&str, &mut TcpStream) + Send>;
 
-/// A web server in a namespace; tells the head of each request.
+/// A web server in a namespace. The receiver gets the head of each request.
 fn web_server(ns: &NetNs, address: &str, answer: Answer) -> (SocketAddr, Receiver<String>) {
     let listener = ns.enter(|| TcpListener::bind(address).unwrap());
-    let at = listener.local_addr().unwrap();
-    let (tell, told): (Sender<String>, _) = channel();
+    let address = listener.local_addr().unwrap();
+    let (sender, heads): (Sender<String>, _) = channel();
     thread::spawn(move || {
         for stream in listener.incoming() {
             let mut stream = stream.unwrap();
@@ -41,11 +41,11 @@ fn web_server(ns: &NetNs, address: &str, answer: Answer) -> (SocketAddr, Receive
                 }
             }
             answer(&head, &mut stream);
-            // Not every test asks what was asked.
-            let _ = tell.send(head);
+            // Not every test keeps the receiver.
+            let _ = sender.send(head);
         }
     });
-    (at, told)
+    (address, heads)
 }
 
 fn respond(stream: &mut TcpStream, status: &str, headers: &str, body: &str) {
@@ -62,7 +62,7 @@ fn registry(name: &str) -> String {
     )
 }
 
-/// With `registry.url` and a `workDir` of its own.
+/// A home with `registry.url` and its own `workDir`.
 fn home(url: &str) -> Home {
     let home = Home::with("backends:\n  firefly: {}\n");
     let work = home.path("work").display().to_string();
@@ -76,7 +76,7 @@ const NEW: &str = "start tcp 2001:db8::1 1 2001:db8::2 2 newexp Testing_\"\\\n";
 
 #[test]
 #[ignore = "needs root: network namespaces"]
-fn a_name_is_known_after_a_refresh_and_after_a_restart_without_one() {
+fn a_new_name_is_known_after_a_fetch_and_after_a_restart_from_the_cache() {
     let hosts = Hosts::new();
     let (at, asked) = web_server(
         &hosts.there,
@@ -92,10 +92,10 @@ fn a_name_is_known_after_a_refresh_and_after_a_restart_without_one() {
     let daemon = home.start(&hosts.here);
     asked.recv_timeout(DEADLINE).unwrap();
     daemon.expect_status("registry_updates updated 1");
-    home.wait_for_log("registry: 1 experiments, from http://");
+    home.wait_for_log("registry: 1 experiment fetched from http://");
     home.write(NEW);
     daemon.expect_status("flows_open 1");
-    // Names with quotes and backslashes as labels.
+    // Labels escape quotes and backslashes.
     let page = wait_for("the sums", || {
         let page = Client::tcp(&hosts.here, "127.0.0.1:9000")
             .get("/metrics")
@@ -110,7 +110,7 @@ fn a_name_is_known_after_a_refresh_and_after_a_restart_without_one() {
     daemon.expect_status("registry_updates unchanged 1");
     daemon.stop();
 
-    // Nobody serves it any more, but it is in the cache.
+    // The server's address changes, but the registry is in the cache.
     let (config, url) = (home.path("flowd.cfg"), format!("http://{at}/api.json"));
     fs::write(
         &config,
@@ -120,7 +120,7 @@ fn a_name_is_known_after_a_refresh_and_after_a_restart_without_one() {
     )
     .unwrap();
     let (_, said, _) = run(&["registry", "-c", config.to_str().unwrap()]);
-    assert!(said.contains("atlas"), "of another URL: {said}");
+    assert!(said.contains("atlas"), "cache of another URL: {said}");
     fs::write(
         &config,
         fs::read_to_string(&config)
@@ -149,16 +149,16 @@ fn a_name_is_known_after_a_refresh_and_after_a_restart_without_one() {
 
 #[test]
 #[ignore = "needs root: network namespaces"]
-fn start_up_waits_for_no_registry_and_a_wrong_one_changes_nothing() {
+fn start_up_does_not_wait_for_the_registry_and_an_invalid_one_is_ignored() {
     let hosts = Hosts::new();
     let huge = format!("{{\"experiments\": [{}]}}", "1,".repeat(1 << 20));
     let answers: Vec<(&str, Answer)> = vec![
         (
-            "expected status 200, got 404",
+            "found status 404, expected 200",
             Box::new(|_, stream| respond(stream, "404 Not Found", "", "gone")),
         ),
         (
-            "no registry: ",
+            "not a valid registry: ",
             Box::new(|_, stream| respond(stream, "200 OK", "", "<html>")),
         ),
         (
@@ -168,13 +168,13 @@ fn start_up_waits_for_no_registry_and_a_wrong_one_changes_nothing() {
             }),
         ),
         (
-            "larger than",
+            "the registry is larger than 1 MiB; using the cached (or built-in) registry",
             Box::new(move |_, stream| respond(stream, "200 OK", "", &huge)),
         ),
         (
             "",
             Box::new(|_, stream| {
-                // Slow: more than anybody waits for.
+                // Never completes the response.
                 let _ = stream.write_all(b"HTTP/1.1 200 OK\r\n");
                 let _ = stream.read(&mut [0]);
             }),
@@ -194,16 +194,16 @@ fn start_up_waits_for_no_registry_and_a_wrong_one_changes_nothing() {
             daemon.expect_status("registry_updates failed 1");
         }
         home.write(NEW);
-        daemon.expect_status("plugin_events experiment named_pipe 1");
+        daemon.expect_status("plugin_events namedPipe rejected_experiment 1");
         assert!(!home.path("work/registry.json").exists());
         daemon.stop();
     }
 }
 
-/// A server that says that nothing has changed says so to whoever fetched last.
+/// The server answers "not modified" although this process has not seen the registry that another one has cached.
 #[test]
 #[ignore = "needs root: network namespaces"]
-fn what_another_process_has_fetched_is_known_after_a_reload_and_names_of_it_may_be_configured() {
+fn a_registry_fetched_by_another_process_is_used_by_a_reload_and_by_the_configuration() {
     let ns = NetNs::new("here");
     ns.ip(&["link", "set", "lo", "up"]);
     let version = Arc::new(AtomicUsize::new(1));
@@ -237,7 +237,7 @@ fn what_another_process_has_fetched_is_known_after_a_reload_and_names_of_it_may_
     };
     let daemon = home.start(&ns);
     asked.recv_timeout(DEADLINE).unwrap();
-    home.wait_for_log("registry: 1 experiments");
+    home.wait_for_log("registry: 1 experiment fetched");
     version.store(2, Ordering::Relaxed);
     update();
     daemon.signal(Signal::SIGHUP);
@@ -246,7 +246,7 @@ fn what_another_process_has_fetched_is_known_after_a_reload_and_names_of_it_may_
     daemon.expect_status("flows_open 1");
     daemon.stop();
 
-    // A name that only the next one knows.
+    // The configuration uses a name that only the next registry has.
     version.store(3, Ordering::Relaxed);
     let plugin = format!(
         "  netlink: {{experiment: exp3, activity: 7}}\n  namedPipe: {{pipePath: {}}}\n",
@@ -258,7 +258,7 @@ fn what_another_process_has_fetched_is_known_after_a_reload_and_names_of_it_may_
 }
 
 #[test]
-fn a_local_file_is_a_registry() {
+fn the_registry_can_be_a_local_file() {
     let home = Home::with("");
     write(&home.path("registry.json"), &registry("ours"));
     let url = format!("file://{}", home.path("registry.json").display());
@@ -289,7 +289,7 @@ fn a_local_file_is_a_registry() {
     );
 }
 
-/// Private addresses behind a router that translates them: `inside`, `router`, and the hosts outside.
+/// A host with private addresses, a router with NAT, and the hosts outside.
 struct Nat {
     inside: NetNs,
     router: NetNs,
@@ -371,7 +371,7 @@ impl Nat {
         });
     }
 
-    /// A web server outside that answers with the address of who asks.
+    /// A web server outside that returns the client's address.
     fn echo_server(&self, address: &str) -> SocketAddr {
         let answer = |_: &str, stream: &mut TcpStream| {
             let from = stream.peer_addr().unwrap().ip();
@@ -383,7 +383,7 @@ impl Nat {
 
 #[test]
 #[ignore = "needs root: network namespaces"]
-fn the_public_address_stands_for_the_local_end_of_fireflies() {
+fn fireflies_have_the_public_address_of_the_local_end() {
     let nat = Nat::new();
     nat.stun_server(SERVER4);
     nat.stun_server(SERVER6);
@@ -408,10 +408,10 @@ fn the_public_address_stands_for_the_local_end_of_fireflies() {
         let home = Home::with(&firefly(&stun));
         let daemon = home.start(&nat.inside);
         if !stun.contains("manual") {
-            home.wait_for_log(&format!("{public4} stands for 10.0.0.2"));
-            home.wait_for_log(&format!("{public6} stands for fd00::2"));
+            home.wait_for_log(&format!("10.0.0.2 maps to {public4}"));
+            home.wait_for_log(&format!("fd00::2 maps to {public6}"));
         }
-        // Either end, either family; and a flow that passes by is left alone.
+        // Source or destination, IPv4 or IPv6; other private addresses are not replaced.
         for (line, key, public) in [
             (format!("tcp 10.0.0.2 1 {SERVER4} 2"), "src-ip", public4),
             (format!("tcp {SERVER4} 1 10.0.0.2 2"), "dst-ip", public4),
@@ -419,7 +419,7 @@ fn the_public_address_stands_for_the_local_end_of_fireflies() {
             ("tcp 10.0.0.7 1 42.0.0.9 2".to_owned(), "src-ip", "10.0.0.7"),
         ] {
             home.write(&format!("start {line} 2 9\n"));
-            // A firefly to the destination may come to the same socket: it says the same.
+            // The firefly to the destination may arrive at the same socket; it has the same content.
             let json = sink.firefly().json;
             assert_eq!(json["flow-id"][key], public, "{line}: {json}");
             while sink.datagram(Duration::from_millis(200)).is_some() {}
@@ -434,7 +434,7 @@ fn the_public_address_stands_for_the_local_end_of_fireflies() {
 
 #[test]
 #[ignore = "needs root: network namespaces"]
-fn an_address_that_comes_later_is_asked_for_and_finding_nothing_is_no_delay() {
+fn an_address_added_later_is_looked_up_and_a_failed_lookup_delays_nothing() {
     let nat = Nat::new();
     nat.inside
         .ip(&["addr", "del", "10.0.0.2/24", "dev", "veth0"]);
@@ -449,19 +449,19 @@ fn an_address_that_comes_later_is_asked_for_and_finding_nothing_is_no_delay() {
         .ip(&["addr", "add", "10.0.0.2/24", "dev", "veth0"]);
     nat.inside
         .ip(&["route", "add", "default", "via", "10.0.0.1"]);
-    home.wait_for_log("nobody tells it of this host's private one");
+    home.wait_for_log("no service returned one for this host's private address");
     nat.stun_server(SERVER4);
-    // Another change has it asked again.
+    // A further address triggers the next lookup.
     nat.inside
         .ip(&["addr", "add", "10.0.0.3/24", "dev", "veth0"]);
-    home.wait_for_log(&format!("{PUBLIC4} stands for 10.0.0.2"));
-    // What was found holds over a reload, and if nobody answers any more.
+    home.wait_for_log(&format!("10.0.0.2 maps to {PUBLIC4}"));
+    // The address that was found is kept over reloads, even if no server answers any more.
     let sink = Sink::bind(&nat.outside, &format!("{SERVER4}:10514"));
-    let says = |port: u16| {
+    let check = |port: u16| {
         home.write(&format!("start tcp 10.0.0.2 {port} {SERVER4} 2 2 9\n"));
         assert_eq!(sink.firefly().json["flow-id"]["src-ip"], PUBLIC4);
     };
-    says(1);
+    check(1);
     let silence = "table ip silent { chain forward { type filter hook forward priority 0; udp dport 3478 drop; }; }";
     let status = nat.router.command("nft").arg(silence).status();
     assert!(status.unwrap().success());
@@ -480,21 +480,21 @@ fn an_address_that_comes_later_is_asked_for_and_finding_nothing_is_no_delay() {
         daemon.signal(Signal::SIGHUP);
         daemon.expect_notice("RELOADING=1");
         daemon.expect_notice("READY=1");
-        says(port);
+        check(port);
     }
     nat.inside
         .ip(&["addr", "add", "10.0.0.4/24", "dev", "veth0"]);
-    wait_for("another look that finds nothing", || {
+    wait_for("a lookup that fails", || {
         let log = home.log();
-        (log.matches("nobody tells it").count() > 1).then_some(())
+        (log.matches("no service returned one").count() > 1).then_some(())
     });
-    says(9);
+    check(9);
     daemon.stop();
 }
 
 #[test]
 #[ignore = "needs root: network namespaces"]
-fn flowds_sources_stand_for_this_host() {
+fn fireflies_have_the_source_address_set_in_a_configuration_of_flowd() {
     let hosts = Hosts::new();
     let home = Home::with("");
     let (pipe, config) = (home.path("pipe"), home.path("flowd.cfg"));
@@ -506,7 +506,7 @@ fn flowds_sources_stand_for_this_host() {
         ),
     );
     let sink = Sink::bind(&hosts.there, &format!("[{THERE6}]:10514"));
-    // State and control socket are where a service has them: a mount of the test's own.
+    // State and control socket have their default paths, in file systems that only this daemon sees.
     let mounts = "mount -t tmpfs none /var/lib && mount -t tmpfs none /run && exec \"$@\"";
     let mut daemon = hosts.here.command("unshare");
     daemon.args(["--mount", "sh", "-c", mounts, "sh", PROGRAM, "run", "-c"]);

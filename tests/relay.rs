@@ -1,4 +1,4 @@
-//! Fireflies in, fireflies out: what producers send, what is refused, and that nothing goes in circles.
+//! Relayed fireflies: the formats of producers, rejected datagrams, and no relay loops.
 #![allow(missing_docs)]
 
 mod common;
@@ -58,7 +58,7 @@ fn firefly(state: &str, port: u16) -> Value {
 
 #[test]
 #[ignore = "needs root"]
-fn the_firefly_of_each_producer_is_relayed_whole() {
+fn fireflies_of_every_producer_are_relayed_completely() {
     let hosts = Hosts::new();
     let home = home("");
     let sink = Sink::bind(&hosts.there, COLLECTOR);
@@ -69,7 +69,7 @@ fn the_firefly_of_each_producer_is_relayed_whole() {
         sink.firefly().json
     };
 
-    // XRootD and EOS: no time in the header, a float in netlink, quotes that nobody escaped.
+    // XRootD and EOS: no time in the header, a float in netlink, unescaped quotes.
     let xrootd = relayed(concat!(
         r#"<134>1 - se1.example.org xrootd - firefly-json - {"version":1,"flow-lifecycle":{"state":"end","#,
         r#""current-time":"2026-01-02T03:04:07.000000+00:00","start-time":"2026-01-02T03:04:05.000006+00:00","#,
@@ -131,7 +131,7 @@ fn the_firefly_of_each_producer_is_relayed_whole() {
     assert_eq!(flowd_go["netlink"], json!({"tcpInfo": {"rtt": 12}}));
     assert_eq!(flowd_go["skOps"], json!({"x": [1, 2]}));
 
-    // flowd through rsyslog: its prefix in place of <PRI>, an end without a start time.
+    // flowd through rsyslog: its prefix instead of <PRI>, an end without a start time.
     let flowd = relayed(concat!(
         r#"Feb  1 18:54:27 se3 1 2026-01-02T03:04:05.000006+00:00 se3.example.org flowd - firefly-json - {"flow-id":"#,
         r#"{"protocol":"tcp","afi":"ipv6","dst-ip":"2001:db8::2","src-port":1094,"src-ip":"2001:db8::1","dst-port":50848},"version":1,"#,
@@ -144,7 +144,7 @@ fn the_firefly_of_each_producer_is_relayed_whole() {
         "2026-01-02T03:04:06.000000+00:00"
     );
 
-    // Anybody: no header, a tail, keys that nobody knows, an end-time in a start.
+    // Any other producer: no header, trailing bytes, unknown keys, an end-time without an end.
     for (n, tail) in ["\0", "\n", "  \r\n"].into_iter().enumerate() {
         let mut sent = firefly("ongoing", 2000 + n as u16);
         sent["flow-lifecycle"]["end-time"] = "2026-01-02T03:04:06.000000+00:00".into();
@@ -154,7 +154,7 @@ fn the_firefly_of_each_producer_is_relayed_whole() {
         assert_eq!(got["flow-lifecycle"]["state"], "ongoing");
     }
 
-    // A port that dCache did not know. The schema has no 0, so that the sink does not check this one.
+    // dCache sends port 0 for an unknown port. The schema does not allow it, so the sink does not check this one.
     socket
         .send(firefly("start", 0).to_string().as_bytes())
         .unwrap();
@@ -166,13 +166,13 @@ fn the_firefly_of_each_producer_is_relayed_whole() {
             .unwrap()
             .contains("\"src-port\":0,")
     );
-    daemon.expect_status("plugin_events accepted firefly 11");
+    daemon.expect_status("plugin_events firefly accepted 11");
     daemon.stop();
 }
 
 #[test]
 #[ignore = "needs root"]
-fn what_is_no_firefly_is_refused_by_reason() {
+fn invalid_fireflies_are_rejected_by_reason() {
     let hosts = Hosts::new();
     let home = home("");
     let daemon = home.start(&hosts.here);
@@ -199,28 +199,31 @@ fn what_is_no_firefly_is_refused_by_reason() {
         "json", "version", "state", "time", "protocol", "address", "port", "family", "tag",
         "too_long",
     ] {
-        daemon.expect_status(&format!("plugin_events {reason} firefly 1"));
+        daemon.expect_status(&format!("plugin_events firefly rejected_{reason} 1"));
     }
     home.wait_for_log("firefly: rejected datagram from 127.0.0.1:");
     home.wait_for_log("version is 7, expected 1");
     for cut in 0..good.len() {
         socket.send(&good.as_bytes()[..cut]).unwrap();
     }
-    let status = daemon.expect_status(&format!("plugin_events json firefly {}", good.len() + 1));
+    let status = daemon.expect_status(&format!(
+        "plugin_events firefly rejected_json {}",
+        good.len() + 1
+    ));
     assert!(
         !status.contains("flows_open") && !status.contains("accepted"),
         "{status}"
     );
     daemon.stop();
-    let complaints = home.log().matches("rejected datagram").count();
+    let warnings = home.log().matches("rejected datagram").count();
     assert!(
-        complaints < 20,
-        "{complaints} lines for {} datagrams",
+        warnings < 20,
+        "{warnings} lines for {} datagrams",
         good.len()
     );
 }
 
-/// Sends datagrams in batches, as fast as it goes.
+/// Sends datagrams in batches, as fast as possible.
 fn flood<T: AsRef<[u8]>>(socket: &UdpSocket, datagrams: &[T]) {
     let mut headers = MultiHeaders::<SockaddrStorage>::preallocate(64, None);
     for chunk in datagrams.chunks(64) {
@@ -242,29 +245,29 @@ fn flood<T: AsRef<[u8]>>(socket: &UdpSocket, datagrams: &[T]) {
     }
 }
 
-/// The sum of all that the plugin was given, once it is `expected`.
-fn expect_seen(daemon: &Daemon<'_>, expected: u64) -> String {
+/// Waits until the plugin's counters sum up to `expected`.
+fn expect_counted(daemon: &Daemon<'_>, expected: u64) -> String {
     common::wait_for(&format!("{expected} datagrams in the counters"), || {
         let status = daemon.status();
-        let seen: u64 = status
+        let counted: u64 = status
             .split(", ")
             .filter(|word| word.starts_with("plugin_events ") && word.contains(" firefly "))
             .map(|word| word.rsplit(' ').next().unwrap().parse::<u64>().unwrap())
             .sum();
-        assert!(seen <= expected, "{status}");
-        (seen == expected).then_some(status)
+        assert!(counted <= expected, "{status}");
+        (counted == expected).then_some(status)
     })
 }
 
 #[test]
 #[ignore = "needs root"]
-fn a_million_random_datagrams_make_no_flow() {
+fn a_million_random_datagrams_create_no_flow() {
     const ROUNDS: usize = 100;
     let hosts = Hosts::new();
     let home = home("");
     let daemon = home.start(&hosts.here);
     let socket = near(&hosts);
-    // xorshift: what it finds can be found again.
+    // xorshift, so that failures are reproducible.
     let mut state = 0x9e37_79b9_7f4a_7c15_u64;
     let mut random = move || {
         state ^= state << 13;
@@ -279,7 +282,7 @@ fn a_million_random_datagrams_make_no_flow() {
                 let length = random() as usize % good.len();
                 match n % 3 {
                     0 => (0..length).map(|_| random() as u8).collect(),
-                    // What looks like one, cut and with bytes changed.
+                    // A firefly, truncated and with bytes changed.
                     _ => {
                         let mut bytes = good.as_bytes()[..length].to_vec();
                         for _ in 0..n % 3 {
@@ -294,12 +297,12 @@ fn a_million_random_datagrams_make_no_flow() {
             .collect();
         flood(&socket, &datagrams);
     }
-    let status = expect_seen(&daemon, 10_000 * ROUNDS as u64);
+    let status = expect_counted(&daemon, 10_000 * ROUNDS as u64);
     assert!(
         !status.contains("accepted") && !status.contains("flows_open"),
         "{status}"
     );
-    // And it still works.
+    // The daemon still works.
     socket.send(good.as_bytes()).unwrap();
     daemon.expect_status("flows_open 1");
     daemon.stop();
@@ -307,7 +310,7 @@ fn a_million_random_datagrams_make_no_flow() {
 
 #[test]
 #[ignore = "needs root"]
-fn in_a_burst_every_datagram_is_taken_or_counted_as_dropped() {
+fn in_a_burst_every_datagram_is_accepted_or_counted_as_dropped() {
     const SENT: usize = 200_000;
     let hosts = Hosts::new();
     let home = home("");
@@ -325,17 +328,17 @@ fn in_a_burst_every_datagram_is_taken_or_counted_as_dropped() {
         })
         .collect();
     flood(&socket, &datagrams);
-    let status = expect_seen(&daemon, SENT as u64);
+    let status = expect_counted(&daemon, SENT as u64);
     eprintln!("{status}");
-    let count = |what: &str| {
-        let word = status.split(", ").find(|word| word.starts_with(what));
+    let count = |name: &str| {
+        let word = status.split(", ").find(|word| word.starts_with(name));
         word.map_or(0, |word| {
             word.rsplit(' ').next().unwrap().parse::<usize>().unwrap()
         })
     };
-    let accepted = count("plugin_events accepted firefly");
+    let accepted = count("plugin_events firefly accepted");
     assert_eq!(
-        accepted + count("plugin_events kernel_dropped firefly"),
+        accepted + count("plugin_events firefly kernel_dropped"),
         SENT
     );
     daemon.expect_status(&format!("flows_open {accepted}"));
@@ -345,7 +348,7 @@ fn in_a_burst_every_datagram_is_taken_or_counted_as_dropped() {
 
 #[test]
 #[ignore = "needs root"]
-fn the_other_end_is_told_or_the_collector_alone() {
+fn relayed_fireflies_go_to_the_remote_end_or_only_to_the_collector() {
     let hosts = Hosts::new();
     let between = |source: &str, destination: &str, port: u16| {
         let mut firefly = firefly("start", port);
@@ -353,7 +356,7 @@ fn the_other_end_is_told_or_the_collector_alone() {
         firefly["flow-id"]["dst-ip"] = destination.into();
         firefly.to_string()
     };
-    // Out of this host, into it, and past it.
+    // An outgoing flow, an incoming one, and one between other hosts.
     let flows = [
         between("2001:db8::1", "2001:db8::2", 1),
         between("2001:db8::2", "2001:db8::1", 2),
@@ -404,7 +407,7 @@ fn nothing_is_sent_to_the_daemons_own_listener() {
         let home = Home::with(&own.replace("BIND", bind).replace("COLLECTOR", collector));
         let daemon = home.start(&hosts.here);
         home.write(&format!("start tcp {source} 1 {destination} 2 2 9\n"));
-        // The collector and the destination are told once where they are the same.
+        // If the collector is the destination, there is only one datagram.
         let each = if collector.contains(destination) {
             1
         } else {
@@ -422,7 +425,7 @@ fn nothing_is_sent_to_the_daemons_own_listener() {
         producer(&hosts.here, to)
             .send(sent.to_string().as_bytes())
             .unwrap();
-        daemon.expect_status("plugin_events accepted firefly 1");
+        daemon.expect_status("plugin_events firefly accepted 1");
         let both = 2 * each;
         let status = daemon.expect_status(&format!("backend_events firefly own_listener {both}"));
         assert!(!status.contains("firefly sent"), "{status}");
@@ -432,7 +435,7 @@ fn nothing_is_sent_to_the_daemons_own_listener() {
 
 #[test]
 #[ignore = "needs root"]
-fn two_daemons_that_relay_to_each_other_make_no_storm() {
+fn two_daemons_that_relay_to_each_other_cause_no_storm() {
     let hosts = Hosts::new();
     let relay = |collector: &str| {
         Home::with(&format!(
@@ -464,13 +467,13 @@ fn two_daemons_that_relay_to_each_other_make_no_storm() {
             .unwrap();
         word.rsplit(' ').next().unwrap().parse::<u64>().unwrap()
     };
-    // Quiet: nothing goes on by itself.
-    let settled = common::wait_for("an end of it", || {
+    // The daemons stop sending.
+    let settled = common::wait_for("the daemons to stop sending", || {
         let before = sent(&a) + sent(&b);
         std::thread::sleep(Duration::from_millis(200));
         (sent(&a) + sent(&b) == before).then_some(before)
     });
-    // Each passes each event on once.
+    // Each daemon relays each event once.
     assert!(settled <= 2 * (3 * u64::from(FLOWS) + 2), "{settled} sent");
     a.stop();
     b.stop();

@@ -1,4 +1,4 @@
-//! SIGHUP: what has changed is replaced, what has not stays, and nothing is lost.
+//! Reloads on SIGHUP: only the parts that changed are replaced, and no event is lost.
 #![cfg(feature = "bpf")]
 #![allow(missing_docs)]
 
@@ -25,7 +25,7 @@ const SINK: &str = "[2001:db8::2]:20514";
 const FIREFLY: &str =
     "firefly: {sendToCollector: true, collectorAddress: '2001:db8::2', collectorPort: 20514}";
 
-/// `home.configure`, and the word of it.
+/// Writes the configuration and reloads it.
 fn reload(home: &Home, daemon: &Daemon<'_>, more: &str) {
     home.configure(more);
     daemon.signal(Signal::SIGHUP);
@@ -35,7 +35,7 @@ fn reload(home: &Home, daemon: &Daemon<'_>, more: &str) {
 
 #[test]
 #[ignore = "needs root: network namespaces"]
-fn a_broken_file_changes_nothing_and_says_why() {
+fn an_invalid_file_changes_nothing_and_is_logged() {
     let hosts = Hosts::new();
     let good = format!("backends:\n  {FIREFLY}\n");
     let home = Home::with(&good);
@@ -45,7 +45,7 @@ fn a_broken_file_changes_nothing_and_says_why() {
     daemon.expect_status("flows_open 1");
     reload(&home, &daemon, "backends:\n  fireflies: {}\n");
     home.wait_for_log("backends.fireflies: unknown key, did you mean `firefly`?; going on with the former configuration");
-    // A file that is good, but asks for what is not to be had.
+    // A valid file with a port that is already in use.
     let taken = hosts
         .here
         .enter(|| std::net::TcpListener::bind("127.0.0.1:9000").unwrap());
@@ -57,7 +57,7 @@ fn a_broken_file_changes_nothing_and_says_why() {
     home.wait_for_log(
         "Address already in use (os error 98); going on with the former configuration",
     );
-    // A plugin this time: the pipe's reader is the same throughout.
+    // The same for a plugin. The pipe keeps its reader throughout.
     let pipe = home.pipe().display().to_string();
     let elsewhere =
         format!("  namedPipe: {{pipePath: {pipe}}}\n  firefly: {{bindAddress: 2001:db8::99}}\n");
@@ -78,7 +78,7 @@ fn a_broken_file_changes_nothing_and_says_why() {
 
 #[test]
 #[ignore = "needs root: network namespaces"]
-fn nothing_is_lost_under_load_whatever_changes() {
+fn no_event_is_lost_under_load_whatever_changes() {
     const FLOWS: usize = 40_000;
     let hosts = Hosts::new();
     let bpffs = BpfFs::new();
@@ -89,8 +89,8 @@ fn nothing_is_lost_under_load_whatever_changes() {
         )
     };
     let base = format!("backends:\n  {FIREFLY}\n");
-    // While a clsact qdisc comes or goes the kernel drops what the interface sends, of everybody: one that
-    // is there before stays.
+    // When a clsact qdisc is created or removed, the kernel drops the packets that the interface is sending. The
+    // daemon keeps one that existed before.
     let added = std::process::Command::new("tc")
         .args([
             "-n",
@@ -103,7 +103,7 @@ fn nothing_is_lost_under_load_whatever_changes() {
         ])
         .status();
     assert!(added.unwrap().success());
-    // What the marker needs is kept only if there is one at the start.
+    // The daemon keeps the marker's capabilities only if a marker is enabled at start-up.
     let home = Home::with(&format!("{base}{}", marker("")));
     let sink = Sink::bind(&hosts.there, SINK);
     let daemon = home.start(&hosts.here);
@@ -115,7 +115,7 @@ fn nothing_is_lost_under_load_whatever_changes() {
     };
     std::thread::scope(|scope| {
         let writer = scope.spawn(|| {
-            // 10,000 lines a second, by writers that come and go.
+            // 10,000 lines per second; each write opens and closes the pipe.
             let began = Instant::now();
             for n in (0..FLOWS).step_by(100) {
                 home.write(&lines("start", n..n + 100, "2 9"));
@@ -136,7 +136,7 @@ fn nothing_is_lost_under_load_whatever_changes() {
             &more(&marker(", markingStrategy: destination")),
         );
         reload(&home, &daemon, &base);
-        // Another collector's port is another backend; both send to the same place.
+        // Each change replaces the backend; both send to the same collector.
         for _ in 0..3 {
             reload(
                 &home,
@@ -173,7 +173,7 @@ fn nothing_is_lost_under_load_whatever_changes() {
         writer.join().unwrap();
     });
     let found = fs::metadata(home.pipe()).unwrap();
-    assert_eq!(found.ino(), pipe, "the pipe stays");
+    assert_eq!(found.ino(), pipe, "the pipe was replaced");
     assert!(
         !home.log().contains("former configuration"),
         "a reload failed"
@@ -181,8 +181,8 @@ fn nothing_is_lost_under_load_whatever_changes() {
     daemon.expect_status(&format!("flows_open {FLOWS}"));
     daemon.expect_status(&format!("backend_events firefly sent {}", 2 * FLOWS));
     assert_eq!(sink.collect("start", FLOWS).len(), FLOWS);
-    // Each once, with its own start time at the end.
-    daemon.expect_status(&format!("plugin_events accepted named_pipe {FLOWS}"));
+    // Every flow is reported once.
+    daemon.expect_status(&format!("plugin_events namedPipe accepted {FLOWS}"));
     home.write(&lines("end", 0..FLOWS, "2 9"));
     assert_eq!(sink.collect("end", FLOWS).len(), FLOWS);
     daemon.stop();
@@ -190,7 +190,7 @@ fn nothing_is_lost_under_load_whatever_changes() {
 
 #[test]
 #[ignore = "needs root: network namespaces"]
-fn marking_goes_on_while_the_marker_changes() {
+fn packets_are_marked_while_the_marker_is_replaced() {
     let hosts = Hosts::new();
     let bpffs = BpfFs::new();
     let config = |more: &str| {
@@ -234,10 +234,10 @@ fn marking_goes_on_while_the_marker_changes() {
     daemon.stop();
 }
 
-/// A configuration that is good and cannot be had: the pipe is as it was, whatever the file wants of it.
+/// The configuration is valid but a port is in use: the new mode of the pipe must not be applied.
 #[test]
 #[ignore = "needs root: network namespaces"]
-fn a_refused_reload_loses_no_line_and_leaves_the_pipe_as_it_was() {
+fn a_failed_reload_loses_no_line_and_does_not_change_the_pipe() {
     const FLOWS: usize = 10_000;
     let hosts = Hosts::new();
     let home = Home::with("backends: {dummy: }\n");
@@ -272,10 +272,10 @@ fn a_refused_reload_loses_no_line_and_leaves_the_pipe_as_it_was() {
     daemon.stop();
 }
 
-/// A line that is being written while the reader of the pipe changes.
+/// The reader of the pipe is replaced while a line is being written.
 #[test]
 #[ignore = "needs root: network namespaces"]
-fn a_line_is_whole_though_its_reader_changes_in_the_middle() {
+fn a_line_is_not_split_if_the_reader_is_replaced_in_the_middle() {
     let hosts = Hosts::new();
     let home = Home::with("backends: {dummy: }\n");
     let daemon = home.start(&hosts.here);
@@ -291,7 +291,7 @@ fn a_line_is_whole_though_its_reader_changes_in_the_middle() {
         );
         daemon.signal(Signal::SIGHUP);
         std::thread::sleep(Duration::from_millis(100));
-        // The line after it is for the next reader.
+        // The next reader reads the following line.
         let next = lines("start", 100 + n..101 + n, "2 9");
         writer
             .write_all((second.to_owned() + &next).as_bytes())
@@ -300,7 +300,7 @@ fn a_line_is_whole_though_its_reader_changes_in_the_middle() {
         daemon.expect_status(&format!("flows_open {}", 2 * (n + 1)));
     }
     assert!(!home.log().contains("rejected"), "{}", home.log());
-    // Who never ends a line does not keep the next one waiting.
+    // A writer that never ends its line does not block the next reader.
     let done = AtomicBool::new(false);
     std::thread::scope(|scope| {
         scope.spawn(|| {
@@ -324,7 +324,7 @@ fn a_line_is_whole_though_its_reader_changes_in_the_middle() {
 
 #[test]
 #[ignore = "needs root: network namespaces"]
-fn fireflies_and_requests_wait_for_the_next_on_their_socket() {
+fn fireflies_and_requests_wait_in_the_socket_for_the_next_reader() {
     let hosts = Hosts::new();
     hosts.here.ip(&["link", "set", "lo", "up"]);
     let home = Home::with("backends: {dummy: }\n");
@@ -388,15 +388,15 @@ fn fireflies_and_requests_wait_for_the_next_on_their_socket() {
     });
     let [fireflies, requests] = [fireflies, requests].map(AtomicUsize::into_inner);
     assert!(fireflies > 1000 && requests > 20, "{fireflies} {requests}");
-    daemon.expect_status(&format!("plugin_events accepted firefly {fireflies}"));
-    daemon.expect_status(&format!("plugin_events accepted api {requests}"));
+    daemon.expect_status(&format!("plugin_events firefly accepted {fireflies}"));
+    daemon.expect_status(&format!("plugin_events api accepted {requests}"));
     assert!(!home.log().contains("former configuration"));
     daemon.stop();
 }
 
 #[test]
 #[ignore = "needs root: network namespaces"]
-fn privileges_that_were_given_up_are_a_clear_error() {
+fn a_reload_that_needs_dropped_privileges_is_a_clear_error() {
     let hosts = Hosts::new();
     let bpffs = BpfFs::new();
     let home = Home::with("backends: {dummy: }\n");
@@ -455,7 +455,7 @@ fn a_hundred_reloads_leak_nothing() {
     let daemon = home.start(&hosts.here);
     home.write(&lines("start", 0..1000, "2 9"));
     daemon.expect_status("flows_open 1000");
-    // The first ones warm up the allocator.
+    // The first reloads warm up the allocator.
     for n in 1..20 {
         reload(&home, &daemon, &config(n));
     }
@@ -465,7 +465,7 @@ fn a_hundred_reloads_leak_nothing() {
     }
     wait_for("threads and file descriptors as before", || {
         let now = threads_and_fds(&daemon);
-        // A leak is one a reload at least; some come and go.
+        // A leak would be at least one per reload; some threads and files are short-lived.
         (now.0 <= before.0 + 10 && now.1 <= before.1 + 30).then_some(())
     });
     let after = resident(&daemon);
@@ -476,7 +476,7 @@ fn a_hundred_reloads_leak_nothing() {
 
 #[test]
 #[ignore = "needs root: network namespaces"]
-fn the_configuration_may_change_its_spelling() {
+fn a_reload_may_switch_to_the_format_of_flowd() {
     let ns = NetNs::new("here");
     ns.ip(&["link", "set", "lo", "up"]);
     let home = Home::with("backends: {dummy: {}}\n");

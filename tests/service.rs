@@ -66,7 +66,7 @@ fn config_check_says_good_or_where_it_is_not() {
         (0, Some(&*format!("{name}: good")))
     );
     for line in [
-        "plugins:    named_pipe",
+        "plugins:    namedPipe",
         "backends:   firefly",
         "sends to:   UDP port 10514 of the flows' destinations",
     ] {
@@ -204,7 +204,7 @@ fn log_lines_have_priorities_for_the_journal_and_times_only_on_demand() {
         "{log}"
     );
     assert!(
-        log.contains("<4>named pipe: rejected line \"nonsense\""),
+        log.contains("<4>namedPipe: rejected line \"nonsense\""),
         "{log}"
     );
 
@@ -292,7 +292,7 @@ fn a_file_that_everybody_may_write_to_is_refused() {
     home.configure_plugins(&api, "backends: {dummy: }\n");
     write(&token, "secret\n");
     mode(&token, 0o602);
-    let expected = "everybody may write to it, expected a mode of at most 0664 (chmod o-w)";
+    let expected = "every user can write to this file, expected mode 0664 or stricter (chmod o-w)";
     let run_with = |path: &std::path::Path| run(&["run", "-c", path.to_str().unwrap()]);
     let (code, _, error) = run_with(&config);
     let last = error.lines().last().unwrap();

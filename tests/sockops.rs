@@ -14,7 +14,7 @@ use common::daemon::{Home, PROGRAM};
 use common::net::{Hosts, THERE4, THERE6};
 use common::sink::Sink;
 use common::{DEADLINE, wait_for};
-use flowd_rs::flow::{FlowEvent, State};
+use flowd_rs::event::{FlowEvent, State};
 use serde_json::Value;
 
 const SINK: &str = "[2001:db8::2]:20514";
@@ -127,7 +127,7 @@ fn connections_get_the_tags_of_the_list_in_turns() {
         .enter(|| std::net::TcpStream::connect("192.0.2.2:5201").unwrap());
     drop((near, listener.accept().unwrap()));
     sink.assert_silent();
-    daemon.expect_status("plugin_events started iperf3 4");
+    daemon.expect_status("plugin_events iperf3 started 4");
     daemon.stop();
 }
 
@@ -248,7 +248,7 @@ fn what_is_no_cgroup_of_version_2_is_a_clear_error() {
     let (code, error) = start(&home("  iperf3: {cgroupPath: /tmp}\n", ""));
     assert_eq!(code, 1);
     assert!(
-        error.contains("/tmp (plugins.iperf3.cgroupPath): not a cgroup of version 2"),
+        error.contains("/tmp (plugins.iperf3.cgroupPath): not a cgroup v2"),
         "{error}"
     );
     for (iperf3, expected) in [

@@ -1,4 +1,4 @@
-//! SIGUSR2, by which the package replaces a running daemon: no event lost, no unmarked gap.
+//! SIGUSR2, with which the package replaces a running daemon: no event is lost, no packet unmarked.
 #![cfg(feature = "bpf")]
 #![allow(missing_docs)]
 
@@ -20,8 +20,9 @@ use common::net::Hosts;
 use common::sink::Sink;
 use common::wire::Wire;
 use common::{DEADLINE, wait_for};
+use flowd_rs::event::{FlowEvent, Origin, State};
 use flowd_rs::firefly::Encoder;
-use flowd_rs::flow::{Flow, FlowEvent, Origin, Protocol, State, Tag};
+use flowd_rs::flow::{Flow, Protocol, Tag};
 use jiff::Timestamp;
 use nix::fcntl::{FcntlArg, FdFlag, fcntl};
 use nix::sys::signal::{Signal, kill};
@@ -29,7 +30,7 @@ use nix::sys::socket::{ControlMessageOwned, MsgFlags, recvmsg};
 use nix::unistd::Pid;
 use prog_run::BpfFs;
 
-/// What systemd does for a service of `Type=notify` with a file descriptor store.
+/// Does what systemd does for a service of `Type=notify` with a file descriptor store.
 struct Service<'a> {
     home: &'a Home,
     hosts: &'a Hosts,
@@ -54,7 +55,7 @@ impl<'a> Service<'a> {
         service
     }
 
-    /// One notification; file descriptors that come with it are stored.
+    /// Receives a notification, and stores the file descriptors that come with it.
     fn notification(&mut self) -> Option<String> {
         let mut buffer = [0; 4096];
         let mut space = nix::cmsg_space!([i32; 8]);
@@ -69,10 +70,10 @@ impl<'a> Service<'a> {
         .ok()?;
         let mut fds = Vec::new();
         for control in message.cmsgs().unwrap() {
-            if let ControlMessageOwned::ScmRights(given) = control {
-                // SAFETY: the kernel has just made them for this process.
+            if let ControlMessageOwned::ScmRights(received) = control {
+                // SAFETY: the kernel has just created them for this process.
                 fds.extend(
-                    given
+                    received
                         .into_iter()
                         .map(|fd| unsafe { OwnedFd::from_raw_fd(fd) }),
                 );
@@ -97,7 +98,7 @@ impl<'a> Service<'a> {
         });
     }
 
-    /// What the package does, and what systemd does on exit code 75.
+    /// Does what the package does, and what systemd does on exit code 75.
     fn replace(&mut self) {
         kill(Pid::from_raw(self.child.id() as i32), Signal::SIGUSR2).unwrap();
         let status = wait_for("the exit", || {
@@ -126,7 +127,7 @@ impl Drop for Service<'_> {
 }
 
 fn spawn(home: &Home, hosts: &Hosts, store: &[(String, OwnedFd)]) -> Child {
-    // The shell puts them where systemd does: from 3 on.
+    // The shell passes them as systemd does: from descriptor 3 on.
     let mut script = String::new();
     for (index, (_, fd)) in store.iter().enumerate() {
         fcntl(fd, FcntlArg::F_SETFD(FdFlag::empty())).unwrap();
@@ -152,7 +153,7 @@ fn spawn(home: &Home, hosts: &Hosts, store: &[(String, OwnedFd)]) -> Child {
     command.spawn().unwrap()
 }
 
-/// Also if the test fails.
+/// Sets a flag when dropped, also if the test fails.
 struct SetOnDrop<'a>(&'a AtomicBool);
 
 impl Drop for SetOnDrop<'_> {
@@ -210,7 +211,7 @@ fn a_new_version_takes_over_a_thousand_flows_under_load() {
     let (pipe, wire) = (fs::metadata(home.pipe()).unwrap(), Wire::listen(&hosts));
     let stop = AtomicBool::new(false);
     let sent = std::thread::scope(|scope| {
-        // Packets of an open flow flow all the time.
+        // Packets of an open flow are sent all the time.
         let packets = scope.spawn(|| {
             let from = hosts
                 .here
@@ -224,7 +225,7 @@ fn a_new_version_takes_over_a_thousand_flows_under_load() {
             sent
         });
         let writer = scope.spawn(|| {
-            // As storage services do: open without waiting, write, close. Nobody may be told that there is no reader.
+            // As storage services do: open without blocking, write, close. The pipe must always have a reader.
             let began = Instant::now();
             for n in (0..LINES).step_by(10) {
                 let mut options = File::options();
@@ -264,10 +265,10 @@ fn a_new_version_takes_over_a_thousand_flows_under_load() {
         drop(done);
         packets.join().unwrap()
     });
-    // Every start, once, from the pipe and relayed.
+    // Every start is sent once, from the pipe and relayed.
     let starts = LINES + usize::from(FIREFLIES);
     assert_eq!(sink.collect("start", starts).len(), starts);
-    // Every packet, with one label.
+    // Every packet has the same label.
     let frames = wire.frames(sent, |frame| frame.source_port == 4000);
     assert_eq!(frames.len(), sent);
     assert!(
@@ -276,7 +277,7 @@ fn a_new_version_takes_over_a_thousand_flows_under_load() {
             .all(|frame| frame.label == frames[0].label && frame.label != 0),
         "a gap"
     );
-    // What was open is still, and ends with the time at which it started.
+    // Flows are still open, and end with their start time.
     home.write(&lines("end", 100_000..100_000 + OPEN, "2 9"));
     for (flow, end) in sink.collect("end", OPEN) {
         assert!(
@@ -288,9 +289,9 @@ fn a_new_version_takes_over_a_thousand_flows_under_load() {
     assert_eq!(fs::metadata(home.pipe()).unwrap().ino(), pipe.ino());
     assert!(
         service.store.is_empty(),
-        "systemd keeps nothing that is in use"
+        "the store is empty while the daemon runs"
     );
-    // A plain stop takes everything down.
+    // A plain stop removes everything.
     kill(Pid::from_raw(service.child.id() as i32), Signal::SIGTERM).unwrap();
     assert_eq!(
         wait_for("the end", || service.child.try_wait().unwrap()).code(),

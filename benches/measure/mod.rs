@@ -1,4 +1,4 @@
-//! What the benches share: rows of the table, medians, a fast receiver, CPU time and memory of the daemon.
+//! Shared by the benches: table rows, medians, a fast receiver, CPU time and memory of the daemon.
 #![allow(dead_code, missing_docs)]
 
 use std::fs;
@@ -11,8 +11,8 @@ use nix::sys::socket::{MsgFlags, MultiHeaders, SockaddrIn6, recvmmsg};
 
 use crate::common::daemon::Daemon;
 
-pub fn row(what: &str, figure: &str, beside: &str, ratio: &str) {
-    println!("| {what} | {figure} | {beside} | {ratio} |");
+pub fn row(measurement: &str, result: &str, baseline: &str, ratio: &str) {
+    println!("| {measurement} | {result} | {baseline} | {ratio} |");
 }
 
 pub fn median(mut values: Vec<f64>) -> f64 {
@@ -20,15 +20,15 @@ pub fn median(mut values: Vec<f64>) -> f64 {
     values[values.len() / 2]
 }
 
-/// Receives until `count` datagrams came or none comes for a second; returns how many, and when the
-/// last one was there.
+/// Receives until `count` datagrams have arrived, or none arrives for a second. Returns how many, and when the last one
+/// arrived.
 pub fn receive(socket: &UdpSocket, count: usize) -> (usize, Instant) {
-    const AT_ONCE: usize = 64;
+    const BATCH: usize = 64;
     socket
         .set_read_timeout(Some(Duration::from_secs(1)))
         .unwrap();
-    let mut buffers = vec![[0u8; 2048]; AT_ONCE];
-    let mut headers = MultiHeaders::<SockaddrIn6>::preallocate(AT_ONCE, None);
+    let mut buffers = vec![[0u8; 2048]; BATCH];
+    let mut headers = MultiHeaders::<SockaddrIn6>::preallocate(BATCH, None);
     let (mut received, mut last) = (0, Instant::now());
     while received < count {
         let mut slices: Vec<_> = buffers.iter_mut().map(|b| [IoSliceMut::new(b)]).collect();

@@ -1,11 +1,11 @@
-# Completion of flowd-rs(8) for bash.
+# Bash completion for flowd-rs(8).
 
 _flowd_rs()
 {
 	local word=${COMP_WORDS[COMP_CWORD]} before=${COMP_WORDS[COMP_CWORD - 1]} words= command= sub= i
 	for ((i = 1; i < COMP_CWORD; i++)); do
 		case ${COMP_WORDS[i]} in
-		# The next word is this one's value.
+		# Skip the option's value.
 		-c | --config | --socket | --pipe | --bpf-fs-path | --log-level | --sort | --target-interface | --user | --address | \
 			--port | --experiment) ((i++)) ;;
 		-*) ;;

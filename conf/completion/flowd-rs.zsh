@@ -1,5 +1,5 @@
 #compdef flowd-rs
-# Completion of flowd-rs(8) for zsh: that of bash.
+# Zsh completion for flowd-rs(8), using the bash completion.
 
 autoload -U +X bashcompinit && bashcompinit
 source ${FLOWD_RS_COMPLETION:-/usr/share/bash-completion/completions/flowd-rs}

@@ -1,7 +1,9 @@
-//! The firefly backend: tells a flow's destination, and a collector, about every flow event.
+//! The firefly backend: sends every flow event to the flow's destination and to a collector.
 //!
-//! Of a flow that was heard of by a firefly, and that comes to this host, the other end is told: a
-//! firefly is to travel the way of the data. Nothing is sent to the daemon's own listener.
+//! If an incoming flow was learned from a firefly, the firefly is sent to the remote end: it is to take the same
+//! path as the data. Nothing is sent to the daemon's own listener.
+
+pub mod public_addresses;
 
 use std::collections::{HashMap, VecDeque};
 use std::io;
@@ -14,34 +16,35 @@ use jiff::Timestamp;
 use log::Level;
 
 use super::{Backend, with_socket};
+use crate::backends::firefly::public_addresses::{AddressCache, PublicAddresses};
 use crate::config::{self, Relayed};
 use crate::error::{Context, Result};
+use crate::event::{Effect, EndReason, FlowEvent, Origin, State};
 use crate::firefly::Encoder;
-use crate::flow::{Effect, EndReason, Flow, FlowEvent, Origin, Protocol, State};
-use crate::log_limit::LogLimit;
+use crate::flow::{Flow, Protocol};
+use crate::logging::LogLimit;
 use crate::metrics::{Metrics, Outcomes, outcomes};
-use crate::public_addresses::{Known, PublicAddresses};
 use crate::sys::interfaces::LocalAddresses;
 use crate::sys::resolver::Resolver;
 use crate::sys::sock_diag::Dump;
-use crate::sys::udp::{BATCH, Batch, Sender};
+use crate::sys::udp::{MAX_BATCH_SIZE, Batch, Sender};
 
 const NAME: &str = "firefly";
-const TICK: Duration = Duration::from_secs(1);
-/// How long an end waits for its counts.
-const PATIENCE: Duration = Duration::from_millis(100);
-/// How many wait at most.
-const HELD_MOST: usize = 4096;
+const TICK_INTERVAL: Duration = Duration::from_secs(1);
+/// How long an end is held back for its byte counts.
+const END_HOLD_TIMEOUT: Duration = Duration::from_millis(100);
+/// How many ends are held back at most.
+const MAX_HELD_ENDS: usize = 4096;
 
 outcomes! {
     enum Datagram {
-        Sent = "sent",
-        Unreachable = "unreachable",
-        Failed = "failed",
-        CollectorUnresolved = "collector_unresolved",
-        OwnListener = "own_listener",
-        NotRelayed = "not_relayed",
-        MembersLeftOut = "members_left_out",
+        Sent = "sent": "sent: {datagram|datagrams}",
+        Unreachable = "unreachable": "not sent: {datagram|datagrams} to unreachable destinations",
+        Failed = "failed": "not sent: {datagram|datagrams} that the system refused",
+        CollectorUnresolved = "collector_unresolved": "not sent: {datagram|datagrams} because the collector's name is not resolved",
+        OwnListener = "own_listener": "not sent: {datagram|datagrams} to this daemon's own listener",
+        NotRelayed = "not_relayed": "not relayed: {firefly|fireflies}",
+        MembersLeftOut = "members_left_out": "left out for lack of room: {field|fields}",
     }
 }
 
@@ -50,13 +53,13 @@ pub struct Firefly {
     destination_port: u16,
     collector: Option<Collector>,
     relayed: Relayed,
-    /// Where the firefly plugin listens.
+    /// The address at which the firefly plugin listens.
     listener: Option<SocketAddr>,
     local: LocalAddresses,
     encoder: Encoder,
-    /// Whether fireflies say what is known of sockets.
+    /// Whether fireflies carry socket statistics.
     enrich: bool,
-    /// What stands for the addresses of this host, IPv4 and IPv6.
+    /// Reported instead of this host's addresses, IPv4 and IPv6.
     public: [Option<IpAddr>; 2],
     discovered: Option<PublicAddresses>,
     /// `None` on a kernel without `sock_diag`.
@@ -64,7 +67,7 @@ pub struct Firefly {
     held: Held,
     sender: Sender,
     counters: Outcomes<Datagram>,
-    trouble: LogLimit,
+    failure_log: LogLimit,
 }
 
 enum Collector {
@@ -73,13 +76,14 @@ enum Collector {
 }
 
 impl Firefly {
-    /// Opens the sockets and starts looking up the collector's name, if it is one. `counts_come_late` if
-    /// somebody watches for sockets that go; `known` has the public addresses that were found before.
+    /// Opens the sockets, and starts to resolve the collector if it is given by name. `hold_ends` if an enricher
+    /// reports closed sockets, so that an end without byte counts waits for them. `known` holds the public
+    /// addresses found so far.
     pub fn new(
         config: &config::Firefly,
         listener: Option<SocketAddr>,
-        counts_come_late: bool,
-        known: &Known,
+        hold_ends: bool,
+        known: &AddressCache,
         metrics: &Metrics,
     ) -> Result<Firefly> {
         let sender = Sender::open().context(|| "socket of the firefly backend".to_owned())?;
@@ -113,19 +117,19 @@ impl Firefly {
                 .clone()
                 .map(|stun| PublicAddresses::start(stun, known))
                 .transpose()
-                .context(|| "thread addresses".to_owned())?,
+                .context(|| "thread addresses (backends.firefly.stun)".to_owned())?,
             sockets: Dump::open().ok(),
             held: Held {
-                most: if counts_come_late { HELD_MOST } else { 0 },
+                max: if hold_ends { MAX_HELD_ENDS } else { 0 },
                 ..Held::default()
             },
             sender,
             counters: metrics.backend(NAME),
-            trouble: LogLimit::new(Level::Warn, "firefly: datagrams that could not be sent"),
+            failure_log: LogLimit::new(Level::Warn, "firefly: failures"),
         })
     }
 
-    /// Where the firefly of an event goes: the same place only once.
+    /// The destinations of an event's firefly, without duplicates.
     fn destinations(&mut self, event: &FlowEvent) -> impl Iterator<Item = SocketAddr> + use<> {
         let destination = self.destination(event);
         let collector = match &mut self.collector {
@@ -144,7 +148,7 @@ impl Firefly {
         }
         let collector = collector.filter(|c| Some(*c) != destination);
         [destination, collector]
-            .map(|to| self.not_own(to))
+            .map(|to| self.skip_own_listener(to))
             .into_iter()
             .flatten()
     }
@@ -153,103 +157,106 @@ impl Firefly {
         let (source, destination) = (event.flow.source.address, event.flow.destination.address);
         let mut end = destination;
         if event.origin == Origin::Firefly {
-            let here = [source, destination].map(|address| self.local.contains(&address));
-            if here == [false, true] {
+            let local = [source, destination].map(|address| self.local.contains(&address));
+            if local == [false, true] {
                 end = source;
             }
             match self.relayed {
                 Relayed::Collector => return None,
-                Relayed::Auto if here == [false, false] => return None,
+                Relayed::Auto if local == [false, false] => return None,
                 Relayed::Auto | Relayed::Destination => {}
             }
         }
         Some(SocketAddr::new(end, self.destination_port))
     }
 
-    /// A firefly that this daemon would hear again is not sent.
-    fn not_own(&self, to: Option<SocketAddr>) -> Option<SocketAddr> {
+    /// Drops an address at which this daemon would receive its own firefly.
+    fn skip_own_listener(&self, to: Option<SocketAddr>) -> Option<SocketAddr> {
         let (to, listener) = match (to, self.listener) {
             (Some(to), Some(listener)) if to.port() == listener.port() => (to, listener.ip()),
             _ => return to,
         };
-        let heard = match listener {
+        let is_own = match listener {
             IpAddr::V4(any) if any.is_unspecified() => {
                 to.is_ipv4() && self.local.contains(&to.ip())
             }
             IpAddr::V6(any) if any.is_unspecified() => self.local.contains(&to.ip()),
             listener => to.ip() == listener,
         };
-        if heard {
+        if is_own {
             self.counters.add(Datagram::OwnListener);
         }
-        (!heard).then_some(to)
+        (!is_own).then_some(to)
     }
 
-    /// What there is to say of an event, in this moment: it may have to wait, or bring forth what did.
-    fn take(&mut self, event: Arc<FlowEvent>) -> impl Iterator<Item = Arc<FlowEvent>> + use<> {
-        let mut waited = match event.state {
+    /// The events to send now: without `event` if it is held back, and with an end that was held back before it.
+    fn events_to_send(
+        &mut self,
+        event: Arc<FlowEvent>,
+    ) -> impl Iterator<Item = Arc<FlowEvent>> + use<> {
+        let mut held = match event.state {
             State::Ongoing if event.effect != Effect::Opened => None,
             _ => self.held.remove(&event.flow),
         };
         if event.effect == Effect::Counted {
-            if let Some(end) = &mut waited {
+            if let Some(end) = &mut held {
                 let end = Arc::make_mut(end);
                 end.usage = event.usage;
                 end.netlink.clone_from(&event.netlink);
             }
-            return waited.into_iter().chain(None);
+            return held.into_iter().chain(None);
         }
-        let event = self.completed(event);
-        let gone = event.effect == Effect::Closed(EndReason::Producer)
+        let event = self.with_socket_statistics(event);
+        let awaits_counts = event.effect == Effect::Closed(EndReason::Producer)
             && event.usage.is_none()
             && event.flow.protocol == Protocol::Tcp
             && self.local.outgoing(&event.flow).is_some();
-        let now = match gone {
+        let event = match awaits_counts {
             true => self.held.insert(event),
             false => Some(event),
         };
-        waited.into_iter().chain(now)
+        held.into_iter().chain(event)
     }
 
-    /// With what the kernel knows of the flow's socket, where a firefly is to say it and nobody has
-    /// looked: a start if fireflies are enriched, and an end.
-    fn completed(&mut self, event: Arc<FlowEvent>) -> Arc<FlowEvent> {
-        let wanted = match event.state {
+    /// Looks up the flow's socket if the event lacks what its firefly is to carry: statistics in a start, if
+    /// fireflies are enriched, and byte counts in an end.
+    fn with_socket_statistics(&mut self, event: Arc<FlowEvent>) -> Arc<FlowEvent> {
+        let needs_lookup = match event.state {
             State::Start => self.enrich && event.netlink.is_none(),
             State::Ongoing => false,
             State::End => event.usage.is_none(),
         };
         let completed = match &mut self.sockets {
-            Some(sockets) if wanted => with_socket(&event, &self.local, sockets),
+            Some(sockets) if needs_lookup => with_socket(&event, &self.local, sockets),
             _ => Ok(None),
         };
         match completed {
             Ok(Some(completed)) => Arc::new(completed),
             Ok(None) => event,
             Err(error) => {
-                self.trouble
+                self.failure_log
                     .log(Instant::now(), || format!("firefly: sock_diag: {error}"));
                 event
             }
         }
     }
 
-    /// With the public address of this host in place of its own.
-    fn seen_from_outside(&mut self, event: Arc<FlowEvent>) -> Arc<FlowEvent> {
+    /// Replaces the address of this host by its public one.
+    fn with_public_address(&mut self, event: Arc<FlowEvent>) -> Arc<FlowEvent> {
         if self.public == [None; 2] && self.discovered.is_none() {
             return event;
         }
         let mut flow = event.flow;
         let ends = [&flow.source, &flow.destination].map(|end| self.local.contains(&end.address));
-        // Of a flow with no end here, somebody may still have said what stands for its source.
+        // If neither end is on this host, manualMapping may still map the source.
         let end = match ends {
             [false, true] => &mut flow.destination,
             _ => &mut flow.source,
         };
-        let here = ends != [false; 2];
+        let has_local_end = ends != [false; 2];
         let discovered = self.discovered.as_ref();
         let mapped = discovered.and_then(|public| public.public_of(&end.address));
-        let fixed = self.public[usize::from(end.address.is_ipv6())].filter(|_| here);
+        let fixed = self.public[usize::from(end.address.is_ipv6())].filter(|_| has_local_end);
         let Some(public) = fixed.or(mapped) else {
             return event;
         };
@@ -262,19 +269,19 @@ impl Firefly {
 
     fn encode(&mut self, event: Arc<FlowEvent>, now: Timestamp, batch: &mut Batch) {
         let destinations = self.destinations(&event);
-        let event = self.seen_from_outside(event);
+        let event = self.with_public_address(event);
         let left_out = batch.push(destinations, |out| self.encoder.encode(&event, now, out));
         self.counters
             .add_many(Datagram::MembersLeftOut, left_out as u64);
-        if batch.len() >= BATCH {
+        if batch.len() >= MAX_BATCH_SIZE {
             self.send(batch);
         }
     }
 
     fn send(&mut self, batch: &mut Batch) {
         let mut failures = 0;
-        let (counters, trouble, collector) =
-            (&self.counters, &mut self.trouble, &mut self.collector);
+        let (counters, failure_log, collector) =
+            (&self.counters, &mut self.failure_log, &mut self.collector);
         self.sender.send(batch, |to, error| {
             failures += 1;
             counters.add(match error.kind() {
@@ -283,11 +290,11 @@ impl Firefly {
                 }
                 _ => Datagram::Failed,
             });
-            trouble.log(Instant::now(), || format!("firefly: to {to}: {error}"));
+            failure_log.log(Instant::now(), || format!("firefly: to {to}: {error}"));
             if let Some(Collector::Name(resolver)) = collector
                 && resolver.address() == Some(to)
             {
-                resolver.failed();
+                resolver.report_failure();
             }
         });
         self.counters
@@ -304,46 +311,46 @@ impl Backend for Firefly {
     fn run(mut self: Box<Self>, events: Receiver<Arc<FlowEvent>>) -> Result<()> {
         let mut batch = Batch::default();
         loop {
-            let patience = self.held.rest().map_or(TICK, |rest| rest.min(TICK));
-            let (first, done) = match events.recv_timeout(patience) {
+            let until_due = self.held.time_until_due().unwrap_or(TICK_INTERVAL);
+            let (first, done) = match events.recv_timeout(until_due.min(TICK_INTERVAL)) {
                 Ok(event) => (Some(event), false),
                 Err(RecvTimeoutError::Timeout) => (None, false),
                 Err(RecvTimeoutError::Disconnected) => (None, true),
             };
             self.local.refresh();
             let now = Timestamp::now();
-            for event in first.into_iter().chain(events.try_iter()).take(BATCH) {
-                for event in self.take(event) {
+            for event in first.into_iter().chain(events.try_iter()).take(MAX_BATCH_SIZE) {
+                for event in self.events_to_send(event) {
                     self.encode(event, now, &mut batch);
                 }
             }
-            while let Some(event) = self.held.overdue(done) {
+            while let Some(event) = self.held.pop_due(done) {
                 self.encode(event, now, &mut batch);
             }
             self.send(&mut batch);
-            self.trouble.tick(Instant::now());
+            self.failure_log.tick(Instant::now());
             if done {
                 break;
             }
         }
-        self.trouble.flush();
+        self.failure_log.flush();
         Ok(())
     }
 }
 
-/// Ends of flows whose socket has just gone: the word of it, with the counts, is on its way.
+/// Ends of flows whose socket has just closed: the notification with the byte counts is still to come.
 #[derive(Default)]
 struct Held {
-    most: usize,
+    max: usize,
     ends: HashMap<Flow, Arc<FlowEvent>>,
-    /// In the order in which they came; some may have gone.
+    /// In order of arrival; may list ends that are no longer held.
     order: VecDeque<(Instant, Flow)>,
 }
 
 impl Held {
-    /// Holds an end, or gives it back if there is no room.
+    /// Holds an end, or returns it if too many are held.
     fn insert(&mut self, end: Arc<FlowEvent>) -> Option<Arc<FlowEvent>> {
-        if self.ends.len() >= self.most {
+        if self.ends.len() >= self.max {
             return Some(end);
         }
         self.order.push_back((Instant::now(), end.flow));
@@ -354,15 +361,15 @@ impl Held {
         self.ends.remove(flow)
     }
 
-    /// How long the one that waits longest goes on waiting.
-    fn rest(&self) -> Option<Duration> {
+    /// Time until the oldest end is due.
+    fn time_until_due(&self) -> Option<Duration> {
         let (since, _) = self.order.front()?;
-        Some(PATIENCE.saturating_sub(since.elapsed()))
+        Some(END_HOLD_TIMEOUT.saturating_sub(since.elapsed()))
     }
 
-    /// One that has waited long enough; with `all` it need not have.
-    fn overdue(&mut self, all: bool) -> Option<Arc<FlowEvent>> {
-        while all || self.rest()?.is_zero() {
+    /// Removes an end that is due, or with `all` any end.
+    fn pop_due(&mut self, all: bool) -> Option<Arc<FlowEvent>> {
+        while all || self.time_until_due()?.is_zero() {
             let (_, flow) = self.order.pop_front()?;
             if let Some(end) = self.ends.remove(&flow) {
                 return Some(end);

@@ -1,5 +1,5 @@
-//! The marker backend: enters open flows into the map by which the eBPF program on the egress side of
-//! the interfaces marks packets.
+//! The marker backend: enters open flows into the map from which the eBPF program on the egress side of the interfaces
+//! marks packets.
 
 use std::collections::{HashMap, HashSet};
 use std::io;
@@ -14,33 +14,34 @@ use prometheus::IntGauge;
 use super::Backend;
 use super::prometheus::{Marked, Marks, ReadMarks};
 use crate::config;
+use crate::dispatcher::flow_table::FlowTable;
 use crate::error::{Context, Error, Result};
-use crate::flow::{Effect, Flow, FlowEvent, State, Tag};
-use crate::flow_table::FlowTable;
-use crate::log_limit::LogLimit;
+use crate::event::{Effect, FlowEvent, State};
+use crate::flow::{Flow, Tag};
+use crate::logging::LogLimit;
 use crate::metrics::{Metrics, Outcomes, outcomes};
 use crate::scitag::{self, Labeller};
 use crate::sys::handover::Handover;
 use crate::sys::interfaces::{self, Interface};
 use crate::sys::mark_maps::{Entered, Key, Maps, Mark, UNMARKED};
-use crate::sys::marker::{Program, our_filters};
+use crate::sys::marker::{self, Program, our_filters};
 
 const NAME: &str = "marker";
-/// Events in a row before a change of interfaces has its turn.
-const BATCH: usize = 512;
+/// Events handled in a row before changes of interfaces are looked at.
+const MAX_EVENTS_PER_TURN: usize = 512;
 
 outcomes! {
     enum Outcome {
-        Entered = "entered",
-        Removed = "removed",
-        Ipv4 = "ipv4",
-        PortUnknown = "port_unknown",
-        Untagged = "untagged",
-        TagTooLarge = "tag_too_large",
-        MapFull = "map_full",
-        Failed = "failed",
-        Attached = "attached",
-        AttachFailed = "attach_failed",
+        Entered = "entered": "marked: {flow|flows}",
+        Removed = "removed": "no longer marked: {flow|flows}",
+        Ipv4 = "ipv4": "not marked: IPv4 {flow|flows}",
+        PortUnknown = "port_unknown": "not marked: {flow|flows} with port 0",
+        Untagged = "untagged": "not marked: untagged {flow|flows}",
+        TagTooLarge = "tag_too_large": "not marked: {flow|flows} with ids that do not fit",
+        MapFull = "map_full": "not marked: {flow|flows} because the map is full",
+        Failed = "failed": "not marked: {flow|flows} because the map could not be written",
+        Attached = "attached": "attached to {interface|interfaces}",
+        AttachFailed = "attach_failed": "failed to attach {time|times}",
     }
 }
 
@@ -52,16 +53,27 @@ pub struct Marker {
     local: HashSet<IpAddr>,
     attached: HashMap<u32, Interface>,
     changes: interfaces::Changes,
-    /// With `matchAll`: the flow whose tag all packets get.
-    all: Option<Flow>,
+    /// With `matchAll`: the flow whose tag all packets carry.
+    match_all_flow: Option<Flow>,
     counters: Outcomes<Outcome>,
-    /// How many interfaces it is attached to.
-    interfaces: IntGauge,
+    /// The number of interfaces that the program is attached to.
+    interface_count: IntGauge,
     handover: Handover,
-    trouble: LogLimit,
+    unmarked_log: LogLimit,
 }
 
-/// What reads the maps of the marker, from any thread.
+fn program_settings(config: &config::Marker) -> marker::Settings {
+    marker::Settings {
+        bpf_fs_path: config.bpf_fs_path.clone(),
+        program_path: config.program_path.clone(),
+        strategy: config.strategy,
+        match_all: config.match_all,
+        debug: config.debug,
+        priority: config.priority,
+    }
+}
+
+/// Returns a function that reads the maps of the marker, from any thread.
 pub fn read_marks(config: &config::Marker) -> ReadMarks {
     let bpffs = config.bpf_fs_path.clone();
     Arc::new(move || {
@@ -73,7 +85,7 @@ pub fn read_marks(config: &config::Marker) -> ReadMarks {
             marked.packets += packets;
             marked.bytes += bytes;
         };
-        // First those of closed flows: one that closes meanwhile is missing once, not counted twice.
+        // Totals of ended flows come first: a flow that ends in between is missing once instead of counted twice.
         for (tag, total) in maps.totals() {
             add(tag, total.packets, total.bytes);
         }
@@ -92,8 +104,8 @@ pub fn read_marks(config: &config::Marker) -> ReadMarks {
 }
 
 impl Marker {
-    /// Loads the program and looks for the interfaces. Nothing is attached before the flows that are
-    /// open are in the map: see [`Backend::restore`].
+    /// Loads the program and checks that the configured interfaces exist. [`Backend::restore`] attaches it, once
+    /// the open flows are in the map.
     pub fn new(
         config: &config::Marker,
         max_flows: usize,
@@ -108,14 +120,14 @@ impl Marker {
                 .iter()
                 .find(|name| !found.iter().any(|i| i.name == **name))
         {
-            let known: Vec<&str> = found.iter().map(|i| i.name.as_str()).collect();
+            let existing: Vec<&str> = found.iter().map(|i| i.name.as_str()).collect();
             let message = format!(
-                "interface {unknown} (backends.marker.targetInterfaces) is not there; there are {}",
-                known.join(", ")
+                "interface {unknown} (backends.marker.targetInterfaces) does not exist, expected one of {}",
+                existing.join(", ")
             );
             return Err(Error::Failed(message));
         }
-        let program = Program::load(config, max_flows, labeller.key())?;
+        let program = Program::load(&program_settings(config), max_flows, labeller.key())?;
         Ok(Marker {
             config: config.clone(),
             program,
@@ -123,40 +135,40 @@ impl Marker {
             local,
             attached: HashMap::new(),
             changes,
-            all: None,
+            match_all_flow: None,
             counters: metrics.backend(NAME),
-            interfaces: metrics.marker_interfaces.clone(),
+            interface_count: metrics.marker_interfaces.clone(),
             handover,
-            trouble: LogLimit::new(Level::Warn, "marker: flows not marked"),
+            unmarked_log: LogLimit::new(Level::Warn, "marker: flows not marked"),
         })
     }
 
-    /// Attaches to interfaces that are wanted and new, and forgets those that are gone.
-    fn follow_interfaces(&mut self) -> io::Result<()> {
+    /// Attaches to new interfaces, and again where the filter was removed; forgets interfaces that no longer exist.
+    fn update_interfaces(&mut self) -> io::Result<()> {
         let (found, local) = interfaces::list()?;
         self.local = local;
-        let wanted = |interface: &Interface| match &self.config.interfaces {
+        let is_wanted = |interface: &Interface| match &self.config.interfaces {
             Some(names) => names.contains(&interface.name),
             None => interface.global_ipv6,
         };
         self.attached.retain(|index, old| {
             if !found.iter().any(|i| i.index == *index) {
-                log::info!("marker: {} is gone", old.name);
+                log::info!("marker: interface {} was removed", old.name);
                 return false;
             }
-            // Others who remove a clsact qdisc remove our filter with it: flowd-go does when it stops.
-            let gone = our_filters(*index).is_ok_and(|filters| filters.is_empty());
-            if gone {
+            // Our filter is removed together with its clsact qdisc: flowd-go does that when it stops.
+            let is_removed = our_filters(*index).is_ok_and(|filters| filters.is_empty());
+            if is_removed {
                 log::warn!(
-                    "marker: the filter on {} was removed, attaching again",
+                    "marker: the filter on {} was removed; attaching it again",
                     old.name
                 );
             }
-            !gone
+            !is_removed
         });
         let mut result = Ok(());
-        self.interfaces.set(self.attached.len() as i64);
-        for interface in found.iter().filter(|i| wanted(i)) {
+        self.interface_count.set(self.attached.len() as i64);
+        for interface in found.iter().filter(|i| is_wanted(i)) {
             if self.attached.contains_key(&interface.index) {
                 continue;
             }
@@ -165,7 +177,7 @@ impl Marker {
                     log::info!("marker: attached to {}", interface.name);
                     self.counters.add(Outcome::Attached);
                     self.attached.insert(interface.index, interface.clone());
-                    self.interfaces.set(self.attached.len() as i64);
+                    self.interface_count.set(self.attached.len() as i64);
                 }
                 Err(error) => {
                     self.counters.add(Outcome::AttachFailed);
@@ -176,7 +188,7 @@ impl Marker {
         result
     }
 
-    /// The entry of a flow, or why it has none.
+    /// The map entry of a flow, or why the flow is not marked.
     fn entry(&self, flow: &Flow, tag: Tag) -> std::result::Result<(Key, Mark), Outcome> {
         let outgoing = interfaces::outgoing(flow, &self.local);
         let key = Key::new(&outgoing).ok_or(Outcome::Ipv4)?;
@@ -205,29 +217,30 @@ impl Marker {
         let outcome = match self.entry(flow, tag) {
             Ok((key, mark)) => match self.program.maps.enter(&key, mark) {
                 Ok(Entered::Done) => {
-                    self.all = Some(*flow);
+                    self.match_all_flow = Some(*flow);
                     Outcome::Entered
                 }
                 Ok(Entered::Full) => Outcome::MapFull,
                 Err(error) => {
-                    self.trouble
-                        .log(Instant::now(), || format!("marker: {flow}: {error}"));
+                    self.unmarked_log.log(Instant::now(), || {
+                        format!("marker: {flow}: not marked: {error}")
+                    });
                     Outcome::Failed
                 }
             },
-            Err(why) => {
-                // A retagged flow may have an entry of its former tag.
+            Err(reason) => {
+                // A retagged flow may have an entry with its former tag.
                 self.remove(flow);
-                why
+                reason
             }
         };
         self.counters.add(outcome);
         match outcome {
-            Outcome::TagTooLarge => self.trouble.log(Instant::now(), || {
-                format!("marker: {flow}: tag {tag} does not fit in a flow label (511/63 at most), not marked")
+            Outcome::TagTooLarge => self.unmarked_log.log(Instant::now(), || {
+                format!("marker: {flow}: not marked: tag {tag} does not fit in a flow label (at most 511/63)")
             }),
-            Outcome::MapFull => self.trouble.log(Instant::now(), || {
-                format!("marker: {flow}: the map is full, not marked (flows.maxFlows)")
+            Outcome::MapFull => self.unmarked_log.log(Instant::now(), || {
+                format!("marker: {flow}: not marked: the map is full (flows.maxFlows)")
             }),
             Outcome::Ipv4 | Outcome::PortUnknown | Outcome::Untagged => log::debug!("marker: {flow}: not marked: {outcome:?}"),
             _ => {}
@@ -236,9 +249,9 @@ impl Marker {
 
     fn remove(&mut self, flow: &Flow) {
         let removed = if self.config.match_all {
-            self.all == Some(*flow) && self.program.maps.remove(&Key::ALL)
+            self.match_all_flow == Some(*flow) && self.program.maps.remove(&Key::ALL)
         } else {
-            // Whichever way round it was entered: addresses may have come and gone since.
+            // Its direction in the map may differ from now: addresses of this host may have changed since.
             [*flow, flow.reversed()]
                 .iter()
                 .filter_map(Key::new)
@@ -249,14 +262,14 @@ impl Marker {
         }
     }
 
-    /// With a tag of its own for all packets, flows say nothing.
-    fn take(&mut self, event: &FlowEvent) {
+    /// Applies an event to the map. If a tag for all packets is configured, flow events are ignored.
+    fn apply(&mut self, event: &FlowEvent) {
         if self.config.all.is_some() {
             return;
         }
         match event.state {
             State::Start => self.enter(&event.flow, event.tag()),
-            // News can open a flow, too.
+            // An `ongoing` event can open a flow as well.
             State::Ongoing => {
                 let entry = self.entry(&event.flow, event.tag());
                 if entry.is_ok_and(|(key, _)| self.program.maps.get(&key).is_none()) {
@@ -274,7 +287,7 @@ impl Backend for Marker {
         NAME
     }
 
-    /// The map first, then the filter: what the former daemon's filter marks stays marked throughout.
+    /// Fills the map before it attaches the filter: flows that the former daemon's filter marks stay marked throughout.
     fn restore(&mut self, table: &FlowTable) -> Result<()> {
         let mut wanted = HashSet::new();
         if let Some(tag) = self.config.all {
@@ -305,15 +318,14 @@ impl Backend for Marker {
         for key in &stale {
             self.program.maps.remove(key);
         }
-        if !stale.is_empty() {
-            log::info!(
-                "marker: removed {} marks of flows that are not open",
-                stale.len()
-            );
+        match stale.len() {
+            0 => {}
+            1 => log::info!("marker: removed the mark of 1 flow that is not open"),
+            count => log::info!("marker: removed the marks of {count} flows that are not open"),
         }
         let attach = |marker: &mut Marker| {
-            marker.follow_interfaces()?;
-            // Interfaces that the configuration named when the daemon last ran.
+            marker.update_interfaces()?;
+            // A former configuration may have named other interfaces.
             let (found, _) = interfaces::list()?;
             for interface in found
                 .iter()
@@ -336,38 +348,38 @@ impl Backend for Marker {
             select! {
                 recv(events) -> event => {
                     let Ok(event) = event else { break };
-                    self.take(&event);
-                    for event in events.try_iter().take(BATCH) {
-                        self.take(&event);
+                    self.apply(&event);
+                    for event in events.try_iter().take(MAX_EVENTS_PER_TURN) {
+                        self.apply(&event);
                     }
                 }
                 recv(changes) -> change => {
                     if change.is_err() {
                         changes = never();
                     }
-                    if let Err(error) = self.follow_interfaces() {
+                    if let Err(error) = self.update_interfaces() {
                         log::error!("marker: {error}");
                     }
                 }
-                recv(ticks) -> _ => self.trouble.tick(Instant::now()),
+                recv(ticks) -> _ => self.unmarked_log.tick(Instant::now()),
             }
         }
-        self.trouble.flush();
+        self.unmarked_log.flush();
         Ok(())
     }
 }
 
-/// Whichever way the daemon ends in good order, or fails to start: nothing of ours stays behind.
+/// Removes the filters and the maps when the backend ends or fails to start.
 impl Drop for Marker {
     fn drop(&mut self) {
         if self.config.keep_on_exit || self.handover.is_begun() {
             return;
         }
         if let Err(error) = self.program.maps.detach_all(self.config.remove_qdisc) {
-            log::warn!("marker: cannot be detached: {error}");
+            log::warn!("marker: cannot detach: {error}");
         }
         if let Err(error) = self.program.maps.unpin() {
-            log::warn!("marker: the pinned maps cannot be removed: {error}");
+            log::warn!("marker: cannot remove the pinned maps: {error}");
         }
     }
 }

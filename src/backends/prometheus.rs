@@ -1,10 +1,10 @@
-//! The prometheus backend: `/metrics`, with what is known of the sockets of open flows, sums by experiment
-//! and activity, and the daemon's own counters.
+//! The prometheus backend: `/metrics`, with socket statistics of open flows, sums by experiment and activity, and
+//! the daemon's own counters.
 //!
-//! One thread takes events into the store. Each endpoint has a thread of its own, which asks it for a
-//! snapshot a scrape: a client that is slow, or a page that is long, holds up neither events nor the other
-//! endpoints.
+//! One thread applies events to the store. Each endpoint has its own thread, which requests a snapshot of the store for
+//! each scrape: neither a slow client nor a long page delays events or other endpoints.
 
+pub mod exposition;
 mod families;
 mod page;
 mod store;
@@ -23,16 +23,17 @@ use jiff::Timestamp;
 use log::Level;
 
 use super::{Backend, with_socket};
+use crate::backends::prometheus::exposition::Format;
 use crate::config;
+use crate::control::routes::method_not_allowed;
+use crate::dispatcher::flow_table::FlowTable;
 use crate::error::{Context, Error, Result};
-use crate::exposition::Format;
-use crate::flow::{Effect, FlowEvent, State, Tag};
-use crate::flow_table::FlowTable;
+use crate::event::{Effect, FlowEvent, State};
+use crate::flow::Tag;
 use crate::http::{Body, Handler, Listener, Request, Response, Server, problem};
-use crate::log_limit::LogLimit;
+use crate::logging::LogLimit;
 use crate::metrics::Metrics;
-use crate::registry::Handle;
-use crate::routes::method_not_allowed;
+use crate::registry::SharedRegistry;
 use crate::sys::interfaces::LocalAddresses;
 use crate::sys::sock_diag::Dump;
 use crate::sys::stop::{Stop, stop};
@@ -42,57 +43,57 @@ pub use page::{Page, Source};
 pub use store::{Snapshot, Store};
 
 const NAME: &str = "prometheus";
-/// Scrapes that may be on their way at once on an endpoint: each holds what it shows.
-const SCRAPES: usize = 8;
-/// How long the backend may take to answer a scrape.
-const PATIENCE: Duration = Duration::from_millis(900);
-const TICK: Duration = Duration::from_secs(1);
-/// Events in a row before a scrape has its turn.
-const BATCH: usize = 512;
+/// How many scrapes of an endpoint may be in progress at once: each holds a snapshot in memory.
+const MAX_SCRAPES: usize = 8;
+/// How long a request for a snapshot, and its answer, may take.
+const SNAPSHOT_TIMEOUT: Duration = Duration::from_millis(900);
+const TICK_INTERVAL: Duration = Duration::from_secs(1);
+/// Events handled in a row before requests for snapshots are answered.
+const MAX_EVENTS_PER_TURN: usize = 512;
 
-/// What the marker has counted.
+/// The marker's counters.
 #[derive(Clone, Debug, Default)]
 pub struct Marks {
-    /// By tag, of flows open or not.
+    /// By tag, over open and ended flows.
     pub by_tag: Vec<(Tag, Marked)>,
-    /// Packets that went out unmarked, with the reason.
+    /// Packets of known flows that were sent unmarked, by reason.
     pub unmarked: Vec<(&'static str, u64)>,
-    /// Entries of the map.
+    /// Number of entries in the map.
     pub entries: usize,
-    /// Room in the map.
+    /// Maximum number of entries of the map.
     pub capacity: usize,
 }
 
-/// Packets and bytes marked.
+/// Marked packets and bytes.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Marked {
-    /// Packets as they go over the wire.
+    /// Packets as sent over the wire.
     pub packets: u64,
     /// Bytes of frames.
     pub bytes: u64,
 }
 
-/// Reads the marker's maps.
+/// Reads the marker's maps; `None` if they do not exist.
 pub type ReadMarks = Arc<dyn Fn() -> Option<Marks> + Send + Sync>;
 
 /// The backend, with its sockets bound.
 pub struct Prometheus {
     endpoints: Vec<(SocketAddr, Source, Server)>,
     store: Store,
-    registry: Handle,
+    registry: SharedRegistry,
     metrics: Metrics,
     marks: Option<ReadMarks>,
     local: LocalAddresses,
     /// `None` on a kernel without `sock_diag`.
     sockets: Option<Dump>,
-    trouble: LogLimit,
+    lookup_failure_log: LogLimit,
 }
 
 impl Prometheus {
     /// Binds the endpoints.
     pub fn new(
         config: &config::Prometheus,
-        registry: &Handle,
+        registry: &SharedRegistry,
         marks: Option<ReadMarks>,
         metrics: &Metrics,
     ) -> Result<Prometheus> {
@@ -109,58 +110,58 @@ impl Prometheus {
                 .context(|| format!("TCP {address} (backends.prometheus.bindAddress, {key})"))?;
             endpoints.push((address, source, server));
         }
-        let shown = match config.per_flow {
+        let max_shown = match config.per_flow {
             true => config.max_series / FAMILIES.len(),
             false => 0,
         };
         Ok(Prometheus {
             endpoints,
-            store: Store::new(shown, Timestamp::now()),
+            store: Store::new(max_shown, Timestamp::now()),
             registry: registry.clone(),
             metrics: metrics.clone(),
             marks,
             local: LocalAddresses::watch().context(|| "addresses of this host".to_owned())?,
             sockets: Dump::open().ok(),
-            trouble: LogLimit::new(Level::Warn, "prometheus: failures"),
+            lookup_failure_log: LogLimit::new(Level::Warn, "prometheus: socket lookups failed"),
         })
     }
 
-    fn take(&mut self, event: &FlowEvent) {
-        match self.last_word(event) {
-            Some(event) => self.store.take(&event),
-            None => self.store.take(event),
+    fn apply(&mut self, event: &FlowEvent) {
+        match self.with_final_counts(event) {
+            Some(event) => self.store.apply(&event),
+            None => self.store.apply(event),
         }
     }
 
-    /// An end that nobody has looked at the socket for, with the last counts: those of the last period
-    /// would be missing.
-    fn last_word(&mut self, event: &FlowEvent) -> Option<FlowEvent> {
+    /// Adds the socket's final counts to an end that lacks them: otherwise the counts since the last report would be
+    /// missing.
+    fn with_final_counts(&mut self, event: &FlowEvent) -> Option<FlowEvent> {
         let closed = event.state == State::End && event.effect != Effect::Nothing;
         if !closed || event.netlink.is_some() {
             return None;
         }
         with_socket(event, &self.local, self.sockets.as_mut()?).unwrap_or_else(|error| {
-            let say = || format!("prometheus: sock_diag: {error}");
-            self.trouble.log(Instant::now(), say);
+            let message = || format!("prometheus: sock_diag: {error}");
+            self.lookup_failure_log.log(Instant::now(), message);
             None
         })
     }
 
-    /// Starts a thread for every endpoint; the last one to end closes the channel.
+    /// Starts a thread for every endpoint; the last one to end closes the channel of requests.
     fn serve(
         &mut self,
         stop: &Stop,
-        ask: Sender<Sender<Snapshot>>,
+        requests: Sender<Sender<Snapshot>>,
     ) -> Result<Vec<JoinHandle<Result<()>>>> {
         let start = |(address, source, server): (SocketAddr, Source, Server)| {
             let mut scrapes = Scrapes {
                 source,
-                ask: ask.clone(),
+                requests: requests.clone(),
                 registry: self.registry.clone(),
                 metrics: self.metrics.clone(),
                 marks: self.marks.clone(),
-                marked: HashMap::new(),
-                scrapes: Vec::new(),
+                shown_marks: HashMap::new(),
+                in_progress: Vec::new(),
             };
             let stop = stop.clone();
             let serve = move || {
@@ -170,7 +171,7 @@ impl Prometheus {
             std::thread::Builder::new()
                 .name("metrics".to_owned())
                 .spawn(serve)
-                .context(|| "thread metrics".to_owned())
+                .context(|| "thread metrics (backends.prometheus)".to_owned())
         };
         self.endpoints.drain(..).map(start).collect()
     }
@@ -190,25 +191,25 @@ impl Backend for Prometheus {
 
     fn run(mut self: Box<Self>, events: Receiver<Arc<FlowEvent>>) -> Result<()> {
         let (mut switch, stop) = stop().context(|| "pipe of the stop switch".to_owned())?;
-        let (ask, queries) = bounded::<Sender<Snapshot>>(SCRAPES);
-        let threads = self.serve(&stop, ask)?;
-        let ticks = tick(TICK);
+        let (requests, inbox) = bounded::<Sender<Snapshot>>(MAX_SCRAPES);
+        let threads = self.serve(&stop, requests)?;
+        let ticks = tick(TICK_INTERVAL);
         loop {
             select! {
                 recv(events) -> event => {
                     let Ok(event) = event else { break };
                     self.local.refresh();
-                    self.take(&event);
-                    for event in events.try_iter().take(BATCH) {
-                        self.take(&event);
+                    self.apply(&event);
+                    for event in events.try_iter().take(MAX_EVENTS_PER_TURN) {
+                        self.apply(&event);
                     }
                 }
-                // Who asked may have gone.
-                recv(queries) -> reply => if let Ok(reply) = reply {
+                // The scraper may have timed out: a failed reply is ignored.
+                recv(inbox) -> reply => if let Ok(reply) = reply {
                     let _ = reply.send(self.store.snapshot());
                 },
                 recv(ticks) -> _ => {
-                    self.trouble.tick(Instant::now());
+                    self.lookup_failure_log.tick(Instant::now());
                     if threads.iter().any(JoinHandle::is_finished) {
                         break;
                     }
@@ -216,10 +217,10 @@ impl Backend for Prometheus {
             }
         }
         switch.set();
-        self.trouble.flush();
+        self.lookup_failure_log.flush();
         for thread in threads {
             let ended = thread.join();
-            ended.map_err(|_| Error::Failed("an endpoint's thread panicked".to_owned()))??;
+            ended.map_err(|_| Error::Failed("the thread of an endpoint panicked".to_owned()))??;
         }
         Ok(())
     }
@@ -228,14 +229,14 @@ impl Backend for Prometheus {
 /// Answers the requests to one endpoint.
 struct Scrapes {
     source: Source,
-    ask: Sender<Sender<Snapshot>>,
-    registry: Handle,
+    requests: Sender<Sender<Snapshot>>,
+    registry: SharedRegistry,
     metrics: Metrics,
     marks: Option<ReadMarks>,
-    /// What was last shown: a flow that ends while the maps are read does not make it less.
-    marked: HashMap<Tag, Marked>,
-    /// Those on their way.
-    scrapes: Vec<Weak<()>>,
+    /// The highest counts shown so far: a flow that ends while the maps are read must not decrease them.
+    shown_marks: HashMap<Tag, Marked>,
+    /// One entry per scrape whose page is still being sent.
+    in_progress: Vec<Weak<()>>,
 }
 
 impl Handler for Scrapes {
@@ -257,7 +258,7 @@ impl Handler for Scrapes {
                     b"<!DOCTYPE html><title>flowd-rs</title><p>flowd-rs: <a href=\"/metrics\">metrics</a></p>\n".to_vec(),
                 ),
             },
-            _ => problem(404, "no such route: there are /metrics and /healthz"),
+            _ => problem(404, "no such route, expected /metrics or /healthz"),
         }
     }
 }
@@ -269,14 +270,14 @@ fn busy() -> Response {
 impl Scrapes {
     fn snapshot(&self) -> Option<Snapshot> {
         let (reply, answer) = bounded(1);
-        self.ask.send_timeout(reply, PATIENCE).ok()?;
-        answer.recv_timeout(PATIENCE).ok()
+        self.requests.send_timeout(reply, SNAPSHOT_TIMEOUT).ok()?;
+        answer.recv_timeout(SNAPSHOT_TIMEOUT).ok()
     }
 
     fn metrics(&mut self, request: &Request) -> Response {
-        self.scrapes.retain(|scrape| scrape.strong_count() > 0);
-        if self.scrapes.len() >= SCRAPES {
-            return problem(503, "8 scrapes are on their way already");
+        self.in_progress.retain(|scrape| scrape.strong_count() > 0);
+        if self.in_progress.len() >= MAX_SCRAPES {
+            return problem(503, "8 scrapes are already in progress");
         }
         let Some(snapshot) = self.snapshot() else {
             return busy();
@@ -291,10 +292,10 @@ impl Scrapes {
             marks.as_ref(),
             &self.metrics.gather(),
         );
-        let on_its_way = Arc::new(());
-        self.scrapes.push(Arc::downgrade(&on_its_way));
+        let in_progress = Arc::new(());
+        self.in_progress.push(Arc::downgrade(&in_progress));
         let page = page.inspect(move |_| {
-            let _ = &on_its_way;
+            let _ = &in_progress;
         });
         let mut headers = vec![("Vary", "Accept, Accept-Encoding".to_owned())];
         let body: Body = match request.accepts_gzip {
@@ -315,12 +316,12 @@ impl Scrapes {
     fn read_marks(&mut self) -> Option<Marks> {
         let mut marks = self.marks.as_ref()?()?;
         for (tag, marked) in &marks.by_tag {
-            let most = self.marked.entry(*tag).or_default();
-            most.packets = most.packets.max(marked.packets);
-            most.bytes = most.bytes.max(marked.bytes);
+            let shown = self.shown_marks.entry(*tag).or_default();
+            shown.packets = shown.packets.max(marked.packets);
+            shown.bytes = shown.bytes.max(marked.bytes);
         }
         marks.by_tag = self
-            .marked
+            .shown_marks
             .iter()
             .map(|(tag, marked)| (*tag, *marked))
             .collect();

@@ -1,4 +1,4 @@
-//! Asks the running daemon through its control socket.
+//! Queries the running daemon through its control socket.
 
 use std::io::{self, Read, Write};
 use std::os::unix::net::UnixStream;
@@ -7,14 +7,15 @@ use std::time::Duration;
 
 use serde_json::Value;
 
+use super::access;
 use crate::config::{Config, control_socket};
 use crate::error::{Context, Error, Result};
 
-/// How long the daemon may keep silent.
-const PATIENCE: Duration = Duration::from_secs(10);
+/// How long the daemon may send nothing.
+const ANSWER_TIMEOUT: Duration = Duration::from_secs(10);
 
-/// The socket that the command line names, or else the configuration. A configuration that is not
-/// there says nothing, unless it was named.
+/// The control socket: `socket` if given, else that of the configuration file. Without either, the file at the default
+/// path is used if it exists.
 pub fn socket(socket: Option<PathBuf>, config: Option<PathBuf>) -> Result<PathBuf> {
     match (socket, config) {
         (Some(socket), _) => Ok(socket),
@@ -31,34 +32,82 @@ pub fn socket(socket: Option<PathBuf>, config: Option<PathBuf>) -> Result<PathBu
 
 /// The document at `path` of the daemon behind `socket`.
 pub fn get(socket: &Path, path: &str) -> Result<Value> {
+    get_within(ANSWER_TIMEOUT, socket, path)
+}
+
+fn get_within(timeout: Duration, socket: &Path, path: &str) -> Result<Value> {
     let shown = socket.display();
-    let mut stream = UnixStream::connect(socket).map_err(|error| match error.kind() {
-        io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused => {
-            Error::Failed(format!("no daemon listens on {shown} (controlSocket)"))
+    let name = || format!("control socket {shown}");
+    let mut stream = match UnixStream::connect(socket) {
+        Ok(stream) => stream,
+        Err(error) => {
+            return Err(match error.kind() {
+                io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused => {
+                    Error::Failed(format!("no daemon listens on {shown} (controlSocket)"))
+                }
+                io::ErrorKind::PermissionDenied => access::denied(name(), socket),
+                _ => Error::Resource {
+                    resource: name(),
+                    source: error,
+                },
+            });
         }
-        _ => Error::Resource {
-            what: format!("control socket {shown}"),
-            source: error,
-        },
-    })?;
-    let what = || format!("control socket {shown}");
+    };
     // HTTP/1.0: the answer ends with the connection.
     let request = format!("GET {path} HTTP/1.0\r\n\r\n");
     let mut answer = Vec::new();
-    stream
-        .set_read_timeout(Some(PATIENCE))
+    let done = stream
+        .set_read_timeout(Some(timeout))
         .and_then(|()| stream.write_all(request.as_bytes()))
-        .and_then(|()| stream.read_to_end(&mut answer))
-        .context(what)?;
+        .and_then(|()| stream.read_to_end(&mut answer));
+    match done {
+        Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+            let seconds = timeout.as_secs();
+            return Err(Error::Failed(format!(
+                "{}: the daemon did not answer within {seconds} s",
+                name()
+            )));
+        }
+        done => done.context(name)?,
+    };
+    if answer.is_empty() {
+        return Err(Error::Failed(format!(
+            "{}: the daemon closed the connection without an answer",
+            name()
+        )));
+    }
     let end = memchr::memmem::find(&answer, b"\r\n\r\n").map_or(answer.len(), |at| at + 4);
     let (head, body) = answer.split_at(end);
     let document: Value = serde_json::from_slice(body)
-        .map_err(|error| Error::Failed(format!("{}: not JSON: {error}", what())))?;
+        .map_err(|error| Error::Failed(format!("{}: not JSON: {error}", name())))?;
     if head.starts_with(b"HTTP/1.1 200 ") {
         return Ok(document);
     }
     let error = document["error"]
         .as_str()
-        .unwrap_or("an answer that is no error text");
+        .unwrap_or("the daemon refused the request without a reason");
     Err(Error::Failed(error.to_owned()))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::net::UnixListener;
+
+    use super::*;
+
+    #[test]
+    fn a_silent_daemon_is_reported_after_the_timeout() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("control.sock");
+        let listener = UnixListener::bind(&path).unwrap();
+        let error = get_within(Duration::from_secs(1), &path, "/flows").unwrap_err();
+        assert_eq!(
+            error.to_string(),
+            format!(
+                "control socket {}: the daemon did not answer within 1 s",
+                path.display()
+            )
+        );
+        drop(listener);
+    }
 }

@@ -1,4 +1,4 @@
-//! `flowd-rs config`: what a configuration file says, without starting anything.
+//! `flowd-rs config`: checks, converts and shows a configuration file, without starting anything.
 
 use std::io::Write;
 use std::net::SocketAddr;
@@ -7,10 +7,10 @@ use std::path::{Path, PathBuf};
 use argh::{ArgsInfo, FromArgs};
 
 use crate::config::{self, DEFAULT_PATH};
-use crate::error::Result;
+use crate::error::{ConfigError, Result};
 use crate::sys::interfaces;
 
-/// Look at a configuration file.
+/// Check, convert or show a configuration file.
 #[derive(ArgsInfo, FromArgs)]
 #[argh(subcommand, name = "config", help_triggers("-h", "--help", "help"))]
 pub struct Config {
@@ -27,35 +27,40 @@ enum Command {
     Show(Show),
 }
 
-/// Check a configuration file, and say what the daemon would do by it: exit code 0 if it would take it, 2 if not.
+/// Check a configuration file and print what the daemon would do with it.
 #[derive(ArgsInfo, FromArgs)]
-#[argh(subcommand, name = "check", help_triggers("-h", "--help", "help"))]
+#[argh(
+    subcommand,
+    name = "check",
+    help_triggers("-h", "--help", "help"),
+    note = "The exit code is 0 if the file is valid, 2 if not."
+)]
 struct Check {
     /// configuration file (default: /etc/flowd/flowd.cfg)
-    #[argh(option, short = 'c', default = "DEFAULT_PATH.into()")]
+    #[argh(option, short = 'c', arg_name = "file", default = "DEFAULT_PATH.into()")]
     config: PathBuf,
 }
 
-/// Print the YAML that a KEY=value file of flowd means, each line with the key that it comes from.
+/// Print a KEY=value file of flowd as YAML, each line with its original key.
 #[derive(ArgsInfo, FromArgs)]
 #[argh(subcommand, name = "convert", help_triggers("-h", "--help", "help"))]
 struct Convert {
     /// configuration file (default: /etc/flowd/flowd.cfg)
-    #[argh(option, short = 'c', default = "DEFAULT_PATH.into()")]
+    #[argh(option, short = 'c', arg_name = "file", default = "DEFAULT_PATH.into()")]
     config: PathBuf,
 }
 
-/// Print a JSON schema of the YAML, for editors.
+/// Print a JSON schema of the YAML configuration, for editors.
 #[derive(ArgsInfo, FromArgs)]
 #[argh(subcommand, name = "schema", help_triggers("-h", "--help", "help"))]
 struct Schema {}
 
-/// Print the settings in effect as YAML, with every default.
+/// Print the settings in effect as YAML, including every default.
 #[derive(ArgsInfo, FromArgs)]
 #[argh(subcommand, name = "show", help_triggers("-h", "--help", "help"))]
 struct Show {
     /// configuration file (default: /etc/flowd/flowd.cfg)
-    #[argh(option, short = 'c', default = "DEFAULT_PATH.into()")]
+    #[argh(option, short = 'c', arg_name = "file", default = "DEFAULT_PATH.into()")]
     config: PathBuf,
 }
 
@@ -64,30 +69,30 @@ impl Config {
         let text = match self.command {
             Command::Check(check) => {
                 let config = load(&check.config)?;
-                format!("{}: good\n{}", check.config.display(), describe(&config))
+                format!("{}: valid\n{}", check.config.display(), describe(&config))
             }
             Command::Convert(convert) => {
-                config::Config::converted(&convert.config).inspect_err(excerpt)?
+                config::Config::convert_file(&convert.config).inspect_err(print_excerpt)?
             }
             Command::Schema(_) => format!("{:#}\n", config::schema()),
             Command::Show(show) => load(&show.config)?.to_yaml(),
         };
-        // A reader that has seen enough (head, less) closes the pipe.
+        // The reader (head, less) may close the pipe early.
         let _ = std::io::stdout().write_all(text.as_bytes());
         Ok(())
     }
 }
 
 fn load(path: &Path) -> Result<config::Config> {
-    Ok(config::Config::load(path).inspect_err(excerpt)?)
+    Ok(config::Config::load(path).inspect_err(print_excerpt)?)
 }
 
-/// The line and the place in it; the error itself comes after.
-fn excerpt(error: &config::ConfigError) {
+/// Prints the line of the error with a caret; `main` prints the error itself.
+fn print_excerpt(error: &ConfigError) {
     eprint!("{}", error.excerpt());
 }
 
-/// What the daemon would do.
+/// What the daemon would do with this configuration, one `name: value` per line.
 fn describe(config: &config::Config) -> String {
     let mut lines = vec![
         ("plugins", config.plugin_names().join(", ")),
@@ -98,8 +103,8 @@ fn describe(config: &config::Config) -> String {
         let path = pipe.path.display();
         lines.push(("named pipe", format!("{path}, mode {:04o}", pipe.mode)));
     }
-    for (protocol, address, what) in listeners(config) {
-        lines.push(("listens on", format!("{protocol} {address} ({what})")));
+    for (protocol, address, key) in listeners(config) {
+        lines.push(("listens on", format!("{protocol} {address} ({key})")));
     }
     if let Some((path, mode)) = config.api.as_ref().and_then(|api| api.unix_socket.as_ref()) {
         lines.push((
@@ -143,12 +148,13 @@ fn describe(config: &config::Config) -> String {
             .map(|warning| ("warning", warning.clone())),
     );
     lines.extend(config.notes.iter().map(|note| ("note", note.clone())));
-    let lines = lines.into_iter().filter(|(_, what)| !what.is_empty());
+    let lines = lines.into_iter().filter(|(_, value)| !value.is_empty());
     lines
-        .map(|(name, what)| format!("{:<12}{what}\n", format!("{name}:")))
+        .map(|(name, value)| format!("{:<12}{value}\n", format!("{name}:")))
         .collect()
 }
 
+/// Protocol, address and configuration key of each socket that listens on the network.
 fn listeners(config: &config::Config) -> Vec<(&'static str, SocketAddr, &'static str)> {
     let mut listeners = Vec::new();
     if let Some(plugin) = &config.firefly_plugin {
@@ -164,15 +170,15 @@ fn listeners(config: &config::Config) -> Vec<(&'static str, SocketAddr, &'static
     listeners
 }
 
-/// Those that are there, and those that are not.
+/// The interfaces whose packets would be marked; configured ones that do not exist are shown as such.
 fn marked_interfaces(marker: &config::Marker) -> String {
     let (found, _) = interfaces::list().unwrap_or_default();
     match &marker.interfaces {
         Some(names) => {
-            let there = |name: &String| found.iter().any(|interface| interface.name == *name);
-            let shown = names.iter().map(|name| match there(name) {
+            let exists = |name: &String| found.iter().any(|interface| interface.name == *name);
+            let shown = names.iter().map(|name| match exists(name) {
                 true => name.clone(),
-                false => format!("{name} (which is not there)"),
+                false => format!("{name} (no such interface)"),
             });
             shown.collect::<Vec<_>>().join(", ")
         }
@@ -189,6 +195,7 @@ fn marked_interfaces(marker: &config::Marker) -> String {
     }
 }
 
+/// What the configuration needs beyond the rights of an ordinary user.
 fn privileges(config: &config::Config) -> Vec<String> {
     let mut needs = Vec::new();
     let bpf = config.bpf_users();
@@ -199,12 +206,12 @@ fn privileges(config: &config::Config) -> Vec<String> {
         ));
     }
     if config.firefly_plugin.is_some() && bpf.is_empty() {
-        needs.push("CAP_NET_ADMIN for a receive buffer beyond net.core.rmem_max; works without (plugins.firefly)".to_owned());
+        needs.push("CAP_NET_ADMIN for a receive buffer larger than net.core.rmem_max; optional (plugins.firefly)".to_owned());
     }
-    for (_, address, what) in listeners(config) {
+    for (_, address, key) in listeners(config) {
         if address.port() < 1024 {
             needs.push(format!(
-                "CAP_NET_BIND_SERVICE for port {} ({what})",
+                "CAP_NET_BIND_SERVICE for port {} ({key})",
                 address.port()
             ));
         }

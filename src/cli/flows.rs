@@ -1,4 +1,4 @@
-//! `flowd-rs flows`: what is open, as a table.
+//! `flowd-rs flows`: the open flows, as a table.
 
 use std::cmp::Ordering;
 use std::io::{IsTerminal, Write, stdout};
@@ -14,18 +14,19 @@ use terminal_size::{Width, terminal_size};
 use super::client;
 use crate::error::{Error, Result};
 
-const WATCH: Duration = Duration::from_secs(2);
+const WATCH_INTERVAL: Duration = Duration::from_secs(2);
 
-/// Print the open flows of the running daemon.
+/// List the open flows of the running daemon.
 #[derive(ArgsInfo, FromArgs)]
 #[argh(subcommand, name = "flows", help_triggers("-h", "--help", "help"))]
 pub struct Flows {
-    /// configuration file, for its controlSocket (default: /etc/flowd/flowd.cfg)
-    #[argh(option, short = 'c')]
+    /// configuration file that names the control socket (default:
+    /// /etc/flowd/flowd.cfg)
+    #[argh(option, short = 'c', arg_name = "file")]
     config: Option<PathBuf>,
 
     /// control socket of the daemon
-    #[argh(option)]
+    #[argh(option, arg_name = "path")]
     socket: Option<PathBuf>,
 
     /// only flows of this experiment, by name or id
@@ -36,15 +37,15 @@ pub struct Flows {
     #[argh(option)]
     address: Option<String>,
 
-    /// age, experiment, source or destination (default: age, the oldest first)
-    #[argh(option, default = "Sort::Age", from_str_fn(sort))]
+    /// age, experiment, source or destination (default: age, oldest first)
+    #[argh(option, arg_name = "key", default = "Sort::Age", from_str_fn(sort))]
     sort: Sort,
 
     /// print JSON
     #[argh(switch)]
     json: bool,
 
-    /// print again every two seconds, until Ctrl-C
+    /// print the flows again every two seconds, until Ctrl-C
     #[argh(switch)]
     watch: bool,
 }
@@ -62,7 +63,10 @@ fn sort(word: &str) -> std::result::Result<Sort, String> {
         "experiment" => Ok(Sort::Experiment),
         "source" => Ok(Sort::Source),
         "destination" => Ok(Sort::Destination),
-        _ => Err("expected age, experiment, source or destination".to_owned()),
+        _ => Err(format!(
+            "\"{}\" is not a sort key, expected age, experiment, source or destination",
+            word.escape_debug()
+        )),
     }
 }
 
@@ -79,7 +83,7 @@ impl Flows {
         loop {
             let mut document = client::get(&socket, &path)?;
             let Some(flows) = document["flows"].as_array_mut() else {
-                return Err(Error::Failed("the answer has no flows in it".to_owned()));
+                return Err(Error::Failed("the answer of the daemon has no list of flows".to_owned()));
             };
             flows.sort_by(|a, b| self.compare(a, b));
             let text = match self.json {
@@ -91,13 +95,13 @@ impl Flows {
             } else {
                 ""
             };
-            // A reader that has seen enough (head, less) closes the pipe.
+            // The reader (head, less) may close the pipe early.
             let mut out = stdout().lock();
             let shown = write!(out, "{clear}{text}").and_then(|()| out.flush());
             if !self.watch || shown.is_err() {
                 return Ok(());
             }
-            sleep(WATCH);
+            sleep(WATCH_INTERVAL);
         }
     }
 
@@ -184,8 +188,8 @@ fn widths(lines: &[Vec<String>]) -> Vec<usize> {
         .collect()
 }
 
-/// Pads the columns and cuts the lines.
-fn layout(lines: &[Vec<String>], widths: &[usize], most: usize) -> String {
+/// Pads the columns to `widths` and cuts lines longer than `max_width`.
+fn layout(lines: &[Vec<String>], widths: &[usize], max_width: usize) -> String {
     let mut text = String::new();
     for cells in lines {
         let mut line = String::new();
@@ -193,8 +197,8 @@ fn layout(lines: &[Vec<String>], widths: &[usize], most: usize) -> String {
             line += &format!("{cell:width$}  ");
         }
         let line = line.trim_end();
-        if line.chars().count() > most {
-            text.extend(line.chars().take(most.saturating_sub(1)));
+        if line.chars().count() > max_width {
+            text.extend(line.chars().take(max_width.saturating_sub(1)));
             text.push('…');
         } else {
             text += line;
@@ -248,17 +252,17 @@ mod tests {
         json!({
             "state": "start", "protocol": "tcp", "src-ip": "2001:db8:1111:2222:3333:4444:5555:6666",
             "src-port": 65535, "dst-ip": "2001:db8:1111:2222:3333:4444:5555:7777", "dst-port": 1094,
-            "experiment": "atlas", "activity": "Data Consolidation", "age": 185.2, "origin": "named_pipe", "label": label,
+            "experiment": "atlas", "activity": "Data Consolidation", "age": 185.2, "origin": "namedPipe", "label": label,
         })
     }
 
     #[test]
-    fn a_line_a_flow_where_there_is_room() {
+    fn a_wide_table_has_one_line_per_flow() {
         let text = table(&[flow(json!(65612)), flow(json!(null))], None);
         let lines: Vec<&str> = text.lines().collect();
         assert_eq!(lines.len(), 4);
         assert!(
-            lines[1].ends_with("  atlas       Data Consolidation  3m05s  named_pipe  0x1004c"),
+            lines[1].ends_with("  atlas       Data Consolidation  3m05s  namedPipe  0x1004c"),
             "{text}"
         );
         assert!(lines[2].ends_with("  -"));
@@ -274,7 +278,7 @@ mod tests {
     const IP_TABLE_WIDTH: usize = 100;
 
     #[test]
-    fn nothing_is_wider_than_the_terminal() {
+    fn no_line_is_wider_than_the_terminal() {
         for width in [20, 80, 100, 120, 200] {
             let text = table(&[flow(json!(65612))], Some(width));
             assert!(

@@ -1,52 +1,80 @@
-//! `flowd-rs listen`: prints the fireflies that arrive.
+//! `flowd-rs listen`: prints incoming fireflies.
 
-use std::io::Write;
+use std::io::{self, Write};
 use std::net::{IpAddr, Ipv6Addr, SocketAddr, UdpSocket};
 
 use argh::{ArgsInfo, FromArgs};
 use jiff::Timestamp;
 
-use crate::error::{Context, Result};
+use crate::error::{Context, Error, Result};
+use crate::event::{FlowEvent, State};
 use crate::firefly::{self, PORT};
-use crate::flow::{FlowEvent, State, Usage};
-use crate::log_limit::quote;
+use crate::flow::Usage;
+use crate::logging::quote;
 use crate::registry::Registry;
 
-/// Print incoming fireflies, one line each: time, host, state, flow, experiment and activity,
-/// application, bytes.
+/// Print incoming fireflies, one per line.
 #[derive(ArgsInfo, FromArgs)]
-#[argh(subcommand, name = "listen", help_triggers("-h", "--help", "help"))]
+#[argh(
+    subcommand,
+    name = "listen",
+    help_triggers("-h", "--help", "help"),
+    note = "A line has: time, host, state, flow, experiment and activity, application,\nduration, bytes. Datagrams that are not fireflies are reported on standard\nerror."
+)]
 pub struct Listen {
     /// UDP port (default: 10514)
-    #[argh(option, default = "PORT")]
+    #[argh(option, default = "PORT", from_str_fn(port))]
     port: u16,
 
     /// address to listen on (default: all, IPv4 and IPv6)
-    #[argh(option, default = "Ipv6Addr::UNSPECIFIED.into()")]
+    #[argh(
+        option,
+        default = "Ipv6Addr::UNSPECIFIED.into()",
+        from_str_fn(address)
+    )]
     address: IpAddr,
 
-    /// print the JSON as it came instead
+    /// print the JSON object as received instead
     #[argh(switch)]
     json: bool,
 }
 
+fn port(word: &str) -> std::result::Result<u16, String> {
+    let port = word.parse().ok().filter(|&port| port != 0);
+    port.ok_or_else(|| {
+        format!(
+            "\"{}\" is not a port, expected 1 to 65535",
+            word.escape_debug()
+        )
+    })
+}
+
+fn address(word: &str) -> std::result::Result<IpAddr, String> {
+    word.parse().map_err(|_| {
+        format!(
+            "\"{}\" is not an IPv4 or IPv6 address",
+            word.escape_debug()
+        )
+    })
+}
+
 impl Listen {
     pub fn run(self) -> Result<()> {
-        let here = SocketAddr::new(self.address, self.port);
-        let socket = UdpSocket::bind(here).context(|| format!("UDP {here}"))?;
-        let registry = super::registry::known(None);
+        let local = SocketAddr::new(self.address, self.port);
+        let socket = UdpSocket::bind(local).map_err(|error| bind_error(local, error))?;
+        let registry = super::registry::load(None);
         let mut datagram = vec![0; 65536];
         loop {
             let (length, from) = socket
                 .recv_from(&mut datagram)
-                .context(|| format!("UDP {here}"))?;
+                .context(|| format!("UDP {local}"))?;
             let datagram = &datagram[..length];
             let now = Timestamp::now();
             let line = match firefly::decode(datagram, now) {
                 Ok(_) if self.json => json(datagram),
                 Ok(event) => {
                     let sender = from.ip().to_canonical().to_string();
-                    let host = firefly::sender(datagram).unwrap_or(&sender);
+                    let host = firefly::syslog_hostname(datagram).unwrap_or(&sender);
                     describe(&event, host, now, &registry)
                 }
                 Err(error) => {
@@ -64,7 +92,19 @@ impl Listen {
     }
 }
 
-/// The JSON object, without header and tail.
+fn bind_error(local: SocketAddr, error: io::Error) -> Error {
+    match error.kind() {
+        io::ErrorKind::AddrInUse => Error::Failed(format!(
+            "UDP {local}: the port is in use, probably by the firefly plugin of a running daemon (plugins.firefly): use --port"
+        )),
+        _ => Error::Resource {
+            resource: format!("UDP {local}"),
+            source: error,
+        },
+    }
+}
+
+/// The JSON object, without the syslog header before it and anything after it.
 fn json(datagram: &[u8]) -> String {
     let begin = memchr::memchr(b'{', datagram).unwrap_or(0);
     let end = memchr::memrchr(b'}', datagram).map_or(datagram.len(), |at| at + 1);
@@ -86,9 +126,9 @@ fn describe(event: &FlowEvent, host: &str, now: Timestamp, registry: &Registry) 
         line += &format!(" after {:.3} s", lasted.as_secs_f64());
     }
     let usage = event.usage.unwrap_or_default();
-    for (what, bytes) in [("sent", usage.sent), ("received", usage.received)] {
+    for (direction, bytes) in [("sent", usage.sent), ("received", usage.received)] {
         if let Some(bytes) = bytes {
-            line += &format!(" {what} {bytes}");
+            line += &format!(" {direction} {bytes}");
         }
     }
     if usage != Usage::default() {

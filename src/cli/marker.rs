@@ -1,8 +1,8 @@
-//! `flowd-rs marker`: what is marked now, and cleaning up after a crash.
+//! `flowd-rs marker`: shows packet marking in the kernel, and cleans up after a daemon that was killed.
 
 use std::collections::BTreeMap;
 use std::io::Write;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use argh::{ArgsInfo, FromArgs};
 
@@ -13,12 +13,12 @@ use crate::sys::interfaces;
 use crate::sys::mark_maps::{Key, Maps, Mark, Total, UNMARKED};
 use crate::sys::marker::{lock, our_filters};
 
-/// Look at packet marking in the kernel, or clean it up.
+/// Show packet marking in the kernel, or clean up after a crash.
 #[derive(ArgsInfo, FromArgs)]
 #[argh(subcommand, name = "marker", help_triggers("-h", "--help", "help"))]
 pub struct Marker {
-    /// where the bpffs is (default: /sys/fs/bpf)
-    #[argh(option, default = "BPF_FS_PATH.into()")]
+    /// mount point of the bpffs (default: /sys/fs/bpf)
+    #[argh(option, arg_name = "path", default = "BPF_FS_PATH.into()")]
     bpf_fs_path: PathBuf,
 
     #[argh(subcommand)]
@@ -32,20 +32,21 @@ enum Command {
     Clean(Clean),
 }
 
-/// Print interfaces, strategy, marked flows with their counts, and sums by tag.
+/// Print interfaces, strategy, marked flows with their counters, and sums by tag.
 #[derive(ArgsInfo, FromArgs)]
 #[argh(subcommand, name = "show", help_triggers("-h", "--help", "help"))]
 struct Show {}
 
-/// Remove filters, pinned maps and, if asked to, clsact qdiscs that a killed daemon left.
+/// Remove the filters and pinned maps that a killed daemon left.
 #[derive(ArgsInfo, FromArgs)]
 #[argh(subcommand, name = "clean", help_triggers("-h", "--help", "help"))]
 struct Clean {
-    /// only this interface; the pinned maps stay
-    #[argh(option)]
+    /// only the filter on this interface; the pinned maps stay
+    #[argh(option, arg_name = "interface")]
     target_interface: Option<String>,
 
-    /// also remove a clsact qdisc that the daemon made and nobody else uses
+    /// also remove a clsact qdisc that the daemon created, unless another
+    /// program uses it
     #[argh(switch)]
     remove_qdisc: bool,
 }
@@ -54,19 +55,19 @@ impl Marker {
     pub fn run(self) -> Result<()> {
         let maps = Maps::pinned(&self.bpf_fs_path)?;
         match self.command {
-            Command::Show(_) => show(maps),
+            Command::Show(_) => show(&self.bpf_fs_path, maps),
             Command::Clean(clean) => {
-                // Under a running daemon's feet nothing is cleaned.
+                // Refuse to clean up while a daemon is running.
                 let _lock = maps.as_ref().map(|_| lock(&self.bpf_fs_path)).transpose()?;
-                clean.run(maps)
+                clean.run(&self.bpf_fs_path, maps)
             }
         }
     }
 }
 
-fn show(maps: Option<Maps>) -> Result<()> {
+fn show(bpffs: &Path, maps: Option<Maps>) -> Result<()> {
     let (found, _) = interfaces::list().context(|| "interfaces of this host".to_owned())?;
-    let registry = super::registry::known(None);
+    let registry = super::registry::load(None);
     let mut out = std::io::stdout().lock();
     let mut attached = Vec::new();
     for interface in &found {
@@ -74,7 +75,7 @@ fn show(maps: Option<Maps>) -> Result<()> {
             attached.push(format!("{} (priority {})", interface.name, filter.priority));
         }
     }
-    // A reader that has seen enough closes the pipe: no error of ours.
+    // The reader (head, less) may close the pipe early: write errors are ignored.
     let _ = writeln!(
         out,
         "interfaces  {}",
@@ -85,7 +86,11 @@ fn show(maps: Option<Maps>) -> Result<()> {
         }
     );
     let Some(maps) = maps else {
-        let _ = writeln!(out, "no maps are pinned: the marker is not running");
+        let _ = writeln!(
+            out,
+            "no pinned maps below {} (--bpf-fs-path): the marker is not running",
+            bpffs.display()
+        );
         return Ok(());
     };
     let strategy = maps.strategy().map_or("unknown", |s| s.as_str());
@@ -93,7 +98,8 @@ fn show(maps: Option<Maps>) -> Result<()> {
     marks.sort_by_key(|(_, mark)| std::cmp::Reverse(mark.bytes));
     let _ = writeln!(out, "strategy    {strategy}\nflows       {}", marks.len());
     for (reason, count) in UNMARKED.iter().zip(maps.unmarked()) {
-        let _ = writeln!(out, "unmarked    {count} packets: {reason}");
+        let plural = if count == 1 { "" } else { "s" };
+        let _ = writeln!(out, "unmarked    {count} packet{plural}: {reason}");
     }
     if !marks.is_empty() {
         let _ = writeln!(
@@ -135,7 +141,7 @@ fn show(maps: Option<Maps>) -> Result<()> {
 }
 
 impl Clean {
-    fn run(self, maps: Option<Maps>) -> Result<()> {
+    fn run(self, bpffs: &Path, maps: Option<Maps>) -> Result<()> {
         let (found, _) = interfaces::list().context(|| "interfaces of this host".to_owned())?;
         let chosen = |name: &str| {
             self.target_interface
@@ -144,16 +150,18 @@ impl Clean {
         };
         if !found.iter().any(|i| chosen(&i.name)) {
             let name = self.target_interface.unwrap_or_default();
-            return Err(Error::Failed(format!("interface {name} is not there")));
+            return Err(Error::Failed(format!("there is no interface {name}")));
         }
         for interface in found.iter().filter(|i| chosen(&i.name)) {
             let filters = our_filters(interface.index).context(|| interface.name.clone())?;
             let Some(maps) = &maps else {
                 if !filters.is_empty() {
+                    let plural = if filters.len() == 1 { "" } else { "s" };
                     println!(
-                        "{}: {} filters of a daemon whose maps are not here (--bpf-fs-path)",
+                        "{}: kept {} filter{plural} of a daemon whose pinned maps are not below {} (--bpf-fs-path)",
                         interface.name,
-                        filters.len()
+                        filters.len(),
+                        bpffs.display()
                     );
                 }
                 continue;

@@ -1,4 +1,4 @@
-//! `flowd-rs prepare`: what the daemon needs and an ordinary user cannot make.
+//! `flowd-rs prepare`: creates what the daemon needs and an ordinary user cannot create.
 
 use std::path::{Path, PathBuf};
 
@@ -11,16 +11,20 @@ use crate::sys::fifo::{self, group_id};
 use crate::sys::marker;
 use crate::sys::ownership::{self, Owner};
 
-/// Make what a configuration needs and only root can: the named pipe, the directory of pinned maps. For the service,
-/// before the daemon starts as an ordinary user.
+/// Create what the daemon needs and only root can create.
 #[derive(ArgsInfo, FromArgs)]
-#[argh(subcommand, name = "prepare", help_triggers("-h", "--help", "help"))]
+#[argh(
+    subcommand,
+    name = "prepare",
+    help_triggers("-h", "--help", "help"),
+    note = "Creates the named pipe and the directory of pinned maps. The systemd unit\nruns this as root, before the daemon starts as an ordinary user."
+)]
 pub struct Prepare {
     /// configuration file (default: /etc/flowd/flowd.cfg)
-    #[argh(option, short = 'c', default = "DEFAULT_PATH.into()")]
+    #[argh(option, short = 'c', arg_name = "file", default = "DEFAULT_PATH.into()")]
     config: PathBuf,
 
-    /// name or id of the user that the daemon runs as (default: flowd)
+    /// the user that the daemon runs as, by name or id (default: flowd)
     #[argh(option, default = "\"flowd\".to_owned()")]
     user: String,
 }
@@ -41,19 +45,20 @@ impl Prepare {
     }
 }
 
-/// Also one that is there gets owner, group and mode: the daemon, once it runs, may not. Where others than root may make
-/// files the daemon does it, and links that lead elsewhere are the administrator's.
+/// Creates the pipe and sets its owner, group and mode, also of an existing one, since the daemon may not. Does nothing
+/// if users other than root can create files on the path, where the daemon creates the pipe itself, or if the path is a
+/// symbolic link, which is left to the administrator.
 fn prepare_pipe(pipe: &config::NamedPipe, owner: Owner) -> Result<()> {
-    let what = || {
+    let name = || {
         let path = pipe.path.display();
         format!("named pipe {path} (plugins.namedPipe.pipePath)")
     };
     let parent = pipe.path.parent().unwrap_or(Path::new(""));
-    let parent = ownership::roots_alone(parent).context(what)?;
-    let (Some(parent), Some(name)) = (parent, pipe.path.file_name()) else {
+    let parent = ownership::ensure_root_only_directory(parent).context(name)?;
+    let (Some(parent), Some(file_name)) = (parent, pipe.path.file_name()) else {
         return Ok(());
     };
-    let path = parent.join(name);
+    let path = parent.join(file_name);
     if path.is_symlink() {
         return Ok(());
     }
@@ -61,19 +66,19 @@ fn prepare_pipe(pipe: &config::NamedPipe, owner: Owner) -> Result<()> {
     let group =
         group.map(|group| group_id(group).context(|| format!("plugins.namedPipe.group {group}")));
     let group = group.transpose()?;
-    if let Some(aside) = fifo::ensure(&path).context(what)?.moved_aside {
+    if let Some(aside) = fifo::ensure(&path).context(name)?.backup {
         report_moved_aside(&path, &aside);
     }
     let owner = Owner {
         group: group.unwrap_or(owner.group),
         ..owner
     };
-    owner.give_fifo(&path, pipe.mode).context(what)
+    owner.chown_fifo(&path, pipe.mode).context(name)
 }
 
 fn report_moved_aside(path: &Path, aside: &Path) {
     eprintln!(
-        "flowd-rs: named pipe {}: a regular file stood in its place, kept as {}",
+        "flowd-rs: named pipe {}: renamed the regular file at this path to {}",
         path.display(),
         aside.display()
     );

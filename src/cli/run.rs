@@ -16,23 +16,24 @@ use crate::error::Result;
 #[argh(subcommand, name = "run", help_triggers("-h", "--help", "help"))]
 pub struct Run {
     /// configuration file (default: /etc/flowd/flowd.cfg)
-    #[argh(option, short = 'c', default = "DEFAULT_PATH.into()")]
+    #[argh(option, short = 'c', arg_name = "file", default = "DEFAULT_PATH.into()")]
     config: PathBuf,
 
-    /// log at level debug, one line a flow event
+    /// the same as --log-level debug: log each flow event
     #[argh(switch, short = 'd')]
     debug: bool,
 
-    /// stay in the foreground, which it does anyway; accepted because flowd has it
+    /// accepted for compatibility with flowd; the daemon always stays in the
+    /// foreground
     #[argh(switch, short = 'f', long = "fg")]
     #[allow(dead_code)]
     foreground: bool,
 
-    /// error, warn, info, debug or trace; stronger than the configuration
-    #[argh(option, from_str_fn(super::log_level))]
+    /// error, warn, info, debug or trace; overrides the configuration file
+    #[argh(option, arg_name = "level", from_str_fn(super::log_level))]
     log_level: Option<LevelFilter>,
 
-    /// put the time in front of each line of the log
+    /// start each line of the log with the time
     #[argh(switch)]
     log_time: bool,
 }

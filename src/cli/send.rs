@@ -1,4 +1,4 @@
-//! `flowd-rs send`: a line for the named pipe, checked.
+//! `flowd-rs send`: checks a line and writes it to the named pipe.
 
 use std::fs::{self, OpenOptions};
 use std::io::{self, Write};
@@ -9,20 +9,21 @@ use argh::{ArgsInfo, FromArgs};
 use jiff::Timestamp;
 use nix::libc;
 
+use super::access;
 use crate::config::{Config, DEFAULT_PATH, PIPE_PATH};
-use crate::error::{Context, Error, Result};
-use crate::pipe_line;
+use crate::error::{Error, Result};
+use crate::plugins::named_pipe::line;
 
-/// Tell the daemon through the named pipe that a transfer starts or ends.
+/// Report the start or end of a transfer through the named pipe.
 #[derive(ArgsInfo, FromArgs)]
 #[argh(subcommand, name = "send", help_triggers("-h", "--help", "help"))]
 pub struct Send {
-    /// configuration file, for its pipePath (default: /etc/flowd/flowd.cfg)
-    #[argh(option, short = 'c')]
+    /// configuration file that names the pipe (default: /etc/flowd/flowd.cfg)
+    #[argh(option, short = 'c', arg_name = "file")]
     config: Option<PathBuf>,
 
     /// the named pipe
-    #[argh(option)]
+    #[argh(option, arg_name = "path")]
     pipe: Option<PathBuf>,
 
     /// start or end
@@ -33,23 +34,23 @@ pub struct Send {
     #[argh(positional)]
     protocol: String,
 
-    /// address, IPv4 or IPv6
+    /// IPv4 or IPv6 address
     #[argh(positional)]
     source: String,
 
     /// port, 1 to 65535
-    #[argh(positional)]
+    #[argh(positional, arg_name = "source-port")]
     source_port: String,
 
-    /// address, IPv4 or IPv6
+    /// IPv4 or IPv6 address
     #[argh(positional)]
     destination: String,
 
     /// port, 1 to 65535
-    #[argh(positional)]
+    #[argh(positional, arg_name = "destination-port")]
     destination_port: String,
 
-    /// experiment and activity, by id or name; an end may go without
+    /// experiment and activity, by id or name; optional for an end
     #[argh(positional, arg_name = "tag")]
     tag: Vec<String>,
 }
@@ -63,16 +64,24 @@ impl Send {
             .write(true)
             .custom_flags(libc::O_NONBLOCK)
             .open(&path)
-            .map_err(|error| complaint(&path, error))?;
-        if !fs::metadata(&path).is_ok_and(|found| found.file_type().is_fifo()) {
+            .map_err(|error| open_error(&path, error))?;
+        if !fs::metadata(&path).is_ok_and(|metadata| metadata.file_type().is_fifo()) {
             return Err(Error::Failed(format!(
-                "{shown} is no named pipe: no daemon reads it"
+                "{shown} is not a named pipe: no daemon reads it"
             )));
         }
-        // Shorter than PIPE_BUF: all of it or nothing.
+        // Shorter than PIPE_BUF: the pipe takes all of it or nothing.
         pipe.write_all(line.as_bytes())
-            .context(|| format!("named pipe {shown}"))?;
-        println!("sent to {shown}, which a daemon reads: {}", line.trim_end());
+            .map_err(|error| match error.kind() {
+                io::ErrorKind::WouldBlock => Error::Failed(format!(
+                    "named pipe {shown} is full: the daemon does not read it fast enough; nothing was sent"
+                )),
+                _ => resource_error(&path, error),
+            })?;
+        println!(
+            "sent to {shown} (a daemon is reading): {}",
+            line.trim_end()
+        );
         Ok(())
     }
 
@@ -100,8 +109,7 @@ impl Send {
             [experiment, activity] => (experiment.as_str(), activity.as_str()),
             [] if self.state.eq_ignore_ascii_case("end") => ("0", "0"),
             _ => {
-                let expected =
-                    "expected an experiment and an activity after the destination's port";
+                let expected = "expected an experiment and an activity after the destination port";
                 return Err(Error::Usage(expected.to_owned()));
             }
         };
@@ -115,12 +123,12 @@ impl Send {
             experiment,
             activity,
         ];
-        // A name may have spaces on the command line; in the line `_` stands for them.
+        // Names may contain spaces on the command line; in the line of the pipe `_` replaces them.
         let line = fields
             .map(|field| field.trim().replace(char::is_whitespace, "_"))
             .join(" ");
-        let registry = super::registry::known(self.config.as_deref());
-        match pipe_line::parse(line.as_bytes(), &registry, Timestamp::now()) {
+        let registry = super::registry::load(self.config.as_deref());
+        match line::parse(line.as_bytes(), &registry, Timestamp::now()) {
             Ok(Some(_)) => Ok(line + "\n"),
             Ok(None) => Err(Error::Usage("nothing to send".to_owned())),
             Err(error) => Err(Error::Usage(error.to_string())),
@@ -128,18 +136,23 @@ impl Send {
     }
 }
 
-fn complaint(path: &Path, error: io::Error) -> Error {
+fn open_error(path: &Path, error: io::Error) -> Error {
     let shown = path.display();
     match error.raw_os_error() {
         Some(libc::ENXIO) => Error::Failed(format!(
-            "nobody reads the named pipe {shown}: no daemon is running"
+            "nothing reads the named pipe {shown}: no daemon is running, or it uses another pipe (plugins.namedPipe.pipePath)"
         )),
         Some(libc::ENOENT) => Error::Failed(format!(
-            "there is no named pipe {shown}: no daemon is running"
+            "there is no named pipe {shown}: no daemon is running, or it uses another pipe (plugins.namedPipe.pipePath)"
         )),
-        _ => Error::Resource {
-            what: format!("named pipe {shown}"),
-            source: error,
-        },
+        Some(libc::EACCES) => access::denied(format!("named pipe {shown}"), path),
+        _ => resource_error(path, error),
+    }
+}
+
+fn resource_error(path: &Path, error: io::Error) -> Error {
+    Error::Resource {
+        resource: format!("named pipe {}", path.display()),
+        source: error,
     }
 }

@@ -1,25 +1,26 @@
-//! `flowd-rs status`: how the running daemon is doing.
+//! `flowd-rs status`: the state of the running daemon.
 
 use std::fmt::Write as _;
 use std::io::Write as _;
 use std::path::PathBuf;
 
 use argh::{ArgsInfo, FromArgs};
-use serde_json::{Map, Value};
+use serde_json::Value;
 
 use super::{client, flows};
 use crate::error::Result;
 
-/// Print how the running daemon is doing: uptime, open flows, counters, queues, last warnings.
+/// Show uptime, counters, queues and warnings of the running daemon.
 #[derive(ArgsInfo, FromArgs)]
 #[argh(subcommand, name = "status", help_triggers("-h", "--help", "help"))]
 pub struct Status {
-    /// configuration file, for its controlSocket (default: /etc/flowd/flowd.cfg)
-    #[argh(option, short = 'c')]
+    /// configuration file that names the control socket (default:
+    /// /etc/flowd/flowd.cfg)
+    #[argh(option, short = 'c', arg_name = "file")]
     config: Option<PathBuf>,
 
     /// control socket of the daemon
-    #[argh(option)]
+    #[argh(option, arg_name = "path")]
     socket: Option<PathBuf>,
 
     /// print JSON
@@ -35,7 +36,7 @@ impl Status {
             true => format!("{status}\n"),
             false => describe(&status),
         };
-        // A reader that has seen enough (head, less) closes the pipe.
+        // The reader (head, less) may close the pipe early.
         let _ = std::io::stdout().write_all(text.as_bytes());
         Ok(())
     }
@@ -60,55 +61,54 @@ fn describe(status: &Value) -> String {
     ] {
         for part in list(key) {
             let name = format!("{title} {}", text(&part["name"]));
-            let _ = writeln!(out, "{name:<20} {}", counts(&part["events"]));
+            let _ = writeln!(out, "{name:<20} {}", counts(&part));
         }
     }
-    for key in ["dispatcher", "journal"] {
+    for key in ["dispatcher", "journal", "registry"] {
         let _ = writeln!(out, "{key:<20} {}", counts(&status[key]));
     }
     for queue in list("queues") {
         let name = format!("queue {}", text(&queue["name"]));
         let _ = writeln!(
             out,
-            "{name:<20} {} waiting, {} at most so far",
+            "{name:<20} {} waiting, {} at most since the start",
             queue["depth"], queue["high-water"]
         );
     }
     if status["ongoing-dropped"] != 0 {
+        let dropped = &status["ongoing-dropped"];
+        let plural = if *dropped == 1 { "" } else { "s" };
         let _ = writeln!(
             out,
-            "{:<20} {} ongoing events, for want of room in a queue",
-            "dropped", status["ongoing-dropped"]
+            "{:<20} {dropped} ongoing event{plural}: a queue was full",
+            "dropped"
         );
     }
-    let complaints = list("complaints");
-    if complaints.is_empty() {
-        out += "no warnings and no errors\n";
+    let warnings = list("warnings");
+    if warnings.is_empty() {
+        out += "no warnings or errors\n";
     } else {
         out += "last warnings and errors:\n";
     }
-    for complaint in complaints {
+    for warning in warnings {
         let _ = writeln!(
             out,
             "  {} {}: {}",
-            text(&complaint["time"]),
-            text(&complaint["level"]),
-            text(&complaint["message"])
+            text(&warning["time"]),
+            text(&warning["level"]),
+            text(&warning["message"])
         );
     }
     out
 }
 
-/// What is not zero.
-fn counts(counts: &Value) -> String {
-    let none = Map::new();
-    let counts = counts.as_object().unwrap_or(&none).iter();
-    let counts: Vec<String> = counts
-        .filter(|(_, count)| **count != 0)
-        .map(|(outcome, count)| format!("{outcome} {count}"))
-        .collect();
-    match counts.is_empty() {
+/// The counters of a part of the daemon as text, separated by semicolons.
+fn counts(part: &Value) -> String {
+    let summary = part["summary"].as_array();
+    let texts = summary.into_iter().flatten().filter_map(Value::as_str);
+    let texts: Vec<&str> = texts.collect();
+    match texts.is_empty() {
         true => "nothing yet".to_owned(),
-        false => counts.join(", "),
+        false => texts.join("; "),
     }
 }

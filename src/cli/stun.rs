@@ -1,14 +1,14 @@
-//! `flowd-rs stun`: how the public addresses of this host are found.
+//! `flowd-rs stun`: looks up the public addresses of this host.
 
 use std::path::PathBuf;
 
 use argh::{ArgsInfo, FromArgs};
 
+use crate::backends::firefly::public_addresses::{Mapping, discover};
 use crate::config::{Config, DEFAULT_PATH};
 use crate::error::{Error, Result};
-use crate::public_addresses::{Mapping, discover};
 
-/// See how the public addresses of this host are found.
+/// Look up the public addresses of this host, step by step.
 #[derive(ArgsInfo, FromArgs)]
 #[argh(subcommand, name = "stun", help_triggers("-h", "--help", "help"))]
 pub struct Stun {
@@ -22,12 +22,18 @@ enum Command {
     Sample(Sample),
 }
 
-/// Look for them as the daemon would, and print each step; exit code 1 if a private address is left without a public one.
+/// Look up the public addresses as the daemon would, and print each step.
 #[derive(ArgsInfo, FromArgs)]
-#[argh(subcommand, name = "sample", help_triggers("-h", "--help", "help"))]
+#[argh(
+    subcommand,
+    name = "sample",
+    help_triggers("-h", "--help", "help"),
+    note = "The exit code is 1 if no public address is found for a private address."
+)]
 struct Sample {
-    /// configuration file, for its backends.firefly.stun (default: /etc/flowd/flowd.cfg)
-    #[argh(option, short = 'c')]
+    /// configuration file with backends.firefly.stun (default:
+    /// /etc/flowd/flowd.cfg)
+    #[argh(option, short = 'c', arg_name = "file")]
     config: Option<PathBuf>,
 }
 
@@ -39,18 +45,18 @@ impl Stun {
         let settings = firefly.and_then(|firefly| firefly.stun);
         let settings = settings.unwrap_or_else(|| {
             let path = path.display();
-            println!("{path}: backends.firefly.stun (IP_DISCOVERY_ENABLED) is not enabled: with its defaults");
+            println!("{path}: backends.firefly.stun (IP_DISCOVERY_ENABLED) is not enabled; using its defaults");
             Config::default_stun()
         });
-        let nothing = Mapping::new();
+        let known = Mapping::new();
         let (mapping, missing) =
-            discover(&settings, &nothing, &|| false, |step| println!("{step}"));
+            discover(&settings, &known, &|| false, |step| println!("{step}"));
         for (private, public) in &mapping {
             println!("{private} -> {public}");
         }
         match missing {
             true => Err(Error::Failed(
-                "a private address was left without a public one".to_owned(),
+                "no public address found for at least one private address".to_owned(),
             )),
             false => Ok(()),
         }

@@ -1,4 +1,4 @@
-//! `flowd-rs tag`: what a tag looks like in a packet, and back.
+//! `flowd-rs tag`: converts a tag to what a packet carries, and back.
 
 use std::process::ExitCode;
 
@@ -8,7 +8,7 @@ use crate::flow;
 use crate::registry::Registry;
 use crate::scitag;
 
-/// Show what a tag looks like in a packet, or what a packet's label means.
+/// Convert a tag to scitag, flow label and IPv6 option, or back.
 #[derive(ArgsInfo, FromArgs)]
 #[argh(subcommand, name = "tag", help_triggers("-h", "--help", "help"))]
 pub struct Tag {
@@ -23,7 +23,7 @@ enum Command {
     Decode(Decode),
 }
 
-/// Show scitag, flow label and option of an experiment and an activity.
+/// Print the scitag, flow label and option of an experiment and activity.
 #[derive(ArgsInfo, FromArgs)]
 #[argh(subcommand, name = "encode", help_triggers("-h", "--help", "help"))]
 struct Encode {
@@ -36,22 +36,22 @@ struct Encode {
     activity: String,
 }
 
-/// Show the experiment and activity of a flow label.
+/// Print the experiment and activity in a flow label.
 #[derive(ArgsInfo, FromArgs)]
 #[argh(subcommand, name = "decode", help_triggers("-h", "--help", "help"))]
 struct Decode {
-    /// the value is a scitag, not a label
+    /// the value is a scitag, not a flow label
     #[argh(switch)]
     scitag: bool,
 
-    /// decimal, or hexadecimal with 0x
+    /// decimal, or hexadecimal with the prefix 0x
     #[argh(positional)]
     value: String,
 }
 
 impl Tag {
     pub fn run(self) -> ExitCode {
-        let registry = super::registry::known(None);
+        let registry = super::registry::load(None);
         let result = match self.command {
             Command::Encode(encode) => encode.tag(&registry).map(|tag| (tag, None)),
             Command::Decode(decode) => decode.tag(),
@@ -74,14 +74,14 @@ impl Encode {
         let id = |text: &str, by_name: Option<u16>| text.parse().ok().or(by_name);
         let experiment = id(&self.experiment, registry.experiment_id(&self.experiment));
         let experiment = experiment.filter(|id| (1..=scitag::EXPERIMENT_MAX).contains(id)).ok_or_else(|| {
-            format!("experiment \"{}\" is neither an id of 1 to 511 nor a name of the registry (flowd-rs registry)", self.experiment.escape_debug())
+            format!("experiment \"{}\" is neither an id of 1 to 511 nor a name of the registry (`flowd-rs registry` lists them)", self.experiment.escape_debug())
         })?;
         let activity = id(
             &self.activity,
             registry.activity_id(experiment, &self.activity),
         );
         let activity = activity.filter(|id| (1..=scitag::ACTIVITY_MAX).contains(id)).ok_or_else(|| {
-            format!("activity \"{}\" is neither an id of 1 to 63 nor a name of the experiment's (flowd-rs registry)", self.activity.escape_debug())
+            format!("activity \"{}\" is neither an id of 1 to 63 nor the name of an activity of this experiment (`flowd-rs registry` lists them)", self.activity.escape_debug())
         })?;
         Ok(flow::Tag {
             experiment,
@@ -92,7 +92,7 @@ impl Encode {
 
 impl Decode {
     fn tag(&self) -> Result<(flow::Tag, Option<u32>), String> {
-        let (most, what) = if self.scitag {
+        let (max, name) = if self.scitag {
             (65535, "scitag")
         } else {
             (0xfffff, "flow label")
@@ -102,12 +102,12 @@ impl Decode {
             None => self.value.parse(),
         };
         match value {
-            Ok(value) if value <= most && self.scitag => {
+            Ok(value) if value <= max && self.scitag => {
                 Ok((scitag::from_scitag(value as u16), None))
             }
-            Ok(value) if value <= most => Ok((scitag::from_label(value), Some(value))),
+            Ok(value) if value <= max => Ok((scitag::from_label(value), Some(value))),
             _ => Err(format!(
-                "\"{}\" is no {what}, expected 0 to {most}, or with 0x",
+                "\"{}\" is not a {name}, expected 0 to {max} ({max:#x})",
                 self.value.escape_debug()
             )),
         }
@@ -119,7 +119,7 @@ fn show(tag: flow::Tag, given: Option<u32>, registry: &Registry) {
     println!("experiment  {} {experiment}", tag.experiment);
     println!("activity    {} {activity}", tag.activity);
     if !scitag::fits(tag) {
-        println!("untagged: experiment and activity are 1 or more");
+        println!("not a tag that packets can carry: expected an experiment of 1 to 511 and an activity of 1 to 63");
         return;
     }
     let (label, scitag) = (scitag::label(tag), scitag::scitag(tag));
@@ -131,7 +131,7 @@ fn show(tag: flow::Tag, given: Option<u32>, registry: &Registry) {
             given & scitag::ENTROPY
         ),
         None => println!(
-            "            with entropy any of these bits may be set: {:#07x}",
+            "entropy     any of the bits {:#07x} may be set as well",
             scitag::ENTROPY
         ),
     }

@@ -1,11 +1,10 @@
-//! flowd's `KEY=value` configuration, said in YAML: what each key means, with the key that it comes from.
-//! No I/O.
+//! Converts the `KEY=value` configuration of flowd to YAML, and keeps which key each line comes from. No I/O.
 
 use std::collections::HashMap;
 use std::fmt::Write as _;
 
 use super::python::{Assignment, Place, Value};
-use crate::nearest::nearest;
+use crate::config::nearest::nearest;
 
 /// Every key.
 pub const KEYS: [&str; 24] = [
@@ -45,7 +44,7 @@ const BACKENDS: [&str; 6] = [
     "ebpf_el8",
     "ebpf_el9",
 ];
-/// What the iperf plugins give out unless told otherwise.
+/// The tags of the iperf plugins by default.
 const IPERF_TAGS: [(i64, i64); 8] = [
     (2, 9),
     (2, 19),
@@ -60,20 +59,20 @@ const IPERF_TAGS: [(i64, i64); 8] = [
 /// The file in YAML.
 #[derive(Debug)]
 pub struct Converted {
-    /// Every line with a comment that says where it comes from.
+    /// The text; a comment in each line names the key that it comes from.
     pub yaml: String,
-    /// The key and place behind each key of the YAML, by dots.
+    /// For each key of the YAML, by dots, the key of the file that it comes from, and its place.
     pub origins: HashMap<String, (&'static str, Place)>,
-    /// What has no effect.
+    /// Keys without effect, each with the reason.
     pub notes: Vec<String>,
 }
 
-/// A key that will not do.
+/// A key whose value is wrong, or missing.
 #[derive(Debug, PartialEq, Eq)]
 pub struct FlowdError {
     /// Where.
     pub place: Option<Place>,
-    /// Which.
+    /// The key; empty if the error is not about one.
     pub key: String,
     /// What was wrong and what was expected.
     pub message: String,
@@ -81,7 +80,7 @@ pub struct FlowdError {
 
 type Result<T> = std::result::Result<T, FlowdError>;
 
-/// Says in YAML what the assignments mean to flowd.
+/// Converts the assignments to YAML with the meaning that they have in flowd.
 pub fn convert(assignments: Vec<Assignment>) -> Result<Converted> {
     let mut notes = Vec::new();
     let mut given: HashMap<&'static str, Assignment> = HashMap::new();
@@ -100,7 +99,7 @@ pub fn convert(assignments: Vec<Assignment>) -> Result<Converted> {
         let line = assignment.place.0;
         if let Some(earlier) = given.insert(key, assignment) {
             notes.push(format!(
-                "{key} in line {} has no effect: it is given again in line {line}",
+                "{key} in line {} has no effect: line {line} sets it again",
                 earlier.place.0
             ));
         }
@@ -112,32 +111,32 @@ pub fn convert(assignments: Vec<Assignment>) -> Result<Converted> {
         section: Vec::new(),
     };
     if let Some(url) = file.text("FLOW_MAP_API")? {
-        file.open("registry", "FLOW_MAP_API");
+        file.open_section("registry", "FLOW_MAP_API");
         file.put("url", &quoted(&url), "FLOW_MAP_API");
-        file.close();
+        file.close_section();
     }
     let plugins = file.names("PLUGIN", &PLUGINS)?;
     if plugins.contains(&"iperf") && plugins.contains(&"iperf_rr") {
-        let message = "iperf and iperf_rr are one plugin, with its tags in random order or as they are given, expected one of them";
+        let message = "iperf and iperf_rr are the same plugin, with tags at random or in turn; enable only one of them";
         return file.fail("PLUGIN", message.to_owned());
     }
     let backends = file.names("BACKEND", &BACKENDS)?;
-    file.open("plugins", "PLUGIN");
+    file.open_section("plugins", "PLUGIN");
     for plugin in &plugins {
         file.plugin(plugin)?;
     }
-    file.close();
-    file.open("backends", "BACKEND");
-    let mut marked = false;
+    file.close_section();
+    file.open_section("backends", "BACKEND");
+    let mut has_marker = false;
     for backend in &backends {
-        let marker = backend.starts_with("ebpf");
-        if !(marker && std::mem::replace(&mut marked, marker)) {
+        let is_marker = backend.starts_with("ebpf");
+        if !(is_marker && std::mem::replace(&mut has_marker, is_marker)) {
             file.backend(backend)?;
         }
     }
-    file.close();
+    file.close_section();
     if file.given.contains_key("PROMETHEUS_SS_PATH") {
-        notes.push("PROMETHEUS_SS_PATH has no effect: the kernel is asked itself".to_owned());
+        notes.push("PROMETHEUS_SS_PATH has no effect: ss is not needed".to_owned());
     }
     Ok(Converted {
         yaml: file.yaml,
@@ -150,11 +149,11 @@ struct File {
     given: HashMap<&'static str, Assignment>,
     yaml: String,
     origins: HashMap<String, (&'static str, Place)>,
-    /// Where in the YAML we are.
+    /// The path of the section that is being written.
     section: Vec<&'static str>,
 }
 
-/// As YAML and JSON both read it.
+/// As a string of both YAML and JSON.
 fn quoted(text: &str) -> String {
     serde_json::Value::from(text).to_string()
 }
@@ -172,7 +171,7 @@ fn kind(value: &Value) -> &'static str {
 }
 
 impl File {
-    /// What is given and not None.
+    /// The value of a key, unless it is None.
     fn value(&self, key: &str) -> Option<&Value> {
         let value = &self.given.get(key)?.value;
         (*value != Value::None).then_some(value)
@@ -187,7 +186,7 @@ impl File {
     }
 
     fn expected<T>(&self, key: &str, value: &Value, expected: &str) -> Result<T> {
-        self.fail(key, format!("{}, expected {expected}", kind(value)))
+        self.fail(key, format!("found {}, expected {expected}", kind(value)))
     }
 
     fn text(&self, key: &str) -> Result<Option<String>> {
@@ -198,7 +197,7 @@ impl File {
         }
     }
 
-    fn yes(&self, key: &str) -> Result<bool> {
+    fn boolean(&self, key: &str) -> Result<bool> {
         match self.value(key) {
             None | Some(Value::Bool(false) | Value::Int(0)) => Ok(false),
             Some(Value::Bool(true) | Value::Int(1)) => Ok(true),
@@ -210,13 +209,13 @@ impl File {
         match self.value(key) {
             None => Ok(default),
             Some(Value::Int(port)) if *port != 0 => Ok(*port),
-            Some(Value::Int(_)) => self.fail(key, "0, expected a port of 1 to 65535".to_owned()),
-            Some(other) => self.expected(key, other, "a port, a whole number"),
+            Some(Value::Int(_)) => self.fail(key, "0 is out of range, expected 1 to 65535".to_owned()),
+            Some(other) => self.expected(key, other, "a whole number"),
         }
     }
 
-    /// The names of a list by commas, or of a tuple or list.
-    fn words(&self, key: &str) -> Result<Option<Vec<String>>> {
+    /// The elements of a tuple or list of strings, or of a string with commas.
+    fn strings(&self, key: &str) -> Result<Option<Vec<String>>> {
         let expected = "a string, or a tuple or list of strings";
         let split = |text: &str| -> Vec<String> {
             let words = text.split(',').map(str::trim).filter(|w| !w.is_empty());
@@ -233,7 +232,7 @@ impl File {
                         other => {
                             return self.fail(
                                 key,
-                                format!("{} among its elements, expected {expected}", kind(other)),
+                                format!("found {} in the list, expected {expected}", kind(other)),
                             );
                         }
                     }
@@ -244,32 +243,35 @@ impl File {
         }
     }
 
-    /// One of these at least, each once.
+    /// The names that a required key lists: at least one of the known ones, each once.
     fn names(&self, key: &str, known: &[&'static str]) -> Result<Vec<&'static str>> {
-        let Some(words) = self.words(key)? else {
+        let Some(words) = self.strings(key)? else {
             return self.fail(
                 key,
                 format!(
-                    "missing, expected one or several of {} by commas",
+                    "missing, expected one or more of {}, separated by commas",
                     known.join(", ")
                 ),
             );
         };
         let mut names = Vec::new();
         for word in &words {
-            // Its README spells it with a dash.
-            let plain = word.replace('-', "_");
-            match known.iter().find(|name| **name == plain) {
+            // flowd's README has udp-firefly.
+            let normalized = word.replace('-', "_");
+            match known.iter().find(|name| **name == normalized) {
                 Some(name) if names.contains(name) => {}
                 Some(name) => names.push(*name),
                 None => {
-                    let near = nearest(word, known).map(|near| format!("did you mean {near}?"));
-                    let near = near.unwrap_or_else(|| {
-                        format!("expected one or several of {} by commas", known.join(", "))
-                    });
+                    let hint = match nearest(word, known) {
+                        Some(nearest) => format!("did you mean {nearest}?"),
+                        None => format!(
+                            "expected one or more of {}, separated by commas",
+                            known.join(", ")
+                        ),
+                    };
                     return self.fail(
                         key,
-                        format!("\"{}\" is unknown, {near}", word.escape_debug()),
+                        format!("\"{}\" is unknown, {hint}", word.escape_debug()),
                     );
                 }
             }
@@ -279,7 +281,7 @@ impl File {
             true => self.fail(
                 key,
                 format!(
-                    "empty, expected one or several of {} by commas",
+                    "empty, expected one or more of {}, separated by commas",
                     known.join(", ")
                 ),
             ),
@@ -310,7 +312,7 @@ impl File {
         }
     }
 
-    fn open(&mut self, name: &'static str, origin: &'static str) {
+    fn open_section(&mut self, name: &'static str, origin: &'static str) {
         self.line(name, "", origin);
         self.section.push(name);
     }
@@ -319,7 +321,7 @@ impl File {
         self.line(name, value, origin);
     }
 
-    fn close(&mut self) {
+    fn close_section(&mut self) {
         self.section.pop();
     }
 
@@ -327,7 +329,7 @@ impl File {
         match plugin {
             "np_api" => {
                 let path = self.text("NP_API_FILE")?;
-                self.open("namedPipe", "PLUGIN");
+                self.open_section("namedPipe", "PLUGIN");
                 let path = path.unwrap_or_else(|| super::PIPE_PATH.to_owned());
                 self.put("pipePath", &quoted(&path), "NP_API_FILE");
                 self.put("mode", "\"0666\"", "PLUGIN");
@@ -336,7 +338,7 @@ impl File {
                 let host = self.text("FIREFLY_LISTENER_HOST")?;
                 let host = host.unwrap_or_else(|| "0.0.0.0".to_owned());
                 let port = self.port("FIREFLY_LISTENER_PORT", 10514)?;
-                self.open("firefly", "PLUGIN");
+                self.open_section("firefly", "PLUGIN");
                 self.put("bindAddress", &quoted(&host), "FIREFLY_LISTENER_HOST");
                 self.put("bindPort", &port.to_string(), "FIREFLY_LISTENER_PORT");
             }
@@ -364,7 +366,7 @@ impl File {
             }
             _ => self.iperf(plugin == "iperf")?,
         }
-        self.close();
+        self.close_section();
         Ok(())
     }
 
@@ -376,17 +378,17 @@ impl File {
                 Some(Value::Int(id)) => ids.push((name, id.to_string(), key)),
                 Some(Value::Text(text)) => ids.push((name, quoted(text.trim()), key)),
                 Some(other) => {
-                    return self.expected(key, other, "an id, or a name of the registry");
+                    return self.expected(key, other, "an id or a name in the registry");
                 }
                 None => {
                     return self.fail(
                         key,
-                        "missing, expected an id, or a name of the registry".to_owned(),
+                        "missing, expected an id or a name in the registry".to_owned(),
                     );
                 }
             }
         }
-        let internal = self.words(networks)?;
+        let internal = self.strings(networks)?;
         let millis = match self.value(timeout) {
             None => 2000.0,
             Some(Value::Int(seconds)) => *seconds as f64 * 1000.0,
@@ -397,12 +399,12 @@ impl File {
             return self.fail(
                 timeout,
                 format!(
-                    "{} s is out of range, expected 0.01 s to a day",
+                    "{} is out of range, expected 0.01 to 86400 seconds",
                     millis / 1000.0
                 ),
             );
         }
-        self.open(name, "PLUGIN");
+        self.open_section(name, "PLUGIN");
         for (name, value, key) in ids {
             self.put(name, &value, key);
         }
@@ -430,12 +432,12 @@ impl File {
         let Some(tags) = tags.filter(|tags| !tags.is_empty()) else {
             return self.fail("IPERF_FLOW_ID", format!("expected {expected}"));
         };
-        let internal = self.words("IPERF_INTERNAL_NETWORKS")?.unwrap_or_default();
-        let ids = |of: fn(&(i64, i64)) -> i64| {
-            let ids: Vec<String> = tags.iter().map(|tag| of(tag).to_string()).collect();
+        let internal = self.strings("IPERF_INTERNAL_NETWORKS")?.unwrap_or_default();
+        let ids = |id: fn(&(i64, i64)) -> i64| {
+            let ids: Vec<String> = tags.iter().map(|tag| id(tag).to_string()).collect();
             format!("[{}]", ids.join(", "))
         };
-        self.open("iperf3", "PLUGIN");
+        self.open_section("iperf3", "PLUGIN");
         self.put("minSourcePort", "5201", "PLUGIN");
         self.put("maxSourcePort", "5299", "PLUGIN");
         self.put("experimentIDs", &ids(|tag| tag.0), "IPERF_FLOW_ID");
@@ -454,21 +456,21 @@ impl File {
             "udp_firefly" => self.firefly()?,
             "prometheus" => {
                 let port = self.port("PROMETHEUS_SRV_PORT", 9000)?;
-                self.open("prometheus", "BACKEND");
+                self.open_section("prometheus", "BACKEND");
                 self.put("bindAddress", "0.0.0.0", "BACKEND");
                 self.put("port", &port.to_string(), "PROMETHEUS_SRV_PORT");
             }
-            "dummy" => self.open("dummy", "BACKEND"),
+            "dummy" => self.open_section("dummy", "BACKEND"),
             _ => {
-                let interfaces = self.words("NETWORK_INTERFACE")?;
-                self.open("marker", "BACKEND");
+                let interfaces = self.strings("NETWORK_INTERFACE")?;
+                self.open_section("marker", "BACKEND");
                 match interfaces {
                     Some(names) => self.put("targetInterfaces", &list(&names), "NETWORK_INTERFACE"),
                     None => self.put("discoverInterfaces", "true", "NETWORK_INTERFACE"),
                 }
             }
         }
-        self.close();
+        self.close_section();
         Ok(())
     }
 
@@ -479,9 +481,9 @@ impl File {
             ("publicIPv6", "UDP_FIREFLY_IP6_SRC"),
         ];
         let sources = sources.map(|(name, key)| (name, key, self.text(key)));
-        let enrich = self.yes("UDP_FIREFLY_NETLINK")?;
-        let discover = self.yes("IP_DISCOVERY_ENABLED")?;
-        self.open("firefly", "BACKEND");
+        let enrich = self.boolean("UDP_FIREFLY_NETLINK")?;
+        let discover = self.boolean("IP_DISCOVERY_ENABLED")?;
+        self.open_section("firefly", "BACKEND");
         if let Some(host) = collector {
             self.put("sendToCollector", "true", "UDP_FIREFLY_DST");
             self.put("collectorAddress", &quoted(&host), "UDP_FIREFLY_DST");
@@ -551,7 +553,7 @@ PROMETHEUS_SRV_PORT=9001
 "#;
 
     #[test]
-    fn every_key_means_what_it_meant() {
+    fn every_key_has_the_meaning_that_it_has_in_flowd() {
         assert!(KEYS.iter().all(|key| ALL.contains(key)));
         let config = parse(ALL).unwrap();
         let expected = "
@@ -576,7 +578,7 @@ backends:
 ";
         let mut expected = parse(expected).unwrap();
         expected.notes =
-            vec!["PROMETHEUS_SS_PATH has no effect: the kernel is asked itself".to_owned()];
+            vec!["PROMETHEUS_SS_PATH has no effect: ss is not needed".to_owned()];
         assert_eq!(config, expected);
     }
 
@@ -607,7 +609,7 @@ backends:
             (None, None, None)
         );
         assert_eq!(config.registry.url, "https://www.scitags.org/api.json");
-        assert!(config.netlink_enricher.is_some(), "what Prometheus shows");
+        assert!(config.netlink_enricher.is_some(), "for the metrics");
     }
 
     #[cfg(feature = "bpf")]
@@ -640,16 +642,16 @@ backends:
     }
 
     #[test]
-    fn each_mistake_has_its_line_and_key() {
+    fn each_error_has_its_line_and_key() {
         const GOOD: &str = "PLUGIN='np_api'\nBACKEND='udp_firefly'\n";
         for (text, expected) in [
             (
                 "PLUGIN='np_api'\n",
-                "f: BACKEND: missing, expected one or several of udp_firefly, prometheus, dummy, ebpf, ebpf_el8, ebpf_el9 by commas",
+                "f: BACKEND: missing, expected one or more of udp_firefly, prometheus, dummy, ebpf, ebpf_el8, ebpf_el9, separated by commas",
             ),
             (
                 "BACKEND='udp_firefly'\n",
-                "f: PLUGIN: missing, expected one or several of netstat, netlink, np_api, firefly, iperf, iperf_rr by commas",
+                "f: PLUGIN: missing, expected one or more of netstat, netlink, np_api, firefly, iperf, iperf_rr, separated by commas",
             ),
             (
                 "PLUGIN='np_ap'\nBACKEND='dummy'\n",
@@ -657,23 +659,23 @@ backends:
             ),
             (
                 "import os\nPLUGIN='np_api'\nBACKEND='dummy'\n",
-                "f:1:1: expected KEY = value: only that is read, nothing is executed; found \"import\" without a \"=\"",
+                "f:1:1: expected KEY = value, found \"import\" without \"=\"; the file is not executed",
             ),
             (
                 "PLUGIN='iperf,iperf_rr'\nBACKEND='dummy'\n",
-                "f:1:8: PLUGIN: iperf and iperf_rr are one plugin, with its tags in random order or as they are given, expected one of them",
+                "f:1:8: PLUGIN: iperf and iperf_rr are the same plugin, with tags at random or in turn; enable only one of them",
             ),
             (
                 "PLUGIN='np_api'\nBACKEND='prometheus'\nPROMETHEUS_SRV_PORT=0\n",
-                "f:3:21: PROMETHEUS_SRV_PORT: 0, expected a port of 1 to 65535",
+                "f:3:21: PROMETHEUS_SRV_PORT: 0 is out of range, expected 1 to 65535",
             ),
             (
                 "PLUGIN=5\nBACKEND='dummy'\n",
-                "f:1:8: PLUGIN: a whole number, expected a string, or a tuple or list of strings",
+                "f:1:8: PLUGIN: found a whole number, expected a string, or a tuple or list of strings",
             ),
             (
                 "PLUGIN=''\nBACKEND='dummy'\n",
-                "f:1:8: PLUGIN: empty, expected one or several of netstat, netlink, np_api, firefly, iperf, iperf_rr by commas",
+                "f:1:8: PLUGIN: empty, expected one or more of netstat, netlink, np_api, firefly, iperf, iperf_rr, separated by commas",
             ),
             (
                 &format!("{GOOD}NP_API_FIL='x'\n"),
@@ -685,15 +687,15 @@ backends:
             ),
             (
                 &format!("{GOOD}import os\n"),
-                "f:3:1: expected KEY = value: only that is read, nothing is executed; found \"import\" without a \"=\"",
+                "f:3:1: expected KEY = value, found \"import\" without \"=\"; the file is not executed",
             ),
             (
                 &format!("{GOOD}UDP_FIREFLY_DST=os.environ['X']\n"),
-                "f:3:17: \"os\" is a name: expected a string in quotes, a number, True, False, None, a tuple or a list; nothing is executed",
+                "f:3:17: found the name \"os\", expected a string in quotes, a number, True, False, None, a tuple or a list; the file is not executed",
             ),
             (
                 &format!("{GOOD}NP_API_FILE=5\n"),
-                "f:3:13: NP_API_FILE: a whole number, expected a string",
+                "f:3:13: NP_API_FILE: found a whole number, expected a string",
             ),
             (
                 &format!("{GOOD}NP_API_FILE=''\n"),
@@ -701,15 +703,15 @@ backends:
             ),
             (
                 &format!("{GOOD}UDP_FIREFLY_NETLINK='yes'\n"),
-                "f:3:21: UDP_FIREFLY_NETLINK: a string, expected True or False",
+                "f:3:21: UDP_FIREFLY_NETLINK: found a string, expected True or False",
             ),
             (
                 &format!("{GOOD}UDP_FIREFLY_IP4_SRC='::1'\n"),
-                "f:3:21: UDP_FIREFLY_IP4_SRC: \"::1\" is no IPv4 address",
+                "f:3:21: UDP_FIREFLY_IP4_SRC: \"::1\" is not a valid IPv4 address",
             ),
             (
                 &format!("{GOOD}FLOW_MAP_API='nowhere'\n"),
-                "f:3:14: FLOW_MAP_API: \"nowhere\" is no URL, expected https://…, http://…, file:///…, or \"\" for the registry that is built in",
+                "f:3:14: FLOW_MAP_API: \"nowhere\" is not a valid URL, expected https://…, http://…, file:///…, or \"\" for the built-in registry",
             ),
             (
                 "PLUGIN='firefly'\nBACKEND='dummy'\nFIREFLY_LISTENER_PORT=70000\n",
@@ -717,23 +719,23 @@ backends:
             ),
             (
                 "PLUGIN='firefly'\nBACKEND='dummy'\nFIREFLY_LISTENER_PORT='10514'\n",
-                "f:3:23: FIREFLY_LISTENER_PORT: a string, expected a port, a whole number",
+                "f:3:23: FIREFLY_LISTENER_PORT: found a string, expected a whole number",
             ),
             (
                 "PLUGIN='netstat'\nBACKEND='dummy'\n",
-                "f: NETSTAT_EXPERIMENT: missing, expected an id, or a name of the registry",
+                "f: NETSTAT_EXPERIMENT: missing, expected an id or a name in the registry",
             ),
             (
                 "PLUGIN='netstat'\nBACKEND='dummy'\nNETSTAT_EXPERIMENT='nobody'\nNETSTAT_ACTIVITY=1\n",
-                "f:3:20: NETSTAT_EXPERIMENT: \"nobody\", expected an id of 0 to 65535 or a name of the registry (flowd-rs registry)",
+                "f:3:20: NETSTAT_EXPERIMENT: \"nobody\" is unknown, expected an id from 0 to 65535 or a name in the registry (see flowd-rs registry)",
             ),
             (
                 "PLUGIN='netlink'\nBACKEND='dummy'\nNETLINK_EXPERIMENT=1\nNETLINK_ACTIVITY=1\nNETLINK_TIMEOUT=0\n",
-                "f:5:17: NETLINK_TIMEOUT: 0 s is out of range, expected 0.01 s to a day",
+                "f:5:17: NETLINK_TIMEOUT: 0 is out of range, expected 0.01 to 86400 seconds",
             ),
             (
                 "PLUGIN='netlink'\nBACKEND='dummy'\nNETLINK_EXPERIMENT=1\nNETLINK_ACTIVITY=1\nNETLINK_INTERNAL_NETWORKS=('10.0.0.0/8', 5)\n",
-                "f:5:27: NETLINK_INTERNAL_NETWORKS: a whole number among its elements, expected a string, or a tuple or list of strings",
+                "f:5:27: NETLINK_INTERNAL_NETWORKS: found a whole number in the list, expected a string, or a tuple or list of strings",
             ),
             (
                 "PLUGIN='iperf'\nBACKEND='dummy'\nIPERF_FLOW_ID=[(2, 9), 3]\n",
@@ -745,7 +747,7 @@ backends:
     }
 
     #[test]
-    fn a_caret_points_at_the_mistake() {
+    fn a_caret_points_at_the_error() {
         let error = parse("PLUGIN='np_api'\n\tBACKEND=1\n").unwrap_err();
         assert_eq!(error.excerpt(), "    2 | \tBACKEND=1\n      | \t^\n");
         let error = parse("plugins:\n  namedPip: {}\n").unwrap_err();
@@ -753,7 +755,7 @@ backends:
     }
 
     #[test]
-    fn an_instance_has_directories_of_its_own() {
+    fn an_instance_has_its_own_directories() {
         let config = |name: &str| {
             let text = "PLUGIN='np_api'\nBACKEND='dummy'\n";
             let config = Config::parse(text, Path::new(name)).unwrap();
@@ -780,14 +782,14 @@ backends:
     }
 
     #[test]
-    fn the_last_of_two_holds() {
+    fn the_last_of_two_values_is_used() {
         let config =
             parse("PLUGIN='np_api'\nBACKEND='dummy'\nNP_API_FILE='/a'\nNP_API_FILE='/b'\n")
                 .unwrap();
         assert_eq!(config.named_pipe.unwrap().path, Path::new("/b"));
         assert_eq!(
             config.notes,
-            ["NP_API_FILE in line 3 has no effect: it is given again in line 4"]
+            ["NP_API_FILE in line 3 has no effect: line 4 sets it again"]
         );
     }
 }

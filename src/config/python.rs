@@ -1,8 +1,8 @@
-//! A strict reader of the assignments of Python literals that make up flowd's configuration: strings,
-//! numbers, booleans, None, tuples and lists, with comments. It executes nothing. No I/O.
+//! A strict reader for flowd's configuration, a list of assignments of Python literals: strings, numbers, booleans,
+//! None, tuples and lists, with comments. It executes nothing. No I/O.
 
-/// How deep tuples and lists may nest.
-const DEPTH: usize = 32;
+/// How deep tuples and lists may be nested.
+const MAX_DEPTH: usize = 32;
 
 /// Line and column, from 1; a column is a character.
 pub type Place = (usize, usize);
@@ -10,13 +10,13 @@ pub type Place = (usize, usize);
 /// `KEY = value`
 #[derive(Clone, Debug, PartialEq)]
 pub struct Assignment {
-    /// The name in front of the `=`.
+    /// The name before the `=`.
     pub key: String,
-    /// Where it stands.
+    /// Where the name begins.
     pub place: Place,
-    /// What is behind the `=`.
+    /// The value after the `=`.
     pub value: Value,
-    /// Where that stands.
+    /// Where the value begins.
     pub value_place: Place,
 }
 
@@ -39,18 +39,18 @@ pub enum Value {
     List(Vec<Value>),
 }
 
-/// What is no literal, where, and what was expected.
+/// Text that is not an assignment of a literal.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Mistake {
+pub struct ParseError {
     /// Where.
     pub place: Place,
-    /// What.
+    /// What was found and what was expected.
     pub message: String,
 }
 
-type Result<T> = std::result::Result<T, Mistake>;
+type Result<T> = std::result::Result<T, ParseError>;
 
-/// Reads all assignments, in their order. The time it takes is linear in the text.
+/// Reads all assignments, in their order, in linear time.
 pub fn read(text: &str) -> Result<Vec<Assignment>> {
     let text = text.strip_prefix('\u{feff}').unwrap_or(text);
     let mut reader = Reader {
@@ -63,7 +63,7 @@ pub fn read(text: &str) -> Result<Vec<Assignment>> {
         let indented = reader.skip_blank_lines();
         match reader.peek() {
             None => return Ok(assignments),
-            Some(_) if indented => return reader.fail("unexpected white space before the key"),
+            Some(_) if indented => return reader.fail("unexpected space before the key"),
             Some(_) => assignments.push(reader.assignment()?),
         }
     }
@@ -91,20 +91,20 @@ impl Reader<'_> {
         Some(c)
     }
 
-    fn take(&mut self, wanted: char) -> bool {
-        let there = self.peek() == Some(wanted);
-        if there {
+    fn skip_if(&mut self, c: char) -> bool {
+        let is_next = self.peek() == Some(c);
+        if is_next {
             self.next();
         }
-        there
+        is_next
     }
 
     fn fail<T>(&self, message: impl Into<String>) -> Result<T> {
         fail_at(self.place, message)
     }
 
-    /// What stands here, for a message.
-    fn here(&self) -> String {
+    /// The next character, for a message.
+    fn describe_next(&self) -> String {
         match self.peek() {
             None => "the end of the file".to_owned(),
             Some('\n' | '\r') => "the end of the line".to_owned(),
@@ -120,7 +120,7 @@ impl Reader<'_> {
         }
     }
 
-    /// Returns whether white space stands before what comes next.
+    /// Returns whether white space comes before the next text.
     fn skip_blank_lines(&mut self) -> bool {
         loop {
             let mut indented = false;
@@ -128,13 +128,13 @@ impl Reader<'_> {
                 indented |= self.next() != Some('\r');
             }
             self.skip_comment();
-            if !self.take('\n') {
+            if !self.skip_if('\n') {
                 return indented;
             }
         }
     }
 
-    /// White space within a line; within brackets lines and comments, too.
+    /// White space within a line; within brackets also line breaks and comments.
     fn skip_space(&mut self) {
         loop {
             match self.peek() {
@@ -169,13 +169,13 @@ impl Reader<'_> {
         if key.is_empty() || key.starts_with(|c: char| c.is_numeric()) {
             return fail_at(
                 place,
-                format!("expected KEY = value, found {}", self.here_or(&key)),
+                format!("expected KEY = value, found {}", self.describe(&key)),
             );
         }
         self.skip_space();
-        if !self.take('=') || self.peek() == Some('=') {
+        if !self.skip_if('=') || self.peek() == Some('=') {
             let message = format!(
-                "expected KEY = value: only that is read, nothing is executed; found \"{key}\" without a \"=\""
+                "expected KEY = value, found \"{key}\" without \"=\"; the file is not executed"
             );
             return fail_at(place, message);
         }
@@ -186,9 +186,11 @@ impl Reader<'_> {
             matches!(reader.peek(), None | Some('\n' | '#'))
         })?;
         self.skip_comment();
-        if self.peek().is_some() && !self.take('\n') {
-            let found = self.here();
-            return self.fail(format!("expected the end of the line, found {found}: only literals are read, nothing is executed"));
+        if self.peek().is_some() && !self.skip_if('\n') {
+            let found = self.describe_next();
+            return self.fail(format!(
+                "expected the end of the line, found {found}; the file is not executed"
+            ));
         }
         Ok(Assignment {
             key,
@@ -198,22 +200,23 @@ impl Reader<'_> {
         })
     }
 
-    fn here_or(&self, word: &str) -> String {
+    /// The word, or the next character if it is empty.
+    fn describe(&self, word: &str) -> String {
         if word.is_empty() {
-            self.here()
+            self.describe_next()
         } else {
             format!("\"{word}\"")
         }
     }
 
-    /// `first`, or a tuple of it and what follows its comma.
+    /// `first`, or a tuple of it and the values after its comma.
     fn rest_of_tuple(&mut self, first: Value, at_end: impl Fn(&Self) -> bool) -> Result<Value> {
         self.skip_space();
         if self.peek() != Some(',') {
             return Ok(first);
         }
         let mut values = vec![first];
-        while self.take(',') {
+        while self.skip_if(',') {
             self.skip_space();
             if at_end(self) {
                 break;
@@ -230,21 +233,22 @@ impl Reader<'_> {
             Some('(' | '[') => self.brackets(),
             Some('+' | '-' | '.' | '0'..='9') => self.number(),
             Some('{') => self.fail(
-                "a dict or a set: expected a string, number, True, False, None, tuple or list",
+                "found a dict or set, expected a string, a number, True, False, None, a tuple or a list",
             ),
-            Some(c) if c.is_alphabetic() || c == '_' => self.named(),
+            Some(c) if c.is_alphabetic() || c == '_' => self.name(),
             _ => {
-                let found = self.here();
+                let found = self.describe_next();
                 self.fail(format!("expected a value, found {found}"))
             }
         }
     }
 
-    fn named(&mut self) -> Result<Value> {
+    /// None, True, False, or a string with a prefix.
+    fn name(&mut self) -> Result<Value> {
         let place = self.place;
         let mut ahead = self.rest.chars().take(3);
-        let is_prefix = ahead.by_ref().find(|c| !c.is_ascii_alphabetic());
-        if matches!(is_prefix, Some('\'' | '"')) {
+        let after_prefix = ahead.by_ref().find(|c| !c.is_ascii_alphabetic());
+        if matches!(after_prefix, Some('\'' | '"')) {
             return self.strings();
         }
         match self.word().as_str() {
@@ -254,7 +258,7 @@ impl Reader<'_> {
             word => fail_at(
                 place,
                 format!(
-                    "\"{word}\" is a name: expected a string in quotes, a number, True, False, None, a tuple or a list; nothing is executed"
+                    "found the name \"{word}\", expected a string in quotes, a number, True, False, None, a tuple or a list; the file is not executed"
                 ),
             ),
         }
@@ -265,8 +269,9 @@ impl Reader<'_> {
         let place = self.place;
         let list = self.next() == Some('[');
         let close = if list { ']' } else { ')' };
-        if self.depth == DEPTH {
-            return fail_at(place, format!("brackets nest over {DEPTH} deep"));
+        if self.depth == MAX_DEPTH {
+            let message = format!("brackets are nested more than {MAX_DEPTH} deep");
+            return fail_at(place, message);
         }
         self.depth += 1;
         let (mut values, mut comma) = (Vec::new(), false);
@@ -282,12 +287,12 @@ impl Reader<'_> {
                 );
             }
             if !values.is_empty() && !comma {
-                let found = self.here();
+                let found = self.describe_next();
                 return self.fail(format!("expected ',' or '{close}', found {found}"));
             }
             values.push(self.value()?);
             self.skip_space();
-            comma = self.take(',');
+            comma = self.skip_if(',');
         }
         self.next();
         self.depth -= 1;
@@ -323,12 +328,13 @@ impl Reader<'_> {
             previous = c;
             self.next();
         }
-        let wrong = || Mistake {
+        let wrong = || ParseError {
             place,
-            message: format!("\"{digits}\" is no number"),
+            message: format!("\"{digits}\" is not a valid number"),
         };
-        let separated = digits.ends_with('_') || digits.starts_with('_') || digits.contains("__");
-        if separated {
+        let misplaced_underscore =
+            digits.ends_with('_') || digits.starts_with('_') || digits.contains("__");
+        if misplaced_underscore {
             return Err(wrong());
         }
         let plain = digits.replace('_', "").to_ascii_lowercase();
@@ -347,7 +353,7 @@ impl Reader<'_> {
             if radix == 10 && body.starts_with('0') && body.chars().any(|c| c != '0') {
                 return fail_at(
                     place,
-                    format!("\"{digits}\": a number does not begin with 0; octal is 0o…"),
+                    format!("\"{digits}\" begins with 0, expected no leading zeros, or 0o… for octal"),
                 );
             }
             let signed = if negative {
@@ -372,7 +378,7 @@ impl Reader<'_> {
         }
     }
 
-    /// Strings one after the other are one.
+    /// A string, or several without commas between them, which Python joins.
     fn strings(&mut self) -> Result<Value> {
         let mut text = String::new();
         loop {
@@ -398,7 +404,7 @@ impl Reader<'_> {
                 _ => {
                     return fail_at(
                         place,
-                        format!("a string with the prefix {c}: expected a plain one"),
+                        format!("found a string with the prefix {c}, expected a plain string"),
                     );
                 }
             }
@@ -424,7 +430,7 @@ impl Reader<'_> {
                         format!("this string is not closed on its line, expected {quote}"),
                     );
                 }
-                // As Python reads lines.
+                // Python reads \r\n as \n.
                 Some('\r') if self.peek() == Some('\n') => {}
                 Some(c) if c == quote => {
                     if !triple {
@@ -457,7 +463,7 @@ impl Reader<'_> {
             'u' => (4, 16),
             'U' => (8, 16),
             '0'..='7' => (3, 8),
-            'N' => return fail_at(at, "\\N{…} is not read: expected the character itself"),
+            'N' => return fail_at(at, "found \\N{…}, expected the character itself"),
             _ => {
                 match c {
                     '\n' => {}
@@ -469,7 +475,7 @@ impl Reader<'_> {
                     'f' => text.push('\x0c'),
                     'v' => text.push('\x0b'),
                     '\\' | '\'' | '"' => text.push(c),
-                    // Python leaves what it does not know as it is.
+                    // Python keeps an unknown escape as it is.
                     _ => text.extend(['\\', c]),
                 }
                 return Ok(());
@@ -495,14 +501,14 @@ impl Reader<'_> {
         }
         match char::from_u32(number) {
             Some(c) => text.push(c),
-            None => return fail_at(at, format!("{number:#x} is no character")),
+            None => return fail_at(at, format!("{number:#x} is not a valid character")),
         }
         Ok(())
     }
 }
 
 fn fail_at<T>(place: Place, message: impl Into<String>) -> Result<T> {
-    Err(Mistake {
+    Err(ParseError {
         place,
         message: message.into(),
     })
@@ -526,7 +532,7 @@ mod tests {
     }
 
     #[test]
-    fn literals_mean_what_they_mean_in_python() {
+    fn literals_have_the_values_that_they_have_in_python() {
         for (literal, expected) in [
             ("'a'", text("a")),
             ("\"a'b\"", text("a'b")),
@@ -573,7 +579,7 @@ mod tests {
     }
 
     #[test]
-    fn files_as_they_are_written() {
+    fn comments_blank_lines_and_a_byte_order_mark_are_skipped() {
         let file = "\u{feff}# flowd\r\n\r\nPLUGIN='np_api'   # the pipe\r\n  # indented comment\nBACKEND = 'udp_firefly,prometheus'\nX=1";
         let keys: Vec<_> = read(file)
             .unwrap()
@@ -592,11 +598,11 @@ mod tests {
     }
 
     #[test]
-    fn each_mistake_has_its_place_and_message() {
+    fn each_error_has_its_place_and_message() {
         for (file, place, message) in [
-            ("A=1\n B=2", (2, 2), "unexpected white space before the key"),
-            ("import os", (1, 1), "found \"import\" without a \"=\""),
-            ("A==1", (1, 1), "without a \"=\""),
+            ("A=1\n B=2", (2, 2), "unexpected space before the key"),
+            ("import os", (1, 1), "found \"import\" without \"=\""),
+            ("A==1", (1, 1), "without \"=\""),
             ("= 1", (1, 1), "expected KEY = value, found '='"),
             ("A=", (1, 3), "expected a value, found the end of the file"),
             (
@@ -604,8 +610,12 @@ mod tests {
                 (1, 3),
                 "expected a value, found the end of the line",
             ),
-            ("A=os.system('x')", (1, 3), "\"os\" is a name"),
-            ("A=open('/etc/passwd')", (1, 3), "\"open\" is a name"),
+            ("A=os.system('x')", (1, 3), "found the name \"os\""),
+            (
+                "A=open('/etc/passwd')",
+                (1, 3),
+                "found the name \"open\"",
+            ),
             (
                 "A='a' + 'b'",
                 (1, 7),
@@ -617,7 +627,7 @@ mod tests {
                 "expected the end of the line, found ';'",
             ),
             ("A='a'.upper()", (1, 6), "found '.'"),
-            ("A={'a': 1}", (1, 3), "a dict or a set"),
+            ("A={'a': 1}", (1, 3), "found a dict or set"),
             ("A=('a'", (1, 3), "never closed, expected ')'"),
             ("A=['a' 1]", (1, 8), "expected ',' or ']', found '1'"),
             ("A=(,)", (1, 4), "expected a value, found ','"),
@@ -625,17 +635,17 @@ mod tests {
             ("A='''a\nB=1", (1, 3), "never closed"),
             ("A=f'{x}'", (1, 3), "prefix f"),
             ("A=b'x'", (1, 3), "prefix b"),
-            ("A=007", (1, 3), "does not begin with 0"),
-            ("A=12ab", (1, 3), "\"12ab\" is no number"),
-            ("A=1j", (1, 3), "is no number"),
+            ("A=007", (1, 3), "begins with 0"),
+            ("A=12ab", (1, 3), "\"12ab\" is not a valid number"),
+            ("A=1j", (1, 3), "is not a valid number"),
             ("A=99999999999999999999", (1, 3), "out of range"),
             ("A='\\x4'", (1, 4), "expected 2 hexadecimal digits, found 1"),
-            ("A='\\ud800'", (1, 4), "is no character"),
-            ("A='é', x", (1, 8), "\"x\" is a name"),
+            ("A='\\ud800'", (1, 4), "is not a valid character"),
+            ("A='é', x", (1, 8), "found the name \"x\""),
         ] {
-            let mistake = read(file).unwrap_err();
-            assert_eq!(mistake.place, place, "{file}: {mistake:?}");
-            assert!(mistake.message.contains(message), "{file}: {mistake:?}");
+            let error = read(file).unwrap_err();
+            assert_eq!(error.place, place, "{file}: {error:?}");
+            assert!(error.message.contains(message), "{file}: {error:?}");
         }
         assert!(read(&format!("A={}", "(".repeat(100_000))).is_err());
     }
@@ -681,18 +691,18 @@ mod tests {
 
     proptest! {
         #[test]
-        fn what_repr_writes_comes_back(value in any_value()) {
+        fn repr_of_a_value_is_read_as_that_value(value in any_value()) {
             let file = format!("A = {}\n", repr(&value));
             prop_assert_eq!(&read(&file).unwrap()[0].value, &value, "{}", file);
         }
 
         #[test]
-        fn any_text_makes_no_panic(text in any::<String>()) {
+        fn no_text_causes_a_panic(text in any::<String>()) {
             let _ = read(&text);
         }
 
         #[test]
-        fn any_text_of_tokens_makes_no_panic(
+        fn no_sequence_of_tokens_causes_a_panic(
             parts in proptest::collection::vec(
                 proptest::sample::select(vec![
                     "A", "=", " ", "\n", "'", "\"", "'''", "(", ")", "[", "]", ",", "\\", "#", "1", "0x", "e", "-", ".", "None", "r", "\\x", "\r", "é",
@@ -706,7 +716,7 @@ mod tests {
 
     #[test]
     fn time_is_linear() {
-        // Quadratic time would be minutes.
+        // Quadratic time would take minutes.
         let strings = "'a' ".repeat(200_000);
         let long = format!(
             "A = ({strings})\nB = '{}'\nC = [{}]\n",

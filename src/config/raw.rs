@@ -1,4 +1,4 @@
-//! The YAML as it stands in the file: every key optional, no unknown key, no meaning yet.
+//! The YAML as it is in the file: every key is optional, an unknown key is an error, values are not checked yet.
 
 use std::collections::BTreeMap;
 
@@ -11,7 +11,7 @@ use serde::{Deserialize, Deserializer, Serialize};
     default,
     deny_unknown_fields,
     rename_all = "camelCase",
-    expecting = "a mapping of settings (plugins, backends, …)"
+    expecting = "a mapping of settings (plugins: …, backends: …)"
 )]
 pub struct Raw {
     pub pid_path: Option<String>,
@@ -32,7 +32,7 @@ pub struct Raw {
     default,
     deny_unknown_fields,
     rename_all = "camelCase",
-    expecting = "a mapping"
+    expecting = "a mapping (key: value) or nothing"
 )]
 pub struct Registry {
     pub url: Option<String>,
@@ -44,7 +44,7 @@ pub struct Registry {
     default,
     deny_unknown_fields,
     rename_all = "camelCase",
-    expecting = "a mapping"
+    expecting = "a mapping (key: value) or nothing"
 )]
 pub struct Flows {
     pub max_flows: Option<i64>,
@@ -58,7 +58,7 @@ pub struct Flows {
     default,
     deny_unknown_fields,
     rename_all = "camelCase",
-    expecting = "a mapping of plugins"
+    expecting = "a mapping of plugins (namedPipe: …)"
 )]
 pub struct Plugins {
     #[serde(deserialize_with = "section")]
@@ -83,7 +83,7 @@ pub struct Plugins {
     default,
     deny_unknown_fields,
     rename_all = "camelCase",
-    expecting = "a mapping"
+    expecting = "a mapping (key: value) or nothing"
 )]
 pub struct NamedPipe {
     pub max_readers: Option<i64>,
@@ -99,7 +99,7 @@ pub struct NamedPipe {
     default,
     deny_unknown_fields,
     rename_all = "camelCase",
-    expecting = "a mapping"
+    expecting = "a mapping (key: value) or nothing"
 )]
 pub struct FireflyPlugin {
     pub bind_address: Option<String>,
@@ -115,7 +115,7 @@ pub struct FireflyPlugin {
     default,
     deny_unknown_fields,
     rename_all = "camelCase",
-    expecting = "a mapping"
+    expecting = "a mapping (key: value) or nothing"
 )]
 pub struct Api {
     pub bind_address: Option<String>,
@@ -132,7 +132,7 @@ pub struct Api {
     default,
     deny_unknown_fields,
     rename_all = "camelCase",
-    expecting = "a mapping"
+    expecting = "a mapping (key: value) or nothing"
 )]
 pub struct Perfsonar {
     pub activity_id: Option<i64>,
@@ -145,7 +145,7 @@ pub struct Perfsonar {
     default,
     deny_unknown_fields,
     rename_all = "camelCase",
-    expecting = "a mapping"
+    expecting = "a mapping (key: value) or nothing"
 )]
 pub struct Connections {
     pub experiment: Option<String>,
@@ -162,7 +162,7 @@ pub struct Connections {
     default,
     deny_unknown_fields,
     rename_all = "camelCase",
-    expecting = "a mapping"
+    expecting = "a mapping (key: value)"
 )]
 pub struct ConnectionRule {
     pub remote_networks: Option<Vec<String>>,
@@ -180,7 +180,7 @@ pub struct ConnectionRule {
     default,
     deny_unknown_fields,
     rename_all = "camelCase",
-    expecting = "a mapping"
+    expecting = "a mapping (key: value) or nothing"
 )]
 pub struct Iperf3 {
     pub min_source_port: Option<i64>,
@@ -205,7 +205,7 @@ pub struct Iperf3 {
     default,
     deny_unknown_fields,
     rename_all = "camelCase",
-    expecting = "a mapping"
+    expecting = "a mapping (key: value) or nothing"
 )]
 pub struct SkopsEnricher {
     pub cgroup_path: Option<String>,
@@ -220,7 +220,7 @@ pub struct SkopsEnricher {
     default,
     deny_unknown_fields,
     rename_all = "camelCase",
-    expecting = "a mapping of enrichers"
+    expecting = "a mapping of enrichers (netlink: …)"
 )]
 pub struct Enrichers {
     pub period: Option<String>,
@@ -236,7 +236,7 @@ pub struct Enrichers {
     default,
     deny_unknown_fields,
     rename_all = "camelCase",
-    expecting = "a mapping"
+    expecting = "a mapping (key: value) or nothing"
 )]
 pub struct NetlinkEnricher {
     pub protocol: Option<i64>,
@@ -250,7 +250,7 @@ pub struct NetlinkEnricher {
     default,
     deny_unknown_fields,
     rename_all = "camelCase",
-    expecting = "a mapping of backends"
+    expecting = "a mapping of backends (firefly: …)"
 )]
 pub struct Backends {
     #[serde(deserialize_with = "section")]
@@ -274,7 +274,7 @@ pub struct Dummy {}
     default,
     deny_unknown_fields,
     rename_all = "camelCase",
-    expecting = "a mapping"
+    expecting = "a mapping (key: value) or nothing"
 )]
 pub struct Prometheus {
     pub log: Option<bool>,
@@ -292,7 +292,7 @@ pub struct Prometheus {
     default,
     deny_unknown_fields,
     rename_all = "camelCase",
-    expecting = "a mapping"
+    expecting = "a mapping (key: value) or nothing"
 )]
 pub struct Firefly {
     pub destination_port: Option<i64>,
@@ -318,7 +318,7 @@ pub struct Firefly {
     default,
     deny_unknown_fields,
     rename_all = "camelCase",
-    expecting = "a mapping"
+    expecting = "a mapping (key: value) or nothing"
 )]
 pub struct Stun {
     pub manual_mapping: Option<BTreeMap<String, String>>,
@@ -332,7 +332,7 @@ pub struct Stun {
     default,
     deny_unknown_fields,
     rename_all = "camelCase",
-    expecting = "a mapping"
+    expecting = "a mapping (key: value) or nothing"
 )]
 pub struct Marker {
     pub target_interfaces: Option<Vec<String>>,
@@ -347,7 +347,7 @@ pub struct Marker {
     pub bpf_fs_path: Option<String>,
 }
 
-/// A plugin or backend that is named is wanted, also with nothing behind its colon.
+/// A section that is named is enabled, even without a value.
 fn section<'de, D, T>(deserializer: D) -> Result<Option<T>, D::Error>
 where
     D: Deserializer<'de>,

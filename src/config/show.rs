@@ -1,4 +1,4 @@
-//! The settings in effect as YAML, defaults and all; and a JSON schema of the YAML, for editors.
+//! Prints the settings in effect as YAML, with every default, and a JSON schema of the YAML for editors.
 
 use std::path::Path;
 use std::time::Duration;
@@ -11,7 +11,7 @@ use super::{Config, ConnectionRule, Connections, Sockops, raw};
 use crate::flow::Tag;
 
 impl Config {
-    /// The YAML that means the same, with every default.
+    /// YAML with the same meaning and every default.
     pub fn to_yaml(&self) -> String {
         let value = serde_json::to_value(self.to_raw()).unwrap_or_default();
         serde_yaml::to_string(&without_nulls(value)).unwrap_or_default()
@@ -111,7 +111,7 @@ impl Config {
                 let (cgroup_path, program_path, debug_mode) = program(&iperf3.sockops);
                 let (local, remote) = (&iperf3.sockops.local_ports, &iperf3.sockops.remote_ports);
                 let ids =
-                    |of: fn(&Tag) -> u16| Some(iperf3.tags.iter().map(|t| of(t).into()).collect());
+                    |id: fn(&Tag) -> u16| Some(iperf3.tags.iter().map(|t| id(t).into()).collect());
                 raw::Iperf3 {
                     min_source_port: Some((*local.start()).into()),
                     max_source_port: Some((*local.end()).into()),
@@ -212,20 +212,17 @@ fn program(sockops: &Sockops) -> (Option<String>, Option<String>, Option<bool>) 
     )
 }
 
-/// The last rule is the plugin's own tag, where it admits everything.
+/// A last rule without conditions is the plugin's own tag.
 fn connections(connections: &Connections) -> raw::Connections {
     let (mut rules, mut own) = (connections.rules.as_slice(), None);
     if let Some((last, others)) = rules.split_last()
         && *last
             == (ConnectionRule {
-                rule: crate::connections::Rule {
-                    tag: last.rule.tag,
-                    ..Default::default()
-                },
+                tag: last.tag,
                 ..Default::default()
             })
     {
-        (rules, own) = (others, Some(last.rule.tag));
+        (rules, own) = (others, Some(last.tag));
     }
     let rule = |rule: &ConnectionRule| {
         let ports = |ranges: &[std::ops::RangeInclusive<u16>]| {
@@ -233,13 +230,13 @@ fn connections(connections: &Connections) -> raw::Connections {
             Some(ports.collect())
         };
         raw::ConnectionRule {
-            remote_networks: Some(networks(&rule.rule.remote_networks)),
-            local_ports: ports(&rule.rule.local_ports),
-            remote_ports: ports(&rule.rule.remote_ports),
+            remote_networks: Some(networks(&rule.remote_networks)),
+            local_ports: ports(&rule.local_ports),
+            remote_ports: ports(&rule.remote_ports),
             uid: rule.user.clone(),
             cgroup: rule.cgroup.as_deref().map(path),
-            experiment: Some(rule.rule.tag.experiment.to_string()),
-            activity: Some(rule.rule.tag.activity.to_string()),
+            experiment: Some(rule.tag.experiment.to_string()),
+            activity: Some(rule.tag.activity.to_string()),
         }
     };
     raw::Connections {
@@ -264,8 +261,8 @@ fn without_nulls(value: Value) -> Value {
     }
 }
 
-/// Keys whose value is one of some words.
-const WORDS: [(&str, &[&str]); 5] = [
+/// Keys with a fixed set of values.
+const ENUMS: [(&str, &[&str]); 5] = [
     ("logLevel", &["error", "warn", "info", "debug", "trace"]),
     ("relayed", &["auto", "collector", "destination"]),
     ("enrichmentMode", &["lean", "compatible", "flowd", ""]),
@@ -275,8 +272,8 @@ const WORDS: [(&str, &[&str]); 5] = [
     ),
     ("strategy", &["poll", "transition"]),
 ];
-/// Texts that may be numbers in YAML.
-const NUMBERS: [&str; 8] = [
+/// Keys with a text that may be a number in YAML.
+const TEXT_OR_NUMBER: [&str; 8] = [
     "maxAge",
     "period",
     "mode",
@@ -287,11 +284,11 @@ const NUMBERS: [&str; 8] = [
     "activity",
 ];
 
-/// The commented configuration.
-const COMMENTED: &str = include_str!("../../conf/flowd.cfg");
+/// The commented example configuration, with the description and default of every key.
+const EXAMPLE_CONFIG: &str = include_str!("../../conf/flowd.cfg");
 
-/// Keys without a default: what stands behind them there is an example.
-const EXAMPLES: [&str; 16] = [
+/// Keys without a default: their value in the example configuration is an example.
+const WITHOUT_DEFAULT: [&str; 16] = [
     "stunServers",
     "group",
     "unixSocket",
@@ -310,21 +307,21 @@ const EXAMPLES: [&str; 16] = [
     "port",
 ];
 
-/// What the commented configuration says of a key.
+/// A key of the example configuration: the comment above it and its value.
 struct Described {
     key: Vec<String>,
     text: String,
     default: Option<Value>,
 }
 
-/// Every key of the commented configuration, with the comment above it, and the default behind it.
+/// All keys of the example configuration.
 fn described() -> Vec<Described> {
-    let (mut found, mut comment) = (Vec::new(), Vec::new());
+    let (mut described, mut comment) = (Vec::new(), Vec::new());
     let mut sections: Vec<(usize, String)> = Vec::new();
-    for line in COMMENTED.lines() {
+    for line in EXAMPLE_CONFIG.lines() {
         let text = line.trim_start();
         let indent = line.len() - text.len();
-        // "# words" is a comment, "#key: value" a key that is commented out.
+        // "# text" is a comment, "#key: value" is a key that is commented out.
         if let Some(words) = text.strip_prefix("# ") {
             comment.push(words.trim());
             continue;
@@ -335,7 +332,7 @@ fn described() -> Vec<Described> {
             sections.retain(|(outer, _)| *outer < indent);
             sections.push((indent, name.to_owned()));
             let value = Some(value.trim()).filter(|value| !value.is_empty());
-            found.push(Described {
+            described.push(Described {
                 key: sections.iter().map(|(_, name)| name.clone()).collect(),
                 text: comment.join(" "),
                 default: value.and_then(|value| serde_yaml::from_str(value).ok()),
@@ -343,10 +340,10 @@ fn described() -> Vec<Described> {
         }
         comment.clear();
     }
-    found
+    described
 }
 
-/// The schema of a key.
+/// The schema of a key, given by its parts.
 fn property<'a>(root: &'a mut Value, key: &[String]) -> Option<&'a mut Value> {
     let mut pointer = String::new();
     for name in key {
@@ -360,8 +357,7 @@ fn property<'a>(root: &'a mut Value, key: &[String]) -> Option<&'a mut Value> {
     root.pointer_mut(&pointer)
 }
 
-/// A JSON schema (draft 2020-12) of the YAML, for editors: what is allowed, what it means, what it is if
-/// it is not there.
+/// A JSON schema (draft 2020-12) of the YAML, for editors: allowed values, descriptions and defaults.
 pub fn schema() -> Value {
     let schema: Schema = schemars::schema_for!(raw::Raw);
     let mut schema = serde_json::to_value(schema).unwrap_or_default();
@@ -377,7 +373,7 @@ pub fn schema() -> Value {
             Some(value)
                 if key
                     .last()
-                    .is_some_and(|key| EXAMPLES.contains(&key.as_str())) =>
+                    .is_some_and(|key| WITHOUT_DEFAULT.contains(&key.as_str())) =>
             {
                 property["examples"] = json!([value]);
             }
@@ -391,7 +387,7 @@ pub fn schema() -> Value {
 
 fn refine(schema: &mut Value) {
     let Value::Object(map) = schema else { return };
-    // What it is for the program is not what it is for the user.
+    // These are Rust's; the example configuration has those for the user.
     map.remove("default");
     map.remove("description");
     if map.get("format").is_some_and(|format| format == "int64") {
@@ -399,15 +395,15 @@ fn refine(schema: &mut Value) {
     }
     if let Some(Value::Object(properties)) = map.get_mut("properties") {
         for (key, property) in properties {
-            if let Some((_, words)) = WORDS.iter().find(|(word, _)| word == key) {
-                *property = json!({ "enum": words });
+            if let Some((_, values)) = ENUMS.iter().find(|(name, _)| name == key) {
+                *property = json!({ "enum": values });
             } else if key.ends_with("Port") {
                 property["minimum"] = json!(0);
                 property["maximum"] = json!(65535);
             } else if key.ends_with("Ports") {
                 let items = json!({"type": ["string", "integer"]});
                 *property = json!({"type": "array", "items": items});
-            } else if NUMBERS.contains(&key.as_str()) {
+            } else if TEXT_OR_NUMBER.contains(&key.as_str()) {
                 *property = json!({"type": ["string", "integer"]});
             }
         }
@@ -423,7 +419,7 @@ fn refine_all(value: &mut Value) {
     }
 }
 
-/// Every key of the YAML, by dots, in their order; of lists, the keys of their elements.
+/// All keys of the YAML, by dots, in their order; for a list of mappings also the keys of its elements.
 pub fn keys() -> Vec<String> {
     let schema = schema();
     let mut keys = Vec::new();
@@ -510,7 +506,7 @@ backends:
 ";
 
     #[test]
-    fn what_is_shown_means_the_same() {
+    fn shown_yaml_has_the_same_meaning() {
         let texts = [
             ALL,
             "plugins: {namedPipe: }\nbackends: {firefly: {}}",
@@ -520,19 +516,19 @@ backends:
         for text in texts {
             let config = parse(text);
             let shown = config.to_yaml();
-            let mut again =
+            let mut reread =
                 Config::parse(&shown, Path::new("f")).unwrap_or_else(|e| panic!("{e}\n{shown}"));
-            // What is shown is given.
-            (again.pid_path_given, again.control_socket.given) =
+            // The shown YAML sets every key.
+            (reread.pid_path_given, reread.control_socket.given) =
                 (config.pid_path_given, config.control_socket.given);
-            again.notes.clone_from(&config.notes);
-            again.warnings.clone_from(&config.warnings);
-            assert_eq!(again, config, "{shown}");
+            reread.notes.clone_from(&config.notes);
+            reread.warnings.clone_from(&config.warnings);
+            assert_eq!(reread, config, "{shown}");
         }
     }
 
     #[test]
-    fn the_schema_takes_what_the_program_takes() {
+    fn the_schema_accepts_the_same_files_as_the_program() {
         let schema = schema();
         let port = &schema["$defs"]["FireflyPlugin"]["properties"]["bindPort"];
         assert_eq!(
@@ -575,7 +571,7 @@ backends:
     }
 
     #[test]
-    fn keys_go_down_into_lists() {
+    fn keys_include_those_of_list_elements() {
         let keys = keys();
         for key in [
             "pidPath",

@@ -1,4 +1,7 @@
-//! Reads YAML into [`Raw`]; finds the place of a key for errors that are found later.
+//! Reads YAML into [`Raw`], and finds the place of a key whose value turns out to be wrong later. No I/O.
+
+mod content_error;
+mod syntax_error;
 
 use std::fmt;
 
@@ -6,20 +9,22 @@ use serde::de::{DeserializeSeed, Error as _, IgnoredAny, MapAccess, SeqAccess, V
 use serde_yaml::{Deserializer, Error, Location};
 
 use super::raw::Raw;
-use crate::nearest::nearest;
+
+/// Line and column, from 1; a column is a character.
+type Place = (usize, usize);
 
 /// An error at a place of the file.
 #[derive(Debug, PartialEq, Eq)]
 pub struct YamlError {
-    /// Line and column, from 1.
-    pub place: Option<(usize, usize)>,
+    /// Where.
+    pub place: Option<Place>,
     /// The key, by dots.
     pub key: String,
     /// What was wrong and what was expected.
     pub message: String,
 }
 
-/// Reads a configuration. An empty one is all defaults.
+/// Reads a configuration. An empty text has all defaults.
 pub fn read(text: &str) -> Result<Raw, YamlError> {
     if text
         .lines()
@@ -28,33 +33,44 @@ pub fn read(text: &str) -> Result<Raw, YamlError> {
         return Ok(Raw::default());
     }
     serde_path_to_error::deserialize(Deserializer::from_str(text)).map_err(|error| {
-        let key = match error.path().to_string() {
-            top if top == "." => String::new(),
-            path => path,
-        };
-        YamlError {
+        let path = error.path().to_string();
+        // "?" is a key that was not read yet, "." the whole file.
+        let key = path.trim_end_matches('?').trim_end_matches('.');
+        let error = YamlError {
             place: error.inner().location().map(place),
-            message: message(error.inner(), &key),
-            key,
+            key: key.to_owned(),
+            message: bare_message(error.inner(), key),
+        };
+        match content_error::duplicate_key(&error.message) {
+            Some(name) => duplicate_key(text, &error, name),
+            None => match content_error::explain(&error) {
+                Some(message) => YamlError { message, ..error },
+                None => syntax_error::explain(text, error),
+            },
         }
     })
 }
 
 /// Line and column of the value of a key, given by its parts, or of an element of it.
-pub fn locate(text: &str, key: &[&str], element: Option<usize>) -> Option<(usize, usize)> {
-    let found = Place { key, element }.deserialize(Deserializer::from_str(text));
+pub fn locate(text: &str, key: &[&str], element: Option<usize>) -> Option<Place> {
+    let end = element.map_or(End::Value, End::Element);
+    find(text, Search { key, end })
+}
+
+fn find(text: &str, search: Search) -> Option<Place> {
+    let found = search.deserialize(Deserializer::from_str(text));
     found
         .err()
         .and_then(|error: Error| error.location())
         .map(place)
 }
 
-fn place(location: Location) -> (usize, usize) {
+fn place(location: Location) -> Place {
     (location.line(), location.column())
 }
 
-/// The text of the error alone: its place and key are said apart.
-fn message(error: &Error, key: &str) -> String {
+/// The text of the error without its place and its key.
+fn bare_message(error: &Error, key: &str) -> String {
     let mut text = error.to_string();
     if let Some(place) = error.location() {
         text = text.replace(
@@ -65,50 +81,58 @@ fn message(error: &Error, key: &str) -> String {
     let parent = key.rsplit_once('.').map_or("", |(parent, _)| parent);
     for prefix in [key, parent] {
         if let Some(rest) = text.strip_prefix(prefix).and_then(|t| t.strip_prefix(": ")) {
-            text = rest.to_owned();
-            break;
+            return rest.to_owned();
         }
     }
-    match unknown_key(&text) {
-        Some(better) => better,
-        None => text,
-    }
+    text
 }
 
-/// Puts the nearest known key behind serde's "unknown field `x`, expected one of `y`, `z`".
-fn unknown_key(text: &str) -> Option<String> {
-    let mut quoted = text
-        .strip_prefix("unknown field ")?
-        .split('`')
-        .skip(1)
-        .step_by(2);
-    let unknown = quoted.next()?;
-    let known: Vec<&str> = quoted.collect();
-    Some(match nearest(unknown, &known) {
-        Some(nearest) => format!("unknown key, did you mean `{nearest}`?"),
-        None => format!("unknown key, expected one of {}", known.join(", ")),
-    })
+/// The error for the key `name` that is given again below the key of `error`.
+fn duplicate_key(text: &str, error: &YamlError, name: &str) -> YamlError {
+    let parents = error.key.split('.').filter(|part| !part.is_empty());
+    let parts: Vec<&str> = parents.chain([name]).collect();
+    let occurrence = |n| {
+        let end = End::Key(n);
+        find(text, Search { key: &parts, end })
+    };
+    let first = occurrence(0).map_or(String::new(), |(line, _)| format!(", first in line {line}"));
+    YamlError {
+        place: occurrence(1).or(error.place),
+        key: parts.join("."),
+        message: format!("this key is given twice{first}"),
+    }
 }
 
 /// Goes down a path of keys and fails at its end: the error carries the place.
-struct Place<'a> {
+#[derive(Clone, Copy)]
+struct Search<'a> {
     key: &'a [&'a str],
-    element: Option<usize>,
+    end: End,
 }
 
-impl<'de> DeserializeSeed<'de> for Place<'_> {
+#[derive(Clone, Copy)]
+enum End {
+    /// The value of the last key.
+    Value,
+    /// An element of that value, a list, from 0.
+    Element(usize),
+    /// The last key itself, the nth of that name, from 0.
+    Key(usize),
+}
+
+impl<'de> DeserializeSeed<'de> for Search<'_> {
     type Value = ();
 
     fn deserialize<D: serde::Deserializer<'de>>(self, deserializer: D) -> Result<(), D::Error> {
-        match self.key {
-            [] if self.element.is_some() => deserializer.deserialize_seq(self),
-            [] => Here.deserialize(deserializer),
+        match (self.key, self.end) {
+            ([], End::Element(_)) => deserializer.deserialize_seq(self),
+            ([], _) => Fail.deserialize(deserializer),
             _ => deserializer.deserialize_map(self),
         }
     }
 }
 
-impl<'de> Visitor<'de> for Place<'_> {
+impl<'de> Visitor<'de> for Search<'_> {
     type Value = ();
 
     fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -116,38 +140,83 @@ impl<'de> Visitor<'de> for Place<'_> {
     }
 
     fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<(), A::Error> {
-        while let Some(key) = map.next_key::<String>()? {
-            if key == self.key[0] {
-                let key = &self.key[1..];
-                map.next_value_seed(Place { key, ..self })?;
-            } else {
-                map.next_value::<IgnoredAny>()?;
+        let (name, rest) = (self.key[0], &self.key[1..]);
+        let mut to_skip = match self.end {
+            End::Key(n) if rest.is_empty() => Some(n),
+            _ => None,
+        };
+        while let Some(is_name) = map.next_key_seed(IsKey {
+            name,
+            fail: to_skip == Some(0),
+        })? {
+            match (is_name, &mut to_skip) {
+                (true, None) => map.next_value_seed(Search { key: rest, ..self })?,
+                (true, Some(n)) => {
+                    *n = n.saturating_sub(1);
+                    map.next_value::<IgnoredAny>()?;
+                }
+                (false, _) => {
+                    map.next_value::<IgnoredAny>()?;
+                }
             }
         }
         Ok(())
     }
 
     fn visit_seq<A: SeqAccess<'de>>(self, mut list: A) -> Result<(), A::Error> {
-        for _ in 0..self.element.unwrap_or(0) {
+        let End::Element(index) = self.end else {
+            return Ok(());
+        };
+        for _ in 0..index {
             list.next_element::<IgnoredAny>()?;
         }
-        list.next_element_seed(Here)?;
+        list.next_element_seed(Fail)?;
         Ok(())
     }
 }
 
-struct Here;
+/// Reads a key, and fails at one with this name if it is to.
+struct IsKey<'a> {
+    name: &'a str,
+    fail: bool,
+}
 
-impl<'de> DeserializeSeed<'de> for Here {
+impl<'de> DeserializeSeed<'de> for IsKey<'_> {
+    type Value = bool;
+
+    fn deserialize<D: serde::Deserializer<'de>>(self, deserializer: D) -> Result<bool, D::Error> {
+        deserializer.deserialize_str(self)
+    }
+}
+
+impl Visitor<'_> for IsKey<'_> {
+    type Value = bool;
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("a key")
+    }
+
+    fn visit_str<E: serde::de::Error>(self, key: &str) -> Result<bool, E> {
+        match key == self.name {
+            true if self.fail => Err(E::custom("here")),
+            is_name => Ok(is_name),
+        }
+    }
+}
+
+/// Fails at any value.
+struct Fail;
+
+impl<'de> DeserializeSeed<'de> for Fail {
     type Value = ();
 
     fn deserialize<D: serde::Deserializer<'de>>(self, deserializer: D) -> Result<(), D::Error> {
-        // Reading the value as what it is not is what makes the parser say where it stands.
+        // The parser adds the place to the visitor's error.
         deserializer.deserialize_any(self)
     }
 }
 
-impl<'de> Visitor<'de> for Here {
+impl<'de> Visitor<'de> for Fail {
     type Value = ();
 
     fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -165,30 +234,7 @@ mod tests {
     use proptest::prelude::*;
 
     #[test]
-    fn an_unknown_key_names_the_nearest_one() {
-        let error = read("plugins:\n  namedPipe:\n    pipPath: /x\n").unwrap_err();
-        assert_eq!(error.place, Some((3, 5)));
-        assert_eq!(error.key, "plugins.namedPipe.pipPath");
-        assert_eq!(error.message, "unknown key, did you mean `pipePath`?");
-        let error = read("plugins: {}\nzzz: 1\n").unwrap_err();
-        assert!(
-            error
-                .message
-                .starts_with("unknown key, expected one of pidPath, "),
-            "{error:?}"
-        );
-    }
-
-    #[test]
-    fn a_wrong_type_says_where_and_what_was_expected() {
-        let error = read("backends:\n  firefly: {destinationPort: high}\n").unwrap_err();
-        assert_eq!(error.place, Some((2, 30)));
-        assert_eq!(error.key, "backends.firefly.destinationPort");
-        assert_eq!(error.message, "invalid type: string \"high\", expected i64");
-    }
-
-    #[test]
-    fn the_place_of_a_key_is_found_in_every_spelling() {
+    fn the_place_of_a_value_is_found_in_every_style() {
         let text = "plugins: {}\nbackends:\n  firefly: { collectorPort: 5, enrich: true,\n   stun: {a: 1}}\n";
         assert_eq!(
             locate(text, &["backends", "firefly", "collectorPort"], None),
@@ -203,12 +249,12 @@ mod tests {
 
     proptest! {
         #[test]
-        fn any_text_makes_no_panic(text in ".{0,200}") {
+        fn no_text_causes_a_panic(text in ".{0,200}") {
             let _ = read(&text);
         }
 
         #[test]
-        fn any_yaml_like_text_makes_no_panic(
+        fn no_sequence_of_tokens_causes_a_panic(
             parts in proptest::collection::vec(
                 proptest::sample::select(vec![
                     "plugins", "backends", "namedPipe", "firefly", "mode", "stun", ":", ": ", "\n", "\n  ",

@@ -1,5 +1,5 @@
-//! The parts of the running daemon that its configuration names: plugins, enrichers and backends, each on
-//! its thread. What a new configuration changes is replaced, and nothing else.
+//! The running parts of the daemon: plugins, enrichers and backends, each on its own thread. A reload replaces those
+//! that the new configuration changes, and no others.
 
 use std::collections::{HashMap, VecDeque};
 use std::fs::OpenOptions;
@@ -13,192 +13,74 @@ use std::time::{Duration, Instant};
 use crossbeam_channel::{Receiver, Sender, bounded};
 use nix::libc;
 
+use super::wanted::{
+    BuiltBackend, BuiltPlugin, Kind, Part, active, build_backend, build_plugin, wanted,
+};
 use super::{Notice, STOP_DEADLINE};
-use crate::backends::{self, Backend, Means};
+use crate::backends::firefly::public_addresses::AddressCache;
+use crate::backends::{self, Backend};
 use crate::config::Config;
+use crate::context::DaemonContext;
+use crate::dispatcher::flow_table::{FlowTable, OpenFlow};
 use crate::dispatcher::{self, Output, Query, Settings};
-use crate::enrichers;
 use crate::error::{Context, Error, Result};
-use crate::flow::{Flow, FlowEvent};
-use crate::flow_table::{FlowTable, OpenFlow};
-use crate::plugins::{self, EventSender, Plugin, named_pipe};
-use crate::routes::{Setup, Sources};
-use crate::scitag::Labeller;
-use crate::sys::handover::{self, Handover};
+use crate::event::FlowEvent;
+use crate::flow::Flow;
+use crate::plugins::{EventSender, named_pipe};
+use crate::sys::handover::Handover;
+use crate::sys::privileges;
 use crate::sys::stop::{StopSwitch, stop};
-use crate::sys::{privileges, state_dir};
 
-/// Events that wait for a backend.
+/// How many events may wait for a backend.
 const BACKEND_QUEUE: usize = 16384;
-/// The parts that the kernel tells of sockets.
-const LISTENERS: [&str; 2] = ["sockets", "netlink"];
+/// The plugin and the enricher that receive the kernel's notifications about sockets.
+const SOCKET_WATCHER: &str = "netlink";
 /// How long the dispatcher may take to answer.
-const PATIENCE: Duration = Duration::from_secs(10);
+const DISPATCHER_TIMEOUT: Duration = Duration::from_secs(10);
 
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Kind {
-    Plugin,
-    Enricher,
-    Backend,
-}
-
-/// A part and the settings that it depends on: with others it is another part.
-#[derive(Clone, Debug, PartialEq, Eq)]
-struct Part {
-    kind: Kind,
-    name: &'static str,
-    settings: String,
-}
-
-impl Part {
-    fn thread(&self) -> String {
-        let kind = match self.kind {
-            Kind::Plugin => "plugin",
-            Kind::Enricher => "enricher",
-            Kind::Backend => "backend",
-        };
-        format!("{kind} {}", self.name)
-    }
-
-    fn is(&self, other: &Part) -> bool {
-        (self.kind, self.name) == (other.kind, other.name)
-    }
-}
-
-/// The parts that a configuration asks for.
-fn wanted(config: &Config) -> Vec<Part> {
-    let settings = |kind, name: &str| match (kind, name) {
-        (Kind::Plugin, "named_pipe") => format!("{:?}", config.named_pipe),
-        (Kind::Plugin, "firefly") => format!("{:?}", config.firefly_plugin),
-        (Kind::Plugin, "api") => format!("{:?}", config.api),
-        (Kind::Plugin, "perfsonar") => format!("{:?}", config.perfsonar),
-        (Kind::Plugin, "netlink") => format!("{:?}", config.netlink),
-        (Kind::Plugin, "netstat") => format!("{:?}", config.netstat),
-        (Kind::Plugin, _) => format!("{:?}", config.iperf3),
-        (Kind::Enricher, "sockets") => {
-            format!(
-                "{:?} {:?}",
-                config.flows.end_on_socket_close, config.netlink_enricher
-            )
-        }
-        (Kind::Enricher, _) => format!("{:?}", config.skops_enricher),
-        (Kind::Backend, "firefly") => {
-            let listener = config.firefly_plugin.as_ref().map(|plugin| plugin.bind);
-            format!("{:?} {listener:?}", config.firefly)
-        }
-        (Kind::Backend, "marker") => {
-            format!("{:?} {:?}", config.marker, config.flows.max_flows)
-        }
-        (Kind::Backend, _) => {
-            let marker = config.marker.as_ref().map(|marker| &marker.bpf_fs_path);
-            format!("{:?} {marker:?}", config.prometheus)
-        }
-    };
-    let part = |kind, name| Part {
-        kind,
-        name,
-        settings: settings(kind, name),
-    };
-    let plugins = config
-        .plugin_names()
-        .into_iter()
-        .map(|name| part(Kind::Plugin, name));
-    let enrichers = config
-        .enricher_names()
-        .into_iter()
-        .map(|name| part(Kind::Enricher, name));
-    let backends = config
-        .backend_names()
-        .into_iter()
-        .map(|name| part(Kind::Backend, name));
-    // flowd's dummy does nothing.
-    let backends = backends.filter(|part| part.name != "dummy");
-    backends.chain(plugins).chain(enrichers).collect()
-}
-
-/// What the routes tell of a configuration.
-pub fn setup(config: &Config) -> Result<Setup> {
-    let labeller = labeller(config)?;
-    Ok(Setup {
-        labeller: labeller.filter(|_| config.labels_packets()),
-        plugins: config.plugin_names(),
-        enrichers: config.enricher_names(),
-        backends: config.backend_names(),
-    })
-}
-
-fn labeller(config: &Config) -> Result<Option<Labeller>> {
-    match &config.marker {
-        Some(_) => Ok(Some(Labeller::new(state_dir::label_key(
-            &config.state_dir,
-        )?))),
-        None => Ok(None),
-    }
-}
-
-/// Parts that have everything they need, and do not run yet.
-#[derive(Default)]
-pub struct Built {
-    pub backends: Vec<BuiltBackend>,
-    pub plugins: Vec<BuiltPlugin>,
-}
-
-pub struct BuiltBackend(Part, Handover, Box<dyn Backend>);
-pub struct BuiltPlugin(Part, Handover, Box<dyn Plugin>);
-
-/// What takes a running part down.
+/// What stops a running part.
 struct Running {
     part: Part,
-    /// `None` for a backend, which ends with its channel.
+    /// `None` for a backend, which ends when its channel closes.
     switch: Option<StopSwitch>,
     handover: Handover,
 }
 
-/// The parts that run.
+/// The parts that run now.
 pub struct Parts {
-    sources: Sources,
-    /// To the dispatcher; gone once it is time to stop.
+    context: DaemonContext,
+    /// Public addresses that were found, kept over reloads.
+    addresses: AddressCache,
+    /// To the dispatcher; dropped on a stop.
     channel: Option<Sender<FlowEvent>>,
     notices: Sender<Notice>,
     running: Vec<Running>,
-    /// Notices that came while a reload waited for others.
-    aside: VecDeque<Notice>,
-    /// What parts have left that a reload has taken down, by their names, until it is done.
+    /// Notices that arrived while a reload waited for others.
+    deferred: VecDeque<Notice>,
+    /// File descriptors that stopped parts left for their successors, by name, until the reload is done.
     kept: HashMap<&'static str, OwnedFd>,
 }
 
 impl Parts {
-    /// Acquires what all parts of a configuration need, the backends first.
-    pub fn build(config: &Config, sources: &Sources) -> Result<Built> {
-        let mut built = Built::default();
-        let mut inherited = handover::inherited();
-        for part in wanted(config) {
-            match part.kind {
-                Kind::Backend => built.backends.extend(build_backend(part, config, sources)?),
-                _ => {
-                    let inherited = inherited.remove(part.name);
-                    built
-                        .plugins
-                        .extend(build_plugin(part, config, sources, inherited)?);
-                }
-            }
-        }
-        Ok(built)
-    }
-
-    /// Nothing runs yet.
-    pub fn new(sources: Sources, channel: Sender<FlowEvent>, notices: Sender<Notice>) -> Parts {
+    /// No part runs yet.
+    pub fn new(
+        context: DaemonContext,
+        addresses: AddressCache,
+        channel: Sender<FlowEvent>,
+        notices: Sender<Notice>,
+    ) -> Parts {
         Parts {
-            sources,
+            context,
+            addresses,
             channel: Some(channel),
             notices,
             running: Vec::new(),
-            aside: VecDeque::new(),
+            deferred: VecDeque::new(),
             kept: HashMap::new(),
         }
     }
 
-    /// Starts backends, which are told what is open; the dispatcher is given the other ends.
+    /// Starts the backends, after each has learned which flows are open. Returns their channels for the dispatcher.
     pub fn start_backends(
         &mut self,
         mut backends: Vec<BuiltBackend>,
@@ -224,33 +106,32 @@ impl Parts {
             .try_for_each(|plugin| self.start_plugin(plugin))
     }
 
-    /// How many run.
+    /// The number of running parts.
     pub fn running(&self) -> usize {
         self.running.len()
     }
 
-    /// Takes note that a thread has ended; whether it was one of a part.
+    /// Records that a thread has ended. Returns whether it was that of a part.
     pub fn ended(&mut self, thread: &str) -> bool {
         let before = self.running.len();
         self.running
-            .retain(|running| running.part.thread() != thread);
+            .retain(|running| running.part.thread_name() != thread);
         self.running.len() < before
     }
 
-    /// A notice that came during a reload.
-    pub fn aside(&mut self) -> Option<Notice> {
-        self.aside.pop_front()
+    /// The next notice that arrived during a reload.
+    pub fn next_deferred_notice(&mut self) -> Option<Notice> {
+        self.deferred.pop_front()
     }
 
-    /// Whatever is to be taken down on a stop is left to the next process.
+    /// Makes the parts leave to the next process what they would otherwise remove on a stop.
     pub fn hand_over(&self) {
         self.running
             .iter()
             .for_each(|running| running.handover.begin_restart());
     }
 
-    /// Plugins and enrichers are told to stop. With the last of them the dispatcher ends, and with it the
-    /// backends.
+    /// Stops plugins and enrichers. The dispatcher ends with the last of them, and then the backends.
     pub fn stop(&mut self) {
         self.channel = None;
         for running in &mut self.running {
@@ -260,36 +141,37 @@ impl Parts {
         }
     }
 
-    /// Replaces what `config` changes of `former`. An error leaves some of it undone: to apply the former
-    /// configuration undoes the rest.
+    /// Replaces the parts whose settings differ between `previous` and `config`. After an error some are replaced and
+    /// some are not; applying `previous` again restores them.
     pub fn apply(
         &mut self,
         config: &Config,
-        former: &Config,
+        previous: &Config,
         inbox: &Receiver<Notice>,
     ) -> Result<()> {
         let wanted = wanted(config);
-        let setup = setup(config)?;
-        let go = self.running.iter().map(|running| &running.part);
-        let go: Vec<Part> = go.filter(|part| !wanted.contains(part)).cloned().collect();
-        for part in go.iter().filter(|part| part.kind != Kind::Backend) {
-            let next = wanted.iter().find(|wanted| wanted.is(part));
-            self.keep(part, next.is_some(), config, former);
-            // Who listens to the kernel does so before the one before it stops.
-            let next = next.filter(|next| LISTENERS.contains(&next.name));
-            let next = next.map(|next| build_plugin(next.clone(), config, &self.sources, None));
+        let active = active(config)?;
+        let parts = self.running.iter().map(|running| &running.part);
+        let outdated = parts.filter(|part| !wanted.contains(part));
+        let outdated: Vec<Part> = outdated.cloned().collect();
+        for part in outdated.iter().filter(|part| part.kind != Kind::Backend) {
+            let next = wanted.iter().find(|wanted| wanted.is_same_part(part));
+            self.keep_descriptors(part, next.is_some(), config, previous);
+            // A part that receives notifications from the kernel subscribes before its predecessor stops.
+            let next = next.filter(|next| next.name == SOCKET_WATCHER);
+            let next = next.map(|next| build_plugin(next.clone(), config, &self.context, None));
             let next = next.transpose()?.flatten();
-            self.take_down(part, inbox)?;
+            self.stop_part(part, inbox)?;
             next.into_iter()
                 .try_for_each(|next| self.start_plugin(next))?;
         }
-        self.tell(Query::Settings(Settings {
+        self.send(Query::Settings(Settings {
             max_flows: config.flows.max_flows,
             max_age: config.flows.max_age,
-            fireflies_come_in: config.firefly_plugin.is_some(),
+            receives_fireflies: config.firefly_plugin.is_some(),
         }))?;
-        for part in go.iter().filter(|part| part.kind == Kind::Backend) {
-            if !wanted.iter().any(|wanted| wanted.is(part)) {
+        for part in outdated.iter().filter(|part| part.kind == Kind::Backend) {
+            if !wanted.iter().any(|wanted| wanted.is_same_part(part)) {
                 self.set_output(part.name, None)?;
                 self.wait_for(part, inbox)?;
             }
@@ -299,19 +181,19 @@ impl Parts {
                 continue;
             }
             match part.kind {
-                Kind::Backend => self.put_backend(part, config, former, inbox)?,
+                Kind::Backend => self.replace_backend(part, config, previous, inbox)?,
                 _ => {
-                    // It is kept until all is well.
+                    // The original stays in `kept` until the whole reload has succeeded.
                     let kept = self.kept.get(part.name);
                     let kept = kept.and_then(|kept| kept.try_clone().ok());
-                    let built = build_plugin(part, config, &self.sources, kept)?;
+                    let built = build_plugin(part, config, &self.context, kept)?;
                     built
                         .into_iter()
                         .try_for_each(|built| self.start_plugin(built))?;
                 }
             }
         }
-        if let (Some(new), Some(old)) = (&config.named_pipe, &former.named_pipe)
+        if let (Some(new), Some(old)) = (&config.named_pipe, &previous.named_pipe)
             && new.path == old.path
             && (new.mode, &new.group) != (old.mode, &old.group)
             && let Err(error) = named_pipe::adjust(new)
@@ -319,24 +201,27 @@ impl Parts {
             log::warn!("named pipe {}: {error}", new.path.display());
         }
         self.kept.clear();
-        self.sources.setup.store(setup.into());
+        self.context.active.store(active.into());
         Ok(())
     }
 
-    /// Puts a backend in the place of the one of its name, if there is one. What happens meanwhile waits in
-    /// the channel of the new one. If it cannot be had, the old one comes back.
-    fn put_backend(
+    /// Starts a backend, and stops the running one of the same name. Events wait in the new channel meanwhile. If the
+    /// new backend cannot be built, the old one is started again.
+    fn replace_backend(
         &mut self,
         part: Part,
         config: &Config,
-        former: &Config,
+        previous: &Config,
         inbox: &Receiver<Notice>,
     ) -> Result<()> {
         let bpffs = |config: &Config| config.marker.as_ref().map(|m| m.bpf_fs_path.clone());
-        let running = self.running.iter().find(|running| running.part.is(&part));
+        let running = self
+            .running
+            .iter()
+            .find(|running| running.part.is_same_part(&part));
         let running = running.map(|running| (running.part.clone(), running.handover.clone()));
         if let Some((_, handover)) = &running
-            && bpffs(config) == bpffs(former)
+            && bpffs(config) == bpffs(previous)
         {
             handover.begin();
         }
@@ -347,28 +232,28 @@ impl Parts {
             .for_each(|(flow, open)| table.restore(flow, open));
         let Some((old, _)) = running else {
             let name = part.name;
-            let filled = self.fill_backend(part, config, &table, &events);
-            return filled.or_else(|error| {
+            let started = self.start_built_backend(part, config, &table, &events);
+            return started.or_else(|error| {
                 self.set_output(name, None)?;
                 Err(error)
             });
         };
         self.wait_for(&old, inbox)?;
-        let filled = self.fill_backend(part, config, &table, &events);
-        filled.or_else(|error| {
-            self.fill_backend(old, former, &table, &events)?;
+        let started = self.start_built_backend(part, config, &table, &events);
+        started.or_else(|error| {
+            self.start_built_backend(old, previous, &table, &events)?;
             Err(error)
         })
     }
 
-    fn fill_backend(
+    fn start_built_backend(
         &mut self,
         part: Part,
         config: &Config,
         table: &FlowTable,
         events: &Receiver<Arc<FlowEvent>>,
     ) -> Result<()> {
-        let built = build_backend(part, config, &self.sources)?;
+        let built = build_backend(part, config, &self.context, &self.addresses)?;
         built
             .into_iter()
             .try_for_each(|BuiltBackend(part, handover, mut backend)| {
@@ -382,8 +267,8 @@ impl Parts {
         let output = Output {
             name: part.name,
             channel,
-            queue: self.sources.metrics.queue(part.name),
-            wants_news: backends::wants_news(part.name, config),
+            queue: self.context.metrics.queue(part.name),
+            wants_socket_reports: backends::wants_socket_reports(part.name, config),
         };
         (output, events)
     }
@@ -396,7 +281,7 @@ impl Parts {
         events: Receiver<Arc<FlowEvent>>,
     ) -> Result<()> {
         let work = confined(&part, move || backend.run(events));
-        spawn(part.thread(), self.notices.clone(), work)?;
+        spawn(part.thread_name(), self.notices.clone(), work)?;
         self.running.push(Running {
             part,
             switch: None,
@@ -411,9 +296,9 @@ impl Parts {
             return Ok(());
         };
         let (switch, stop) = stop().context(|| "pipe of the stop switch".to_owned())?;
-        let events = EventSender::new(channel, &self.sources.metrics);
+        let events = EventSender::new(channel, &self.context.metrics);
         let work = confined(&part, move || plugin.run(events, stop));
-        spawn(part.thread(), self.notices.clone(), work)?;
+        spawn(part.thread_name(), self.notices.clone(), work)?;
         self.running.push(Running {
             part,
             switch: Some(switch),
@@ -422,48 +307,59 @@ impl Parts {
         Ok(())
     }
 
-    fn take_down(&mut self, part: &Part, inbox: &Receiver<Notice>) -> Result<()> {
+    fn stop_part(&mut self, part: &Part, inbox: &Receiver<Notice>) -> Result<()> {
         let running = self
             .running
             .iter_mut()
-            .find(|running| running.part.is(part));
+            .find(|running| running.part.is_same_part(part));
         let handover = running.as_ref().map(|running| running.handover.clone());
         if let Some(switch) = running.and_then(|running| running.switch.as_mut()) {
             switch.set();
         }
         self.wait_for(part, inbox)?;
-        let left = handover.and_then(|handover| handover.left());
+        let left = handover.and_then(|handover| handover.take());
         self.kept.extend(left.map(|left| (part.name, left)));
         Ok(())
     }
 
-    /// Waits for the end of a part's thread.
+    /// Waits until the thread of a part has ended.
     fn wait_for(&mut self, part: &Part, inbox: &Receiver<Notice>) -> Result<()> {
-        let (thread, deadline) = (part.thread(), Instant::now() + STOP_DEADLINE);
+        let (thread, deadline) = (part.thread_name(), Instant::now() + STOP_DEADLINE);
         loop {
             match inbox.recv_deadline(deadline) {
                 Ok(Notice::Ended(name, result)) if name == thread => {
                     self.ended(&name);
                     return result;
                 }
-                Ok(other) => self.aside.push_back(other),
+                Ok(other) => self.deferred.push_back(other),
                 Err(_) => return Err(Error::Failed(format!("thread {thread} did not end"))),
             }
         }
     }
 
-    /// What a part has open is kept for the one of its name that comes after it.
-    fn keep(&mut self, part: &Part, again: bool, config: &Config, former: &Config) {
-        let Some(running) = self.running.iter().find(|running| running.part.is(part)) else {
+    /// Keeps the open file descriptors of a part for its successor of the same name.
+    fn keep_descriptors(
+        &mut self,
+        part: &Part,
+        has_successor: bool,
+        config: &Config,
+        previous: &Config,
+    ) {
+        let Some(running) = self
+            .running
+            .iter()
+            .find(|running| running.part.is_same_part(part))
+        else {
             return;
         };
-        if part.name == "named_pipe" {
+        if part.name == "namedPipe" {
             let path = |config: &Config| config.named_pipe.as_ref().map(|pipe| pipe.path.clone());
-            let Some(path) = path(former).filter(|former| Some(former) == path(config).as_ref())
+            let Some(path) =
+                path(previous).filter(|previous| Some(previous) == path(config).as_ref())
             else {
                 return;
             };
-            // As long as somebody holds a pipe open, writers do not notice that its reader changes.
+            // While the pipe has a reader, writers do not notice that the reader changes.
             let mut options = OpenOptions::new();
             options.read(true).custom_flags(libc::O_NONBLOCK);
             self.kept.extend(
@@ -473,14 +369,14 @@ impl Parts {
                     .map(|file| ("held pipe", file.into())),
             );
         }
-        if again {
+        if has_successor {
             running.handover.begin();
         }
     }
 
-    fn tell(&self, query: Query) -> Result<()> {
-        let told = self.sources.queries.send_timeout(query, PATIENCE);
-        told.map_err(|_| Error::Failed("the dispatcher does not answer".to_owned()))
+    fn send(&self, query: Query) -> Result<()> {
+        let sent = self.context.queries.send_timeout(query, DISPATCHER_TIMEOUT);
+        sent.map_err(|_| Error::Failed("the dispatcher does not answer".to_owned()))
     }
 
     fn set_output(
@@ -489,41 +385,12 @@ impl Parts {
         output: Option<Output>,
     ) -> Result<Vec<(Flow, OpenFlow)>> {
         let query = |reply| Query::Output(name, output, reply);
-        let answer = dispatcher::ask(&self.sources.queries, PATIENCE, query);
+        let answer = dispatcher::ask(&self.context.queries, DISPATCHER_TIMEOUT, query);
         answer.ok_or_else(|| Error::Failed("the dispatcher does not answer".to_owned()))
     }
 }
 
-fn build_backend(part: Part, config: &Config, sources: &Sources) -> Result<Option<BuiltBackend>> {
-    let handover = Handover::default();
-    let labeller = labeller(config)?;
-    let means = Means {
-        config,
-        labeller: labeller.as_ref(),
-        registry: &sources.registry,
-        public: &sources.public,
-        metrics: &sources.metrics,
-        handover: handover.clone(),
-    };
-    let backend = backends::build(part.name, means)?;
-    Ok(backend.map(|backend| BuiltBackend(part, handover, backend)))
-}
-
-fn build_plugin(
-    part: Part,
-    config: &Config,
-    sources: &Sources,
-    inherited: Option<OwnedFd>,
-) -> Result<Option<BuiltPlugin>> {
-    let handover = Handover::default();
-    let plugin = match part.kind {
-        Kind::Plugin => plugins::build(part.name, config, sources, handover.clone(), inherited),
-        _ => enrichers::build(part.name, config, sources),
-    };
-    Ok(plugin?.map(|plugin| BuiltPlugin(part, handover, plugin)))
-}
-
-/// Threads that have no business with eBPF, and those that read what others send, have no privileges.
+/// Wraps the work of a thread so that only threads that use eBPF keep privileges.
 fn confined(
     part: &Part,
     work: impl FnOnce() -> Result<()> + Send + 'static,
@@ -531,13 +398,13 @@ fn confined(
     let privileged = matches!(part.name, "marker" | "prometheus" | "iperf3" | "skops");
     Box::new(move || {
         if !privileged {
-            privileges::keep_none();
+            privileges::drop_all();
         }
         work()
     })
 }
 
-/// Runs `work` on a thread of this name, and gives notice of its end.
+/// Runs `work` on a thread of this name, and sends a notice when it ends.
 pub fn spawn(
     name: String,
     notices: Sender<Notice>,
@@ -545,7 +412,7 @@ pub fn spawn(
 ) -> Result<()> {
     let (thread, what) = (name.clone(), name.clone());
     let work = move || {
-        // What a panicking thread leaves behind is dropped, not used: its channels close.
+        // After a panic the state of the thread is dropped and never used again; its channels close.
         let result = catch_unwind(AssertUnwindSafe(work));
         let result = result.unwrap_or_else(|_| Err(Error::Failed("it panicked".to_owned())));
         let _ = notices.send(Notice::Ended(name, result));

@@ -1,14 +1,14 @@
-//! The skops enricher: what an eBPF program sees of the TCP connections of a cgroup, while they run
-//! (`poll`) or whenever their state changes (`transition`).
+//! The skops enricher: reports the statistics that an eBPF program collects of the TCP connections of a cgroup,
+//! periodically (`poll`) or whenever their TCP state changes (`transition`).
 
 use std::sync::Arc;
 
 use crate::config;
 use crate::error::Result;
-use crate::flow::{FlowEvent, Origin, State};
+use crate::event::{FlowEvent, Origin, State};
 use crate::metrics::{Metrics, Outcomes, outcomes};
 use crate::plugins::{EventSender, Plugin};
-use crate::sys::sockops::{Event, Kind, Sockops};
+use crate::sys::sockops::{Kind, Report, Sockops};
 use crate::sys::stop::Stop;
 
 const NAME: &str = "skops";
@@ -16,8 +16,8 @@ const SECTION: &str = "enrichers.skops";
 
 outcomes! {
     enum Outcome {
-        News = "news",
-        Lost = "lost",
+        Ongoing = "ongoing": "{report|reports} on open sockets",
+        Lost = "lost": "{report|reports} lost in the kernel",
     }
 }
 
@@ -31,8 +31,8 @@ impl SkopsEnricher {
     /// Loads and attaches the program.
     pub fn new(settings: &config::Sockops, metrics: &Metrics) -> Result<SkopsEnricher> {
         Ok(SkopsEnricher {
-            sockops: Sockops::attach(settings, SECTION)?,
-            counters: metrics.plugin(NAME),
+            sockops: Sockops::attach(&settings.program_settings(), SECTION)?,
+            counters: metrics.enricher(NAME),
         })
     }
 }
@@ -43,21 +43,21 @@ impl Plugin for SkopsEnricher {
     }
 
     fn run(self: Box<Self>, events: EventSender, stop: Stop) -> Result<()> {
-        let take = |told: Event| {
-            if told.kind == Kind::Closed {
+        let handle = |report: Report| {
+            if report.kind == Kind::Closed {
                 return Ok(());
             }
-            self.counters.add(Outcome::News);
-            events.send_patiently(event(told))
+            self.counters.add(Outcome::Ongoing);
+            events.send_blocking(flow_event(report))
         };
-        let lost = |count| self.counters.add_many(Outcome::Lost, count);
-        self.sockops.follow(NAME, &stop, take, lost)
+        let count_lost = |count| self.counters.add_many(Outcome::Lost, count);
+        self.sockops.follow(NAME, &stop, handle, count_lost)
     }
 }
 
-fn event(told: Event) -> FlowEvent {
+fn flow_event(report: Report) -> FlowEvent {
     FlowEvent {
-        skops: Some(Arc::new(told.skops)),
-        ..FlowEvent::new(State::Ongoing, told.flow, told.time, Origin::Socket)
+        skops: Some(Arc::new(report.skops)),
+        ..FlowEvent::new(State::Ongoing, report.flow, report.time, Origin::Socket)
     }
 }

@@ -1,4 +1,4 @@
-//! A datagram as a flow event, whoever sent it.
+//! Decodes a datagram of any producer to a flow event.
 
 use std::borrow::Cow;
 use std::fmt;
@@ -8,38 +8,37 @@ use serde::Deserialize;
 use serde::de::{Deserializer, IgnoredAny, MapAccess, SeqAccess, Visitor};
 use serde_json::value::RawValue;
 
-use super::cut;
-use crate::flow::{
-    Flow, FlowError, FlowEvent, Member, Origin, Protocol, State, Tag, Usage, parse_address,
-};
-use crate::log_limit::quote;
+use super::truncate_application;
+use crate::event::{FlowEvent, Member, Origin, State};
+use crate::flow::{Flow, FlowError, Protocol, Tag, Usage, parse_address};
+use crate::logging::quote;
 use crate::metrics::outcomes;
 
 outcomes! {
-    /// Why a datagram is no firefly.
+    /// Why a datagram is not a valid firefly.
     pub enum Rejection {
-        /// No JSON object in it, or one that does not parse.
-        Json = "json",
-        /// Not version 1.
-        Version = "version",
-        /// Not start, ongoing or end.
-        State = "state",
-        /// A time that does not follow RFC 3339.
-        Time = "time",
-        /// Neither tcp nor udp.
-        Protocol = "protocol",
-        /// No address, or one that is no flow's end.
-        Address = "address",
-        /// No port of 0 to 65535.
-        Port = "port",
+        /// No JSON object, or an invalid one.
+        Json = "rejected_json": "rejected: {datagram|datagrams} without a valid JSON object",
+        /// The version is not 1.
+        Version = "rejected_version": "rejected: {datagram|datagrams} with an unknown schema version",
+        /// The state is not start, ongoing or end.
+        State = "rejected_state": "rejected: {datagram|datagrams} with an unknown state",
+        /// A time is not in the format of RFC 3339.
+        Time = "rejected_time": "rejected: {datagram|datagrams} with an invalid time",
+        /// The protocol is neither tcp nor udp.
+        Protocol = "rejected_protocol": "rejected: {datagram|datagrams} with an unknown protocol",
+        /// Not an address, or one that cannot be the end of a flow.
+        Address = "rejected_address": "rejected: {datagram|datagrams} with an invalid address",
+        /// Not a port of 0 to 65535.
+        Port = "rejected_port": "rejected: {datagram|datagrams} with an invalid port",
         /// One end is IPv4, the other IPv6.
-        Family = "family",
-        /// No experiment or activity id of 0 to 65535.
-        Tag = "tag",
+        Family = "rejected_family": "rejected: {datagram|datagrams} with one IPv4 and one IPv6 address",
+        /// Not an experiment or activity id of 0 to 65535.
+        Tag = "rejected_tag": "rejected: {datagram|datagrams} with an invalid experiment or activity",
     }
 }
 
-/// Why a datagram was rejected; its `Display` says what was expected.
+/// Why a datagram was rejected; its `Display` says what was found and what was expected.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("{detail}")]
 pub struct DecodeError {
@@ -57,28 +56,28 @@ impl DecodeError {
     }
 }
 
-/// Reads a datagram that was received at `now`.
+/// Decodes a datagram received at `now`.
 ///
-/// A port of 0, which dCache sends when it does not know it, is taken.
+/// Port 0 is accepted: dCache sends it if it does not know the port.
 pub fn decode(datagram: &[u8], now: Timestamp) -> Result<FlowEvent, DecodeError> {
     let begin = memchr::memchr(b'{', datagram).ok_or_else(|| {
-        DecodeError::new(Rejection::Json, "no JSON object in it, expected a firefly")
+        DecodeError::new(Rejection::Json, "no JSON object, expected a firefly")
     })?;
     let json = &datagram[begin..];
-    match read(json) {
+    match parse(json) {
         Ok(received) => received.event(now),
-        Err(error) => match escape_application(json).as_deref().map(read) {
+        Err(error) => match escape_application(json).as_deref().map(parse) {
             Some(Ok(received)) => received.event(now),
             _ => Err(DecodeError::new(
                 Rejection::Json,
-                format!("the JSON does not parse: {error}"),
+                format!("invalid JSON: {error}"),
             )),
         },
     }
 }
 
-/// The host that a syslog header names: the word before `flowd`'s place in RFC 5424.
-pub fn sender(datagram: &[u8]) -> Option<&str> {
+/// The hostname in the syslog header (RFC 5424), if there is one.
+pub fn syslog_hostname(datagram: &[u8]) -> Option<&str> {
     let json = memchr::memchr(b'{', datagram)?;
     let header = std::str::from_utf8(&datagram[..json]).ok()?;
     // VERSION TIMESTAMP HOSTNAME APP-NAME PROCID MSGID SD; an empty time leaves two spaces.
@@ -87,16 +86,16 @@ pub fn sender(datagram: &[u8]) -> Option<&str> {
     (!host.is_empty() && host != "-").then_some(host)
 }
 
-/// The first JSON value; what follows it (a NUL, a newline) is ignored.
-fn read(json: &[u8]) -> serde_json::Result<Received<'_>> {
+/// Parses the first JSON value; trailing bytes (a NUL, a newline) are ignored.
+fn parse(json: &[u8]) -> serde_json::Result<Received<'_>> {
     Received::deserialize(&mut serde_json::Deserializer::from_slice(json))
 }
 
-/// XRootD puts the user's application into the JSON as it is: escapes the quotes in it.
+/// Escapes quotes in the application: XRootD writes the user's application into the JSON unescaped.
 fn escape_application(json: &[u8]) -> Option<Vec<u8>> {
     let key = memchr::memmem::find(json, b"\"application\"")? + b"\"application\"".len();
     let begin = key + memchr::memchr(b'"', &json[key..])? + 1;
-    let closes = |&at: &usize| {
+    let is_closing = |&at: &usize| {
         let rest = json[at + 1..].trim_ascii_start();
         match rest.first() {
             Some(b'}') => true,
@@ -106,7 +105,7 @@ fn escape_application(json: &[u8]) -> Option<Vec<u8>> {
     };
     let end = memchr::memchr_iter(b'"', &json[begin..])
         .map(|at| begin + at)
-        .find(closes)?;
+        .find(is_closing)?;
     let mut repaired = json[..begin].to_vec();
     for &byte in &json[begin..end] {
         if byte == b'"' && repaired.last() != Some(&b'\\') {
@@ -118,7 +117,7 @@ fn escape_application(json: &[u8]) -> Option<Vec<u8>> {
     Some(repaired)
 }
 
-/// The JSON object as it came.
+/// The JSON object of a firefly, before validation.
 #[derive(Default)]
 struct Received<'a> {
     version: Scalar<'a>,
@@ -187,7 +186,7 @@ impl<'de: 'a, 'a> Deserialize<'de> for Received<'a> {
                         "context" => received.context = map.next_value()?,
                         _ => {
                             let value: &RawValue = map.next_value()?;
-                            received.keep(key, value.get());
+                            received.keep_member(key, value.get());
                         }
                     }
                 }
@@ -199,8 +198,8 @@ impl<'de: 'a, 'a> Deserialize<'de> for Received<'a> {
 }
 
 impl Received<'_> {
-    /// What is not of the schema is passed on; what is of the schema and of another shape is not.
-    fn keep(&mut self, key: Cow<'_, str>, json: &str) {
+    /// Keeps members that are not part of the schema, to relay them. `usage` and `netlink` of the wrong type are dropped.
+    fn keep_member(&mut self, key: Cow<'_, str>, json: &str) {
         match &*key {
             "usage" => {
                 self.usage = serde_json::from_str(json).ok().map(|u: UsageObject| Usage {
@@ -246,7 +245,7 @@ impl Received<'_> {
             }),
             start_time,
             reported,
-            application: context.application.text().map(|a| cut(a).into()),
+            application: context.application.text().map(|a| truncate_application(a).into()),
             usage: self.usage,
             members: self.members,
             ..FlowEvent::new(state, flow(&self.flow_id)?, time, Origin::Firefly)
@@ -254,14 +253,14 @@ impl Received<'_> {
     }
 }
 
-/// A time of the lifecycle. Null, absent, or before 1970 (an unset time of Go) is none.
+/// A time of the lifecycle. `None` if it is null, absent, or before 1970 (Go's zero time).
 fn time(value: &Scalar<'_>, key: &str) -> Result<Option<Timestamp>, DecodeError> {
     if matches!(value, Scalar::Absent | Scalar::Null) {
         return Ok(None);
     }
     let parsed = value.text().and_then(|text| text.parse::<Timestamp>().ok());
     let parsed = parsed.ok_or_else(|| {
-        let detail = format!("flow-lifecycle.{key} is {value}, expected a time of RFC 3339");
+        let detail = format!("flow-lifecycle.{key} is {value}, expected a time as in RFC 3339");
         DecodeError::new(Rejection::Time, detail)
     })?;
     let micros = Timestamp::from_microsecond(parsed.as_microsecond()).unwrap_or(parsed);
@@ -311,7 +310,7 @@ fn id(value: &Scalar<'_>, key: &str) -> Result<u16, DecodeError> {
     })
 }
 
-/// A value that may be of another type than the schema says; its `Display` is for messages.
+/// A value whose type may differ from the schema; its `Display` is for error messages.
 #[derive(Default)]
 enum Scalar<'a> {
     #[default]
@@ -319,7 +318,7 @@ enum Scalar<'a> {
     Null,
     Text(Cow<'a, str>),
     Number(u64),
-    /// Of a kind that no key has: said, not kept.
+    /// A type that no key has; only its description is kept.
     Other(String),
 }
 
@@ -346,7 +345,7 @@ impl fmt::Display for Scalar<'_> {
             Scalar::Null => f.write_str("null"),
             Scalar::Text(text) => f.write_str(&quote(text.as_bytes())),
             Scalar::Number(number) => number.fmt(f),
-            Scalar::Other(what) => f.write_str(what),
+            Scalar::Other(description) => f.write_str(description),
         }
     }
 }
@@ -403,6 +402,6 @@ impl<'de: 'a, 'a> Deserialize<'de> for Scalar<'a> {
     }
 }
 
-/// A string, borrowed where it has no escapes.
+/// A string, borrowed if it has no escapes.
 #[derive(Deserialize)]
 struct Text<'a>(#[serde(borrow)] Cow<'a, str>);

@@ -1,4 +1,4 @@
-//! A flow event as a firefly.
+//! Encodes a flow event as a firefly.
 
 use std::fmt::Write as _;
 
@@ -6,33 +6,34 @@ use jiff::Timestamp;
 use jiff::fmt::temporal::DateTimePrinter;
 use jiff::tz::Offset;
 
-use super::cut;
-use crate::enrichment::{self, Mode};
-use crate::flow::{FlowEvent, Member, Protocol, State, Usage};
+use super::truncate_application;
+use crate::event::{FlowEvent, Member, State};
+use crate::firefly::netlink_object::{self, Mode};
+use crate::flow::{Protocol, Usage};
 
-/// Facility local0, severity info.
-const PRIORITY: &str = "<134>1 ";
-/// The largest firefly, in bytes: a packet of 1500 bytes without the headers of IPv6 and UDP.
-pub const DATAGRAM_MAX: usize = 1452;
-/// Which members of a relayed firefly are kept first when there is not room for all.
-const KEPT_FIRST: [&str; 3] = ["netlink", "storage-stats", "skOps"];
+/// Facility local0, severity info; version 1 of the header (RFC 5424).
+const SYSLOG_PRIORITY: &str = "<134>1 ";
+/// The largest firefly, in bytes: a packet of 1500 bytes less the headers of IPv6 and UDP.
+pub const MAX_DATAGRAM_SIZE: usize = 1452;
+/// The members of a relayed firefly that are kept first if not all fit.
+const PREFERRED_MEMBERS: [&str; 3] = ["netlink", "storage-stats", "skOps"];
 
-/// Writes fireflies; keeps the times it last wrote, which often recur within a batch.
+/// Writes fireflies. Caches the times last written, which often recur within a batch.
 pub struct Encoder {
-    /// What follows the time in the syslog header, if there is to be one.
+    /// The part of the syslog header after the time; `None` to write no header.
     header: Option<String>,
-    /// As JSON.
+    /// The default application, as a JSON string.
     application: String,
     current: PrintedTime,
     reported: PrintedTime,
     start: PrintedTime,
     end: PrintedTime,
-    /// The spelling of `netlink`.
+    /// The format of the `netlink` object; `None` to write none.
     enrichment: Option<Mode>,
 }
 
 impl Encoder {
-    /// `hostname` goes into the syslog header, if there is one; `application` into events without one.
+    /// `hostname` is used in the syslog header, `application` for events without one.
     pub fn new(hostname: &str, application: &str, syslog_header: bool) -> Encoder {
         let printable = |c: &char| c.is_ascii_graphic();
         let hostname: String = hostname.chars().filter(printable).take(255).collect();
@@ -52,23 +53,23 @@ impl Encoder {
         }
     }
 
-    /// The same, which writes what the kernel knows of a flow's socket, too.
+    /// An encoder that also writes socket statistics, in the format `enrichment`.
     pub fn enriched(self, enrichment: Option<Mode>) -> Encoder {
         Encoder { enrichment, ..self }
     }
 
-    /// Appends the firefly of `event`, sent at `now`, to `out`, and returns how many of its members
-    /// there was no room for: see [`FlowEvent::members`].
+    /// Appends the firefly of `event`, sent at `now`, to `out`. Returns how many members (see [`FlowEvent::members`])
+    /// and socket statistics did not fit.
     ///
-    /// The JSON is written piece by piece, at half the cost of a serializer: only the application can
-    /// hold anything that needs escaping.
+    /// The JSON is written piece by piece, at half the cost of a serializer: apart from members, only the application
+    /// may need escaping.
     pub fn encode(&mut self, event: &FlowEvent, now: Timestamp, out: &mut String) -> usize {
         let begin = out.len();
         let (flow, tag) = (&event.flow, event.tag());
         let current = self.current.print(now);
         let mut put = |text: &str| out.push_str(text);
         if let Some(header) = &self.header {
-            put(PRIORITY);
+            put(SYSLOG_PRIORITY);
             put(current);
             put(header);
         }
@@ -135,7 +136,7 @@ impl Encoder {
             Some(application) => out.push_str(&escaped(application)),
         }
         out.push('}');
-        let end = begin + DATAGRAM_MAX - 1;
+        let end = begin + MAX_DATAGRAM_SIZE - 1;
         let mut left_out = put_members(&event.members, end, out);
         left_out += self.put_enrichment(event, end, out);
         out.push('}');
@@ -144,20 +145,20 @@ impl Encoder {
 }
 
 impl Encoder {
-    /// What the producer of a relayed firefly says stands. Who asks for everything gets it, in a datagram
-    /// of whatever size.
+    /// Appends socket statistics, except where the producer of a relayed firefly has sent its own. [`Mode::Full`] has no
+    /// size limit.
     fn put_enrichment(&self, event: &FlowEvent, end: usize, out: &mut String) -> usize {
         let Some(mode) = self.enrichment else {
             return 0;
         };
-        let said = |key: &str| event.members.iter().any(|member| &*member.key == key);
+        let is_member = |key: &str| event.members.iter().any(|member| &*member.key == key);
         let mut left_out = 0;
         let mut put = |key: &str, put: &dyn Fn(usize, &mut String) -> usize| {
             let room = match mode {
                 Mode::Full => usize::MAX,
                 _ => end.saturating_sub(out.len() + key.len() + 4),
             };
-            // Room for no field at all is no room.
+            // Too little for a single field.
             if room < 16 {
                 left_out += 1;
                 return;
@@ -166,25 +167,25 @@ impl Encoder {
             let _ = write!(out, ",\"{key}\":");
             left_out += put(room, out);
         };
-        if let Some(socket) = event.netlink.as_deref().filter(|_| !said("netlink")) {
+        if let Some(socket) = event.netlink.as_deref().filter(|_| !is_member("netlink")) {
             put("netlink", &|room, out| {
-                enrichment::put(mode, socket, room, out)
+                netlink_object::put(mode, socket, room, out)
             });
         }
-        if let Some(skops) = event.skops.as_deref().filter(|_| !said("skOps")) {
+        if let Some(skops) = event.skops.as_deref().filter(|_| !is_member("skOps")) {
             put("skOps", &|room, out| {
-                enrichment::put_skops(skops, room, out)
+                netlink_object::put_skops(skops, room, out)
             });
         }
         left_out
     }
 }
 
-/// Each as long as it fits, the better known ones first; returns how many did not.
+/// Appends the members that fit, [`PREFERRED_MEMBERS`] first; returns how many did not.
 fn put_members(members: &[Member], end: usize, out: &mut String) -> usize {
     let rank = |member: &&Member| {
-        let known = KEPT_FIRST.iter().position(|key| **key == *member.key);
-        known.unwrap_or(KEPT_FIRST.len())
+        let preferred = PREFERRED_MEMBERS.iter().position(|key| **key == *member.key);
+        preferred.unwrap_or(PREFERRED_MEMBERS.len())
     };
     let mut ranked: Vec<&Member> = members.iter().collect();
     ranked.sort_by_key(rank);
@@ -201,7 +202,7 @@ fn put_members(members: &[Member], end: usize, out: &mut String) -> usize {
     left_out
 }
 
-/// A time as a firefly has it, `2021-09-22T11:12:27.808092+00:00`.
+/// A time in the format of fireflies, `2021-09-22T11:12:27.808092+00:00`.
 #[derive(Default)]
 struct PrintedTime {
     time: Timestamp,
@@ -216,15 +217,15 @@ impl PrintedTime {
             self.text.clear();
             PRINTER
                 .print_timestamp_with_offset(&time, Offset::UTC, &mut self.text)
-                .expect("a String takes any time");
+                .expect("writing to a String cannot fail");
         }
         &self.text
     }
 }
 
-/// As a JSON string, cut.
+/// As a JSON string, truncated.
 fn escaped(application: &str) -> String {
-    quoted(cut(application))
+    quoted(truncate_application(application))
 }
 
 /// As a JSON string.

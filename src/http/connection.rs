@@ -1,4 +1,4 @@
-//! One client: reads its requests one after the other and writes the responses.
+//! A connection: reads requests one after the other and writes the responses.
 
 use std::io::{self, Read, Write};
 use std::time::{Duration, Instant};
@@ -8,42 +8,43 @@ use super::message::{self, Body, Framing, Head, Refusal, Request, Response, prob
 use super::socket::Stream;
 
 /// How long a connection may stay open without a request.
-const IDLE: Duration = Duration::from_secs(60);
-/// How long a request may take to arrive, from its first byte.
-const ARRIVAL: Duration = Duration::from_secs(10);
-/// How long a part of a response, of about 64 KiB, may take to leave.
-const DEPARTURE: Duration = Duration::from_secs(10);
-/// How long what a client still sends after its last response is read, so that it gets the response.
-const FAREWELL: Duration = Duration::from_secs(1);
+const IDLE_TIMEOUT: Duration = Duration::from_secs(60);
+/// How long a request may take to arrive, counted from its first byte.
+const REQUEST_READ_TIMEOUT: Duration = Duration::from_secs(10);
+/// How long it may take to send one part of a response, about 64 KiB.
+const RESPONSE_WRITE_TIMEOUT: Duration = Duration::from_secs(10);
+/// How long to drain the client's input after the last response: closing with unread input would reset the connection
+/// before the client has read the response.
+const LINGER_TIMEOUT: Duration = Duration::from_secs(1);
 const READ_SIZE: usize = 16 << 10;
-/// Reads and writes in a row before other connections have their turn.
-const TURNS: usize = 16;
+/// Reads and writes in a row before other connections get their turn.
+const MAX_IO_OPS_PER_TURN: usize = 16;
 
-/// What a connection waits for.
+/// What the server does next with a connection.
 pub enum Next {
-    /// Until its socket is ready.
+    /// Wait until its socket is ready.
     Wait,
-    /// Nothing: others had to have their turn.
-    Again,
-    /// It is done for.
+    /// Drive it again after other connections have had their turn.
+    Yield,
+    /// Close it.
     Close,
 }
 
 pub struct Connection {
     stream: Stream,
-    /// What has arrived and is not dealt with.
+    /// Input that has not been processed.
     input: Vec<u8>,
-    /// The head of a request whose body has not arrived in full.
+    /// The head of a request whose body is incomplete.
     head: Option<Head>,
-    /// What is to be sent, from `sent` on.
+    /// Output, of which the first `sent` bytes have been sent.
     output: Vec<u8>,
     sent: usize,
     parts: Option<Parts>,
-    /// No more requests: the last response is being sent, or was.
+    /// The current response is the last: no more requests are read.
     closing: bool,
-    /// The last response was sent.
+    /// The last response has been sent.
     finished: bool,
-    since: Instant,
+    waiting_since: Instant,
     deadline: Instant,
 }
 
@@ -63,30 +64,30 @@ impl Connection {
             parts: None,
             closing: false,
             finished: false,
-            since: now,
-            deadline: now + IDLE,
+            waiting_since: now,
+            deadline: now + IDLE_TIMEOUT,
         }
     }
 
-    /// Whether the client has used up its time.
+    /// Whether a timeout has expired.
     pub fn is_overdue(&self, now: Instant) -> bool {
         now >= self.deadline
     }
 
-    /// Since when it has been the client's turn.
+    /// Since when the server has waited for the client.
     pub fn waiting_since(&self) -> Instant {
-        self.since
+        self.waiting_since
     }
 
-    /// Bytes of requests that have not arrived in full.
-    pub fn held(&self) -> usize {
+    /// The size of the buffer of an incomplete request, in bytes.
+    pub fn buffered_bytes(&self) -> usize {
         self.input.capacity()
     }
 
-    /// Does what can be done without waiting.
+    /// Reads, answers and writes as far as possible without blocking.
     pub fn drive(&mut self, handler: &mut dyn Handler, now: Instant) -> Next {
-        for _ in 0..TURNS {
-            let step = match () {
+        for _ in 0..MAX_IO_OPS_PER_TURN {
+            let result = match () {
                 () if self.sent < self.output.len() => self.write(now),
                 () if self.parts.is_some() => {
                     self.next_part(now);
@@ -94,7 +95,7 @@ impl Connection {
                 }
                 () if self.finished => self.discard(),
                 () if self.closing => self.finish(now),
-                () => match self.request() {
+                () => match self.next_request() {
                     Ok(Some(request)) => {
                         let response = handler.handle(&request.0);
                         self.respond(response, &request.1, now);
@@ -108,7 +109,7 @@ impl Connection {
                     }
                 },
             };
-            match step {
+            match result {
                 Ok(0) => return Next::Close,
                 Ok(_) => {}
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Next::Wait,
@@ -116,7 +117,7 @@ impl Connection {
                 Err(_) => return Next::Close,
             }
         }
-        Next::Again
+        Next::Yield
     }
 
     fn read(&mut self, now: Instant) -> io::Result<usize> {
@@ -126,12 +127,12 @@ impl Connection {
         let read = *result.as_ref().unwrap_or(&0);
         self.input.truncate(before + read);
         if before == 0 {
-            // One that keeps silent holds no buffer.
+            // A silent client occupies no buffer.
             if read == 0 {
                 self.input = Vec::new();
             } else if self.head.is_none() {
-                self.since = now;
-                self.deadline = now + ARRIVAL;
+                self.waiting_since = now;
+                self.deadline = now + REQUEST_READ_TIMEOUT;
             }
         }
         result
@@ -141,36 +142,40 @@ impl Connection {
         let written = self.stream.write(&self.output[self.sent..])?;
         self.sent += written;
         if self.sent == self.output.len() {
-            // An idle connection holds no large buffer.
+            // An idle connection keeps no large buffer.
             match self.output.capacity() > READ_SIZE && self.parts.is_none() {
                 true => self.output = Vec::new(),
                 false => self.output.clear(),
             }
             self.sent = 0;
-            self.since = now;
+            self.waiting_since = now;
             let idle = self.input.is_empty() && self.head.is_none();
-            self.deadline = now + if idle { IDLE } else { ARRIVAL };
+            self.deadline = now + if idle {
+                    IDLE_TIMEOUT
+                } else {
+                    REQUEST_READ_TIMEOUT
+                };
         }
         Ok(written)
     }
 
-    /// What came with the last request, or after it, is read so that it is not answered with a reset.
+    /// Reads and drops input after the last request, see [`LINGER_TIMEOUT`].
     fn discard(&mut self) -> io::Result<usize> {
-        let mut waste = [0; READ_SIZE];
-        self.stream.read(&mut waste)
+        let mut buffer = [0; READ_SIZE];
+        self.stream.read(&mut buffer)
     }
 
     fn finish(&mut self, now: Instant) -> io::Result<usize> {
         self.finished = true;
-        self.deadline = now + FAREWELL;
+        self.deadline = now + LINGER_TIMEOUT;
         self.input = Vec::new();
         self.stream.finish().map(|()| 1)
     }
 
-    /// The next request, if it has arrived in full.
-    fn request(&mut self) -> Result<Option<(Request, Head)>, Refusal> {
+    /// The next request, if it is complete.
+    fn next_request(&mut self) -> Result<Option<(Request, Head)>, Refusal> {
         if self.head.is_none() {
-            // A client may end the body before with an empty line (RFC 9112, section 2.2).
+            // A client may send an empty line after the previous body (RFC 9112, section 2.2).
             if self.input.starts_with(b"\r\n") {
                 self.input.drain(..2);
             }
@@ -215,7 +220,7 @@ impl Connection {
                 }
             }
             Body::Parts(parts) => {
-                // HTTP/1.0 has no chunks: the end of the connection is the end of the body.
+                // HTTP/1.0 has no chunks: the body ends when the connection is closed.
                 self.closing |= !head.http_1_1;
                 let chunked = !self.closing;
                 message::put_head(&mut self.output, &response, None, self.closing);
@@ -224,7 +229,7 @@ impl Connection {
                 }
             }
         }
-        self.deadline = now + DEPARTURE;
+        self.deadline = now + RESPONSE_WRITE_TIMEOUT;
     }
 
     fn refuse(&mut self, refusal: Refusal, now: Instant) {
@@ -234,15 +239,15 @@ impl Connection {
             message::put_head(&mut self.output, &response, Some(bytes.len()), true);
             self.output.extend_from_slice(bytes);
         }
-        self.deadline = now + DEPARTURE;
+        self.deadline = now + RESPONSE_WRITE_TIMEOUT;
     }
 
     fn next_part(&mut self, now: Instant) {
         let Some(Parts { parts, chunked }) = &mut self.parts else {
             return;
         };
-        self.deadline = now + DEPARTURE;
-        // An empty chunk would be the last.
+        self.deadline = now + RESPONSE_WRITE_TIMEOUT;
+        // An empty chunk would end the body.
         let part = parts.find(|part| !part.is_empty());
         if *chunked {
             let size = part.as_ref().map_or(0, Vec::len);

@@ -1,31 +1,31 @@
-//! Requests and responses as bytes. No I/O.
+//! Parses requests and encodes responses. No I/O.
 
 use jiff::Timestamp;
 use jiff::fmt::rfc2822::DateTimePrinter;
 use serde_json::json;
 
 /// The longest request line with headers, in bytes.
-const HEAD_MAX: usize = 16 << 10;
+const MAX_HEAD_BYTES: usize = 16 << 10;
 /// The longest body of a request, in bytes.
-pub const BODY_MAX: usize = 1 << 20;
-/// The longest body with the sizes of its chunks, in bytes.
-const CHUNKED_MAX: usize = 2 * BODY_MAX;
-const HEADERS: usize = 64;
+pub const MAX_BODY_BYTES: usize = 1 << 20;
+/// The longest chunked body with the sizes of its chunks, in bytes.
+const MAX_CHUNKED_BYTES: usize = 2 * MAX_BODY_BYTES;
+const MAX_HEADERS: usize = 64;
 
-/// A request that has arrived in full.
+/// A complete request.
 #[derive(Clone, Debug, Default)]
 pub struct Request {
     /// `GET`, `POST`, …; `GET` for `HEAD`, whose body is not sent.
     pub method: String,
-    /// The path, without the query and as it was sent.
+    /// The path as sent, still percent-encoded, without the query.
     pub path: String,
-    /// What follows the `?`.
+    /// The query: the text after `?`.
     pub query: String,
     /// The value of `Authorization`.
     pub authorization: Option<String>,
     /// The value of `Accept`.
     pub accept: Option<String>,
-    /// Whether `Accept-Encoding` names gzip.
+    /// Whether `Accept-Encoding` allows gzip.
     pub accepts_gzip: bool,
     /// The body.
     pub body: Vec<u8>,
@@ -33,13 +33,13 @@ pub struct Request {
 
 /// The body of a response.
 pub enum Body {
-    /// All of it.
+    /// The complete body.
     Whole(Vec<u8>),
-    /// One part after the other, made when there is room to send it.
+    /// Parts, each produced once the previous one has been sent.
     Parts(Box<dyn Iterator<Item = Vec<u8>> + Send>),
 }
 
-/// What is answered.
+/// A response.
 pub struct Response {
     /// The status code.
     pub status: u16,
@@ -68,7 +68,7 @@ pub fn problem(status: u16, error: &str) -> Response {
     Response::json(status, &json!({ "error": error }))
 }
 
-/// Why a request is answered without being understood; the connection is closed.
+/// Why a request is refused before a handler sees it. The connection is closed after the response.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Refusal {
     pub status: u16,
@@ -82,37 +82,40 @@ const fn refusal(status: u16, error: &'static str) -> Refusal {
 /// Request line and headers.
 pub struct Head {
     pub request: Request,
-    /// Its bytes, with the empty line.
+    /// In bytes, including the empty line.
     pub length: usize,
     pub framing: Framing,
     pub expects_continue: bool,
-    /// Whether the client takes another response on the same connection.
+    /// Whether the connection stays open for another request.
     pub keep_alive: bool,
     pub http_1_1: bool,
+    /// Whether the method is HEAD, so that the response has no body.
     pub head_only: bool,
 }
 
+/// How the end of a body is found.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Framing {
+    /// In bytes.
     Length(usize),
     Chunked,
 }
 
-/// Reads request line and headers; `None` if they are not whole yet.
+/// Parses request line and headers; `None` if they are incomplete.
 pub fn head(input: &[u8]) -> Result<Option<Head>, Refusal> {
-    let mut headers = [httparse::EMPTY_HEADER; HEADERS];
+    let mut headers = [httparse::EMPTY_HEADER; MAX_HEADERS];
     let mut parsed = httparse::Request::new(&mut headers);
     let length = match parsed.parse(input) {
-        Ok(httparse::Status::Complete(length)) if length <= HEAD_MAX => length,
-        Ok(httparse::Status::Partial) if input.len() < HEAD_MAX => return Ok(None),
-        Ok(_) => return Err(refusal(431, "the request's headers are over 16384 bytes")),
+        Ok(httparse::Status::Complete(length)) if length <= MAX_HEAD_BYTES => length,
+        Ok(httparse::Status::Partial) if input.len() < MAX_HEAD_BYTES => return Ok(None),
+        Ok(_) => return Err(refusal(431, "the request line and headers exceed 16384 bytes")),
         Err(httparse::Error::TooManyHeaders) => {
-            return Err(refusal(431, "the request has over 64 headers"));
+            return Err(refusal(431, "the request has more than 64 headers"));
         }
         Err(httparse::Error::Version) => {
             return Err(refusal(505, "expected HTTP/1.1 or HTTP/1.0"));
         }
-        Err(_) => return Err(refusal(400, "this is not HTTP")),
+        Err(_) => return Err(refusal(400, "not an HTTP request")),
     };
     let method = parsed.method.unwrap_or_default();
     let target = parsed.path.unwrap_or_default();
@@ -142,7 +145,7 @@ pub fn head(input: &[u8]) -> Result<Option<Head>, Refusal> {
                 chunked = true;
             }
             "transfer-encoding" => {
-                return Err(refusal(501, "the only transfer encoding known is chunked"));
+                return Err(refusal(501, "unsupported transfer encoding, expected chunked"));
             }
             "connection" => {
                 for word in value.split(',').map(str::trim) {
@@ -168,16 +171,16 @@ pub fn head(input: &[u8]) -> Result<Option<Head>, Refusal> {
     }
     head.framing = match (chunked, lengths.as_slice()) {
         (true, []) => Framing::Chunked,
-        (true, _) => return Err(refusal(400, "both Content-Length and Transfer-Encoding")),
+        (true, _) => return Err(refusal(400, "expected Content-Length or Transfer-Encoding, not both")),
         (false, []) => Framing::Length(0),
         (false, [length, others @ ..]) => {
             let digits = length.bytes().all(|b| b.is_ascii_digit()) && !length.is_empty();
             if !digits || others.iter().any(|other| other != length) {
-                return Err(refusal(400, "Content-Length is not one number"));
+                return Err(refusal(400, "Content-Length is not a single number"));
             }
-            // What does not fit in a usize is too large as well.
+            // A number that does not fit in a usize is too large as well.
             match length.parse() {
-                Ok(length) if length <= BODY_MAX => Framing::Length(length),
+                Ok(length) if length <= MAX_BODY_BYTES => Framing::Length(length),
                 _ => return Err(TOO_LARGE),
             }
         }
@@ -193,10 +196,9 @@ fn is_gzip(coding: &str) -> bool {
     is_gzip && qualities.all(|q| q.parse::<f32>().is_ok_and(|q| q > 0.0))
 }
 
-const TOO_LARGE: Refusal = refusal(413, "the body is over 1048576 bytes");
+const TOO_LARGE: Refusal = refusal(413, "the body exceeds 1048576 bytes");
 
-/// Takes the body out of what follows the head: the body, and the bytes that it took; `None` if it is
-/// not whole yet.
+/// Parses the body after the head. Returns the body and its length in `input`, in bytes; `None` if it is incomplete.
 pub fn body(input: &[u8], framing: Framing) -> Result<Option<(Vec<u8>, usize)>, Refusal> {
     match framing {
         Framing::Length(length) => Ok(input.get(..length).map(|body| (body.to_vec(), length))),
@@ -205,27 +207,27 @@ pub fn body(input: &[u8], framing: Framing) -> Result<Option<(Vec<u8>, usize)>, 
 }
 
 fn chunked(input: &[u8]) -> Result<Option<(Vec<u8>, usize)>, Refusal> {
-    let wrong = || refusal(400, "the chunked body is malformed");
+    let malformed = || refusal(400, "the chunked body is malformed");
     let (mut body, mut at) = (Vec::new(), 0);
     loop {
         let (line, size) = match httparse::parse_chunk_size(&input[at..]) {
             Ok(httparse::Status::Complete(parsed)) => parsed,
-            Ok(httparse::Status::Partial) if input.len() <= CHUNKED_MAX => return Ok(None),
+            Ok(httparse::Status::Partial) if input.len() <= MAX_CHUNKED_BYTES => return Ok(None),
             Ok(httparse::Status::Partial) => return Err(TOO_LARGE),
-            Err(_) => return Err(wrong()),
+            Err(_) => return Err(malformed()),
         };
         at += line;
         if size == 0 {
             break;
         }
-        if size > BODY_MAX as u64 || body.len() + size as usize > BODY_MAX {
+        if size > MAX_BODY_BYTES as u64 || body.len() + size as usize > MAX_BODY_BYTES {
             return Err(TOO_LARGE);
         }
         let end = at + size as usize;
         match input.get(at..end + 2) {
             Some([chunk @ .., b'\r', b'\n']) => body.extend_from_slice(chunk),
-            Some(_) => return Err(wrong()),
-            None if input.len() > CHUNKED_MAX => return Err(TOO_LARGE),
+            Some(_) => return Err(malformed()),
+            None if input.len() > MAX_CHUNKED_BYTES => return Err(TOO_LARGE),
             None => return Ok(None),
         }
         at = end + 2;
@@ -236,7 +238,7 @@ fn chunked(input: &[u8]) -> Result<Option<(Vec<u8>, usize)>, Refusal> {
         match memchr::memmem::find(rest, b"\r\n") {
             Some(0) => return Ok(Some((body, at + 2))),
             Some(line) => at += line + 2,
-            None if rest.len() > HEAD_MAX => return Err(wrong()),
+            None if rest.len() > MAX_HEAD_BYTES => return Err(malformed()),
             None => return Ok(None),
         }
     }
@@ -245,25 +247,25 @@ fn chunked(input: &[u8]) -> Result<Option<(Vec<u8>, usize)>, Refusal> {
 /// Appends status line and headers, for a body of a known length or in chunks.
 pub fn put_head(out: &mut Vec<u8>, response: &Response, length: Option<usize>, close: bool) {
     let (status, reason) = (response.status, reason(response.status));
-    let mut text = format!("HTTP/1.1 {status} {reason}\r\n");
-    // The years of a timestamp that RFC 9110 cannot spell are not now.
+    let mut head = format!("HTTP/1.1 {status} {reason}\r\n");
+    // Fails only for years that RFC 9110 cannot express.
     if let Ok(date) = DateTimePrinter::new().timestamp_to_rfc9110_string(&Timestamp::now()) {
-        text += &format!("Date: {date}\r\n");
+        head += &format!("Date: {date}\r\n");
     }
-    text += &format!("Content-Type: {}\r\n", response.content_type);
+    head += &format!("Content-Type: {}\r\n", response.content_type);
     for (name, value) in &response.headers {
-        text += &format!("{name}: {value}\r\n");
+        head += &format!("{name}: {value}\r\n");
     }
     match length {
-        Some(length) => text += &format!("Content-Length: {length}\r\n"),
-        None if !close => text += "Transfer-Encoding: chunked\r\n",
+        Some(length) => head += &format!("Content-Length: {length}\r\n"),
+        None if !close => head += "Transfer-Encoding: chunked\r\n",
         None => {}
     }
-    text += match close {
+    head += match close {
         true => "Connection: close\r\n",
         false => "Connection: keep-alive\r\n",
     };
-    out.extend_from_slice(text.as_bytes());
+    out.extend_from_slice(head.as_bytes());
     out.extend_from_slice(b"\r\n");
 }
 
@@ -318,7 +320,7 @@ mod tests {
     }
 
     #[test]
-    fn gzip_that_is_accepted() {
+    fn gzip_is_used_only_if_accepted() {
         let accepts = |value: &str| {
             let text = format!("GET / HTTP/1.1\r\nHost: x\r\nAccept-Encoding: {value}\r\n\r\n");
             parsed(&text).request.accepts_gzip
@@ -328,14 +330,14 @@ mod tests {
     }
 
     #[test]
-    fn connections_that_are_kept_and_not() {
+    fn keep_alive_depends_on_version_and_header() {
         assert!(!parsed("GET / HTTP/1.0\r\n\r\n").keep_alive);
         assert!(parsed("GET / HTTP/1.0\r\nConnection: Keep-Alive\r\n\r\n").keep_alive);
         assert!(!parsed("GET / HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n").keep_alive);
     }
 
     #[test]
-    fn what_is_refused() {
+    fn bad_requests_are_refused_with_their_status() {
         let with = |header: &str| format!("POST / HTTP/1.1\r\nHost: x\r\n{header}\r\n\r\n");
         assert_eq!(status("GET / HTTP/2.0\r\n\r\n"), 505);
         assert_eq!(status("\x16\x03\x01\r\n\r\n"), 400);
@@ -352,9 +354,9 @@ mod tests {
             400
         );
         assert_eq!(status(&with("Transfer-Encoding: gzip")), 501);
-        assert_eq!(status(&with(&format!("X: {}", "x".repeat(HEAD_MAX)))), 431);
-        assert_eq!(status(&"GET ".repeat(HEAD_MAX)), 505);
-        assert_eq!(status(&format!("GET /{}", "x".repeat(HEAD_MAX))), 431);
+        assert_eq!(status(&with(&format!("X: {}", "x".repeat(MAX_HEAD_BYTES)))), 431);
+        assert_eq!(status(&"GET ".repeat(MAX_HEAD_BYTES)), 505);
+        assert_eq!(status(&format!("GET /{}", "x".repeat(MAX_HEAD_BYTES))), 431);
     }
 
     #[test]
@@ -369,14 +371,14 @@ mod tests {
         assert_eq!(read(b"1\r\nab\r\n").unwrap_err().status, 400);
         assert_eq!(read(b"200000\r\n").unwrap_err().status, 413);
         assert_eq!(
-            read(&b"1\r\nx\r\n".repeat(BODY_MAX)).unwrap_err().status,
+            read(&b"1\r\nx\r\n".repeat(MAX_BODY_BYTES)).unwrap_err().status,
             413
         );
     }
 
     proptest! {
         #[test]
-        fn any_bytes_make_no_panic(bytes in proptest::collection::vec(any::<u8>(), 0..200)) {
+        fn no_input_causes_a_panic(bytes in proptest::collection::vec(any::<u8>(), 0..200)) {
             let _ = head(&bytes);
             let _ = body(&bytes, Framing::Chunked);
         }

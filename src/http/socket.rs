@@ -1,4 +1,4 @@
-//! Listening sockets and streams of either kind.
+//! Listening sockets and streams, TCP and Unix.
 
 use std::fs::{self, DirBuilder, Permissions};
 use std::io::{self, Read, Write};
@@ -19,7 +19,7 @@ pub enum Listener {
     Unix(UnixListener, UnixPath),
 }
 
-/// The path of a Unix socket; removed with the value.
+/// The path of a Unix socket. Dropping it removes the file.
 pub struct UnixPath(PathBuf);
 
 impl Drop for UnixPath {
@@ -29,20 +29,20 @@ impl Drop for UnixPath {
 }
 
 impl Listener {
-    /// Listens on a TCP port.
+    /// Listens on a TCP address and port.
     pub fn tcp(address: SocketAddr) -> io::Result<Listener> {
         TcpListener::bind(address).map(Listener::Tcp)
     }
 
-    /// Takes over a socket if it listens on this address.
+    /// Takes over a listening socket, if it is bound to this address.
     pub fn adopt_tcp(fd: OwnedFd, address: SocketAddr) -> Option<Listener> {
         let listener = std::net::TcpListener::from(fd);
-        let same = listener.local_addr().ok()? == address;
+        let is_same = listener.local_addr().ok()? == address;
         listener.set_nonblocking(true).ok()?;
-        same.then(|| Listener::Tcp(TcpListener::from_std(listener)))
+        is_same.then(|| Listener::Tcp(TcpListener::from_std(listener)))
     }
 
-    /// The same socket once more.
+    /// A duplicate of the file descriptor of the socket.
     pub fn try_clone_fd(&self) -> io::Result<OwnedFd> {
         match self {
             Listener::Tcp(listener) => listener.as_fd().try_clone_to_owned(),
@@ -50,8 +50,8 @@ impl Listener {
         }
     }
 
-    /// Listens on a Unix socket with these permissions. The directory is made if it is not there; a
-    /// socket that nobody listens on any more is replaced.
+    /// Listens on a Unix socket with these permissions. Creates its directory if necessary, and replaces a
+    /// socket that no process listens on.
     pub fn unix(path: &Path, mode: u32) -> io::Result<Listener> {
         if let Some(directory) = path.parent().filter(|d| !d.as_os_str().is_empty()) {
             DirBuilder::new()
@@ -59,24 +59,24 @@ impl Listener {
                 .mode(0o755)
                 .create(directory)?;
         }
-        if let Ok(found) = fs::symlink_metadata(path) {
-            if !found.file_type().is_socket() {
-                let message = "there is a file in its place that is no socket";
+        if let Ok(metadata) = fs::symlink_metadata(path) {
+            if !metadata.file_type().is_socket() {
+                let message = "the file at this path is not a socket";
                 return Err(io::Error::new(io::ErrorKind::AlreadyExists, message));
             }
             if std::os::unix::net::UnixStream::connect(path).is_ok() {
-                let message = "another process listens there";
+                let message = "another process is listening on it";
                 return Err(io::Error::new(io::ErrorKind::AddrInUse, message));
             }
         }
-        // With its permissions before it has its name, so that nobody connects between.
+        // Bound under a temporary name until the permissions are set, so that no other user can connect before.
         let mut name = path.as_os_str().to_owned();
         name.push(format!(".{}", std::process::id()));
-        let new = UnixPath(name.into());
-        let _ = fs::remove_file(&new.0);
-        let listener = UnixListener::bind(&new.0)?;
-        fs::set_permissions(&new.0, Permissions::from_mode(mode))?;
-        fs::rename(&new.0, path)?;
+        let temporary = UnixPath(name.into());
+        let _ = fs::remove_file(&temporary.0);
+        let listener = UnixListener::bind(&temporary.0)?;
+        fs::set_permissions(&temporary.0, Permissions::from_mode(mode))?;
+        fs::rename(&temporary.0, path)?;
         Ok(Listener::Unix(listener, UnixPath(path.to_owned())))
     }
 
@@ -106,7 +106,7 @@ pub(super) enum Stream {
 }
 
 impl Stream {
-    /// Says that no more will be sent.
+    /// Tells the client that no more data follows.
     pub(super) fn finish(&self) -> io::Result<()> {
         match self {
             Stream::Tcp(stream) => stream.shutdown(Shutdown::Write),

@@ -1,4 +1,4 @@
-//! The API plugin: flow events by HTTP, and a view of the open flows.
+//! The api plugin: accepts flow events over HTTP, and lists the open flows.
 
 mod flow_json;
 mod openapi;
@@ -10,11 +10,13 @@ use serde_json::{Value, json};
 
 use super::{EventSender, Plugin, now};
 use crate::config;
+use crate::context::DaemonContext;
+use crate::control::routes::{ROUTES, Routes, method_not_allowed};
 use crate::error::{Context, Error, Result};
-use crate::flow::{Flow, FlowEvent, Origin, Protocol, State, Tag};
+use crate::event::{FlowEvent, Origin, State};
+use crate::flow::{Flow, Protocol, Tag};
 use crate::http::{Handler, Listener, Request, Response, Server, problem};
 use crate::metrics::{Outcomes, outcomes};
-use crate::routes::{ROUTES, Routes, Sources, method_not_allowed};
 use crate::sys::handover::Handover;
 use crate::sys::stop::Stop;
 
@@ -22,13 +24,13 @@ const NAME: &str = "api";
 
 outcomes! {
     enum Outcome {
-        Accepted = "accepted",
-        Invalid = "invalid",
-        Unauthorized = "unauthorized",
+        Accepted = "accepted": "accepted: {event|events}",
+        Invalid = "rejected_request": "rejected: invalid {request|requests}",
+        Unauthorized = "rejected_token": "rejected: {request|requests} without a valid token",
     }
 }
 
-/// The routes that the API has and the control socket has not.
+/// The routes of the API that the control socket does not have.
 const OWN_ROUTES: [(&str, &str, &str); 4] = [
     ("POST", "/flow", "a flow event, or an array of them"),
     (
@@ -36,7 +38,7 @@ const OWN_ROUTES: [(&str, &str, &str); 4] = [
         "/dummy/start",
         "starts the flow tcp [::1]:2345 > [::1]:5777 with the tag 1/2",
     ),
-    ("GET", "/dummy/end", "ends it"),
+    ("GET", "/dummy/end", "ends that flow"),
     ("GET", "/openapi.json", "a description of this API"),
 ];
 
@@ -47,27 +49,27 @@ pub struct Api {
     token: Option<String>,
     counters: Outcomes<Outcome>,
     handover: Handover,
-    /// The TCP socket, for whoever takes over.
-    bound: Option<OwnedFd>,
+    /// The TCP socket, for the successor.
+    tcp_socket: Option<OwnedFd>,
 }
 
 impl Api {
-    /// Binds the sockets, or takes over that of the API before this one with who waits there, and reads the
-    /// token.
+    /// Binds the sockets and reads the token. Takes over the TCP socket `inherited` from the predecessor, with the
+    /// connections that wait in its queue, if it has the configured address.
     pub fn new(
         config: &config::Api,
-        sources: Sources,
+        context: DaemonContext,
         handover: Handover,
         inherited: Option<OwnedFd>,
     ) -> Result<Api> {
         let mut listeners = Vec::new();
-        let mut bound = None;
+        let mut tcp_socket = None;
         if let Some(address) = config.bind {
-            let what = || format!("TCP {address} (plugins.api.bindAddress, bindPort)");
+            let resource = || format!("TCP {address} (plugins.api.bindAddress, bindPort)");
             let inherited = inherited.and_then(|fd| Listener::adopt_tcp(fd, address));
             let listener = inherited.map_or_else(|| Listener::tcp(address), Ok);
-            let listener = listener.context(what)?;
-            bound = Some(listener.try_clone_fd().context(what)?);
+            let listener = listener.context(resource)?;
+            tcp_socket = Some(listener.try_clone_fd().context(resource)?);
             listeners.push(listener);
         }
         if let Some((path, mode)) = &config.unix_socket {
@@ -78,36 +80,36 @@ impl Api {
                 })?,
             );
         }
-        let server = Server::new(listeners).context(|| "poll loop of the API".to_owned())?;
+        let server = Server::new(listeners).context(|| "poll loop of the api plugin".to_owned())?;
         Ok(Api {
             server,
             token: token(config)?,
-            counters: sources.metrics.plugin(NAME),
-            routes: Routes::new(sources),
+            counters: context.metrics.plugin(NAME),
+            routes: Routes::new(context),
             handover,
-            bound,
+            tcp_socket,
         })
     }
 }
 
-/// The token that requests must bear.
+/// The token that requests must carry, if one is configured.
 fn token(config: &config::Api) -> Result<Option<String>> {
     let Some(path) = &config.token_file else {
         return Ok(config.token.clone());
     };
-    let what = || format!("{} (plugins.api.tokenFile)", path.display());
+    let resource = || format!("{} (plugins.api.tokenFile)", path.display());
     if config::is_writable_by_all(path) {
         return Err(Error::Failed(format!(
             "{}: {}",
-            what(),
+            resource(),
             config::WRITABLE_BY_ALL
         )));
     }
-    let content = fs::read_to_string(path).context(what)?;
+    let content = fs::read_to_string(path).context(resource)?;
     match content.trim() {
         "" => Err(Error::Failed(format!(
             "{}: empty, expected a token",
-            what()
+            resource()
         ))),
         token => Ok(Some(token.to_owned())),
     }
@@ -119,30 +121,30 @@ impl Plugin for Api {
     }
 
     fn run(self: Box<Self>, events: EventSender, stop: Stop) -> Result<()> {
-        let mut answers = Answers {
+        let mut handler = ApiHandler {
             routes: self.routes,
             token: self.token,
             counters: self.counters,
             events,
         };
-        let result = self.server.run(&mut answers, stop);
-        if let Some(bound) = &self.bound {
-            self.handover.leave(NAME, bound.as_fd());
+        let result = self.server.run(&mut handler, stop);
+        if let Some(socket) = &self.tcp_socket {
+            self.handover.leave(NAME, socket.as_fd());
         }
-        result.context(|| "poll loop of the API".to_owned())
+        result.context(|| "poll loop of the api plugin".to_owned())
     }
 }
 
-struct Answers {
+struct ApiHandler {
     routes: Routes,
     token: Option<String>,
     counters: Outcomes<Outcome>,
     events: EventSender,
 }
 
-impl Handler for Answers {
+impl Handler for ApiHandler {
     fn handle(&mut self, request: &Request) -> Response {
-        // Whether the daemon lives is no secret, and who asks may have none.
+        // The health of the daemon is not secret, and a health checker may not have the token.
         if request.path != "/healthz" && !self.is_authorized(request) {
             self.counters.add(Outcome::Unauthorized);
             let mut response = problem(
@@ -155,7 +157,7 @@ impl Handler for Answers {
             return response;
         }
         match (request.path.as_str(), request.method.as_str()) {
-            ("/flow", "POST") => self.take(&request.body),
+            ("/flow", "POST") => self.post_flow(&request.body),
             ("/flow", _) => method_not_allowed("POST"),
             ("/dummy/start", "GET") => self.dummy(State::Start),
             ("/dummy/end", "GET") => self.dummy(State::End),
@@ -172,7 +174,7 @@ impl Handler for Answers {
     }
 }
 
-impl Answers {
+impl ApiHandler {
     fn is_authorized(&self, request: &Request) -> bool {
         let Some(token) = &self.token else {
             return true;
@@ -182,13 +184,13 @@ impl Answers {
             Some((scheme, given)) if scheme.eq_ignore_ascii_case("bearer") => given.trim(),
             _ => return false,
         };
-        same(token.as_bytes(), given.as_bytes())
+        equal_in_constant_time(token.as_bytes(), given.as_bytes())
     }
 
-    /// All events of a request, or none.
-    fn take(&mut self, body: &[u8]) -> Response {
+    /// Accepts all events of a request, or none.
+    fn post_flow(&mut self, body: &[u8]) -> Response {
         let parsed = serde_json::from_slice::<Value>(body)
-            .map_err(|error| format!("the body is no JSON: {error}"))
+            .map_err(|error| format!("the body is not valid JSON: {error}"))
             .and_then(|document| flow_json::events(&document, &self.routes.registry(), now()));
         match parsed {
             Ok(events) => self.send(events),
@@ -210,10 +212,10 @@ impl Answers {
         Response::json(200, &json!({ "accepted": count }))
     }
 
-    /// flowd-go's.
+    /// The test flow of flowd-go's `/dummy/start` and `/dummy/end`.
     fn dummy(&mut self, state: State) -> Response {
-        let end = |port| ([0, 0, 0, 0, 0, 0, 0, 1].into(), port);
-        let flow = Flow::new(Protocol::Tcp, end(2345), end(5777));
+        let endpoint = |port| ([0, 0, 0, 0, 0, 0, 0, 1].into(), port);
+        let flow = Flow::new(Protocol::Tcp, endpoint(2345), endpoint(5777));
         let tag = Tag {
             experiment: 1,
             activity: 2,
@@ -228,8 +230,8 @@ impl Answers {
     }
 }
 
-/// Compares in a time that does not tell how much of it is right.
-fn same(a: &[u8], b: &[u8]) -> bool {
+/// Compares in a time that does not reveal how many bytes are right.
+fn equal_in_constant_time(a: &[u8], b: &[u8]) -> bool {
     let differences = a.iter().zip(b).fold(0, |all, (a, b)| all | (a ^ b));
     a.len() == b.len() && differences == 0
 }

@@ -1,8 +1,8 @@
-//! The firefly plugin: storage services, and other daemons, send a firefly when a transfer starts and
+//! The firefly plugin: receives the fireflies that storage services and other daemons send when a transfer starts and
 //! when it ends.
 //!
-//! What a firefly carries is passed on as it came: see [`crate::firefly`]. Datagrams that the kernel
-//! drops for want of room are counted, and so are those that are no fireflies, by reason.
+//! The content of a firefly is passed on unchanged: see [`crate::firefly`]. Datagrams that the kernel drops because the
+//! receive buffer is full are counted, and rejected datagrams are counted by reason.
 
 use std::os::fd::OwnedFd;
 use std::time::{Duration, Instant};
@@ -14,24 +14,24 @@ use super::{Closed, EventSender, Plugin, now};
 use crate::config;
 use crate::error::{Context, Result};
 use crate::firefly::{self, Rejection};
-use crate::log_limit::{LogLimit, quote};
+use crate::logging::{LogLimit, quote};
 use crate::metrics::{Metrics, Outcomes, outcomes};
 use crate::sys::handover::Handover;
 use crate::sys::stop::Stop;
-use crate::sys::udp_receiver::{Datagram, Receiver, Room};
+use crate::sys::udp_receiver::{Datagram, ReceiveBuffer, Receiver};
 use crate::sys::waiter::Waiter;
 
 const NAME: &str = "firefly";
-/// How often the kernel is asked what it dropped.
-const TICK: Duration = Duration::from_secs(1);
-/// How long a stop goes on reading while more keeps coming.
-const DRAIN: Duration = Duration::from_millis(500);
+/// How often the kernel's count of dropped datagrams is read.
+const DROP_CHECK_INTERVAL: Duration = Duration::from_secs(1);
+/// How long a stop keeps reading while datagrams keep arriving.
+const DRAIN_TIMEOUT: Duration = Duration::from_millis(500);
 
 outcomes! {
-    enum Taken {
-        Accepted = "accepted",
-        TooLong = "too_long",
-        KernelDropped = "kernel_dropped",
+    enum Outcome {
+        Accepted = "accepted": "accepted: {datagram|datagrams}",
+        TooLong = "rejected_length": "rejected: {datagram|datagrams} over the length limit",
+        KernelDropped = "kernel_dropped": "dropped by the kernel: {datagram|datagrams}",
     }
 }
 
@@ -40,13 +40,14 @@ pub struct Firefly {
     config: config::FireflyPlugin,
     socket: Receiver,
     waiter: Waiter,
-    taken: Outcomes<Taken>,
-    rejected: Outcomes<Rejection>,
+    counters: Outcomes<Outcome>,
+    rejections: Outcomes<Rejection>,
     handover: Handover,
 }
 
 impl Firefly {
-    /// Binds the socket, or takes over that of the former process, with what waits in it.
+    /// Binds the socket. Takes over the socket `inherited` from the predecessor instead, with the datagrams that wait in
+    /// it, if it has the configured address.
     pub fn new(
         config: &config::FireflyPlugin,
         metrics: &Metrics,
@@ -67,8 +68,8 @@ impl Firefly {
             config: config.clone(),
             socket,
             waiter,
-            taken: metrics.plugin(NAME),
-            rejected: metrics.plugin(NAME),
+            counters: metrics.plugin(NAME),
+            rejections: metrics.plugin(NAME),
             handover,
         })
     }
@@ -85,107 +86,112 @@ impl Plugin for Firefly {
 
     fn run(mut self: Box<Self>, events: EventSender, stop: Stop) -> Result<()> {
         self.waiter.watch(&stop).context(poll_loop)?;
-        let mut intake = Intake {
-            taken: &self.taken,
-            rejected: &self.rejected,
+        let mut handler = DatagramHandler {
+            counters: &self.counters,
+            rejections: &self.rejections,
             buffer_size: self.config.buffer_size,
-            complaints: LogLimit::new(Level::Warn, "firefly: rejected datagrams"),
+            rejected_log: LogLimit::new(Level::Warn, "firefly: rejected datagrams"),
             events,
         };
-        let mut room = Room::new(self.config.buffer_size);
-        let mut losses = LogLimit::new(Level::Warn, "firefly: losses");
-        let mut asked = Instant::now();
+        let mut buffer = ReceiveBuffer::new(self.config.buffer_size);
+        let mut dropped_log = LogLimit::new(Level::Warn, "firefly: dropped datagrams");
+        let mut last_check = Instant::now();
         let mut more = false;
-        let mut stopping: Option<Instant> = None;
+        let mut stop_seen: Option<Instant> = None;
         loop {
-            let patience = if more { Duration::ZERO } else { TICK };
-            self.waiter.wait(Some(patience)).context(poll_loop)?;
+            let timeout = if more {
+                Duration::ZERO
+            } else {
+                DROP_CHECK_INTERVAL
+            };
+            self.waiter.wait(Some(timeout)).context(poll_loop)?;
             let time = now();
             let mut closed = Ok(());
             let received = self
                 .socket
-                .receive(&mut room, |datagram| {
+                .receive(&mut buffer, |datagram| {
                     if closed.is_ok() {
-                        closed = intake.take(&datagram, time);
+                        closed = handler.handle(&datagram, time);
                     }
                 })
                 .context(|| format!("UDP {}", self.config.bind))?;
             more = received > 0;
             let now = Instant::now();
             if stop.is_set() {
-                let since = *stopping.get_or_insert(now);
-                if !more || now.duration_since(since) >= DRAIN {
+                let since = *stop_seen.get_or_insert(now);
+                if !more || now.duration_since(since) >= DRAIN_TIMEOUT {
                     closed = Err(Closed);
                 }
             }
-            if closed.is_err() || now.duration_since(asked) >= TICK {
-                asked = now;
-                let dropped = self.socket.dropped();
+            if closed.is_err() || now.duration_since(last_check) >= DROP_CHECK_INTERVAL {
+                last_check = now;
+                let dropped = self.socket.take_dropped();
                 if dropped > 0 {
-                    self.taken
-                        .add_many(Taken::KernelDropped, u64::from(dropped));
-                    losses.log(now, || {
-                        format!("firefly: the kernel dropped {dropped} datagrams: the receive buffer was full")
+                    self.counters
+                        .add_many(Outcome::KernelDropped, u64::from(dropped));
+                    dropped_log.log(now, || {
+                        let datagrams = if dropped == 1 { "datagram" } else { "datagrams" };
+                        format!("firefly: the kernel dropped {dropped} {datagrams}: the receive buffer was full")
                     });
                 }
-                intake.complaints.tick(now);
-                losses.tick(now);
+                handler.rejected_log.tick(now);
+                dropped_log.tick(now);
             }
             if closed.is_err() {
                 break;
             }
         }
-        // With what comes from now on.
+        // The successor reads the datagrams that arrive from now on.
         self.handover.leave(NAME, self.socket.as_fd());
-        intake.complaints.flush();
-        losses.flush();
+        handler.rejected_log.flush();
+        dropped_log.flush();
         Ok(())
     }
 }
 
-/// What becomes of a datagram.
-struct Intake<'a> {
-    taken: &'a Outcomes<Taken>,
-    rejected: &'a Outcomes<Rejection>,
+/// Decodes datagrams, sends their flow events, and counts and logs those that are rejected.
+struct DatagramHandler<'a> {
+    counters: &'a Outcomes<Outcome>,
+    rejections: &'a Outcomes<Rejection>,
     buffer_size: usize,
-    complaints: LogLimit,
+    rejected_log: LogLimit,
     events: EventSender,
 }
 
-impl Intake<'_> {
-    fn take(
+impl DatagramHandler<'_> {
+    fn handle(
         &mut self,
         datagram: &Datagram<'_>,
         time: Timestamp,
     ) -> std::result::Result<(), Closed> {
-        if datagram.cut {
-            self.taken.add(Taken::TooLong);
+        if datagram.truncated {
+            self.counters.add(Outcome::TooLong);
             let size = self.buffer_size;
-            self.complain(datagram, || {
+            self.log_rejected(datagram, || {
                 format!("longer than {size} bytes (plugins.firefly.bufferSize)")
             });
             return Ok(());
         }
         match firefly::decode(datagram.bytes, time) {
             Ok(event) => {
-                self.taken.add(Taken::Accepted);
+                self.counters.add(Outcome::Accepted);
                 self.events.send(event)
             }
             Err(error) => {
-                self.rejected.add(error.reason);
-                self.complain(datagram, || error.to_string());
+                self.rejections.add(error.reason);
+                self.log_rejected(datagram, || error.to_string());
                 Ok(())
             }
         }
     }
 
-    fn complain(&mut self, datagram: &Datagram<'_>, why: impl FnOnce() -> String) {
-        self.complaints.log(Instant::now(), || {
+    fn log_rejected(&mut self, datagram: &Datagram<'_>, reason: impl FnOnce() -> String) {
+        self.rejected_log.log(Instant::now(), || {
             let from = datagram
                 .from()
                 .map_or_else(String::new, |from| format!(" from {from}"));
             let shown = quote(datagram.bytes);
-            format!("firefly: rejected datagram{from}: {}: {shown}", why())
+            format!("firefly: rejected datagram{from}: {}: {shown}", reason())
         });
     }
 }

@@ -1,5 +1,5 @@
-//! The iperf3 plugin: each TCP connection of a cgroup, as the kernel establishes and closes it, is a
-//! flow with a tag out of a list: test traffic that looks like that of many experiments.
+//! The iperf3 plugin: reports each TCP connection of a cgroup as a flow, from its establishment to its close, with a tag
+//! from a list. The test traffic looks like that of many experiments.
 
 use std::hash::{BuildHasher, RandomState};
 
@@ -8,10 +8,11 @@ use ipnet::IpNet;
 use super::{EventSender, Plugin};
 use crate::config;
 use crate::error::Result;
-use crate::flow::{FlowEvent, Origin, State, Tag};
+use crate::event::{FlowEvent, Origin, State};
+use crate::flow::Tag;
+use crate::flow::special_networks::is_public;
 use crate::metrics::{Metrics, Outcomes, outcomes};
-use crate::special_networks::is_public;
-use crate::sys::sockops::{Event, Kind, Sockops};
+use crate::sys::sockops::{Kind, Report, Sockops};
 use crate::sys::stop::Stop;
 
 const NAME: &str = "iperf3";
@@ -19,22 +20,22 @@ const SECTION: &str = "plugins.iperf3";
 
 outcomes! {
     enum Outcome {
-        Started = "started",
-        Ended = "ended",
-        Lost = "lost",
+        Started = "started": "{connection|connections} started",
+        Ended = "ended": "{connection|connections} ended",
+        Lost = "lost": "{report|reports} lost in the kernel",
     }
 }
 
 /// The plugin, with its program attached.
 pub struct Iperf3 {
     sockops: Sockops,
-    intake: Intake,
+    tagger: Tagger,
 }
 
-/// Makes flow events of what the program says.
-struct Intake {
+/// Turns the reports of the program into flow events.
+struct Tagger {
     tags: Tags,
-    /// Connections to these, and to addresses that are nobody's on the Internet, are left out.
+    /// If set, connections to these networks and to special-purpose addresses are left out.
     internal: Option<Vec<IpNet>>,
     counters: Outcomes<Outcome>,
 }
@@ -43,12 +44,12 @@ impl Iperf3 {
     /// Loads and attaches the program.
     pub fn new(config: &config::Iperf3, metrics: &Metrics) -> Result<Iperf3> {
         Ok(Iperf3 {
-            sockops: Sockops::attach(&config.sockops, SECTION)?,
-            intake: Intake {
+            sockops: Sockops::attach(&config.sockops.program_settings(), SECTION)?,
+            tagger: Tagger {
                 tags: Tags {
                     tags: config.tags.clone(),
                     random: config.random.then(RandomState::new),
-                    given: 0,
+                    assigned: 0,
                 },
                 internal: config.internal_networks.clone(),
                 counters: metrics.plugin(NAME),
@@ -57,21 +58,22 @@ impl Iperf3 {
     }
 }
 
-/// The list of tags, and where in it we are.
+/// Assigns the tags of a list, in order or at random.
 struct Tags {
     tags: Vec<Tag>,
     random: Option<RandomState>,
-    given: usize,
+    /// The number of tags assigned so far.
+    assigned: usize,
 }
 
 impl Tags {
     fn next(&mut self) -> Tag {
         let n = match &self.random {
             // A keyed hash of a counter is random enough for test traffic.
-            Some(random) => random.hash_one(self.given) as usize,
-            None => self.given,
+            Some(random) => random.hash_one(self.assigned) as usize,
+            None => self.assigned,
         };
-        self.given += 1;
+        self.assigned += 1;
         self.tags[n % self.tags.len()]
     }
 }
@@ -82,30 +84,30 @@ impl Plugin for Iperf3 {
     }
 
     fn run(self: Box<Self>, events: EventSender, stop: Stop) -> Result<()> {
-        let mut intake = self.intake;
-        let counters = intake.counters.clone();
-        let take = |told| {
-            intake
-                .event(told)
+        let mut tagger = self.tagger;
+        let counters = tagger.counters.clone();
+        let handle = |report| {
+            tagger
+                .flow_event(report)
                 .map_or(Ok(()), |event| events.send(event))
         };
-        let lost = |count| counters.add_many(Outcome::Lost, count);
-        self.sockops.follow(NAME, &stop, take, lost)
+        let count_lost = |count| counters.add_many(Outcome::Lost, count);
+        self.sockops.follow(NAME, &stop, handle, count_lost)
     }
 }
 
-impl Intake {
-    /// The end has no counts: those of `sock_diag` are exact, and come in the same moment.
-    fn event(&mut self, told: Event) -> Option<FlowEvent> {
-        let remote = told.flow.destination.address;
-        let left_out = |internal: &Vec<IpNet>| {
+impl Tagger {
+    /// An end carries no byte counts: `sock_diag` reports exact ones at the same moment.
+    fn flow_event(&mut self, report: Report) -> Option<FlowEvent> {
+        let remote = report.flow.destination.address;
+        let is_left_out = |internal: &Vec<IpNet>| {
             !is_public(remote) || internal.iter().any(|net| net.contains(&remote))
         };
-        if self.internal.as_ref().is_some_and(left_out) {
+        if self.internal.as_ref().is_some_and(is_left_out) {
             return None;
         }
-        let event = |state| FlowEvent::new(state, told.flow, told.time, Origin::Iperf3);
-        match told.kind {
+        let event = |state| FlowEvent::new(state, report.flow, report.time, Origin::Iperf3);
+        match report.kind {
             Kind::Connected | Kind::Accepted => {
                 self.counters.add(Outcome::Started);
                 Some(FlowEvent {
@@ -117,7 +119,7 @@ impl Intake {
                 self.counters.add(Outcome::Ended);
                 Some(event(State::End))
             }
-            Kind::News => None,
+            Kind::Ongoing => None,
         }
     }
 }

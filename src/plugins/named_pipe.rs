@@ -1,7 +1,10 @@
-//! The named pipe plugin: storage services write a line when a transfer starts and when it ends.
+//! The namedPipe plugin: reads the lines that storage services write when a transfer starts and when it ends.
 //!
-//! The pipe is read on a poll loop until it is empty. One that somebody deletes or replaces is made
-//! again within a second; the old one is read until its last writer closes it.
+//! A poll loop reads the pipe until it is empty. A pipe that was deleted or replaced is recreated within a second; the old
+//! one is read until its last writer closes it.
+
+pub mod line;
+pub mod line_buffer;
 
 use std::fs::{self, File};
 use std::io::{self, Read};
@@ -15,31 +18,32 @@ use jiff::Timestamp;
 use log::Level;
 use nix::unistd::Gid;
 
+use self::line::LineOutcome;
+use self::line_buffer::{Line, LineBuffer, MAX_LINE_LENGTH};
 use super::{Closed, EventSender, Plugin, now};
 use crate::config;
 use crate::error::{Context, Result};
-use crate::line_buffer::{Line, LineBuffer, MAX_LINE};
-use crate::log_limit::{LogLimit, quote};
+use crate::logging::{LogLimit, quote};
 use crate::metrics::{Metrics, Outcomes};
-use crate::pipe_line::{self, LineOutcome};
-use crate::registry::{Handle, Registry};
+use crate::registry::{Registry, SharedRegistry};
 use crate::sys::fifo::{Fifo, group_id};
 use crate::sys::handover::Handover;
 use crate::sys::stop::Stop;
 use crate::sys::waiter::Waiter;
 
-const NAME: &str = "named_pipe";
-/// What the loop does when nothing happens: see whether the pipe is still there.
-const TICK: Duration = Duration::from_secs(1);
-/// How long the rest of a line is waited for.
-const LINE_PATIENCE: Duration = Duration::from_secs(1);
-/// How long a stop waits for writers that do not stop writing.
-const DRAIN: Duration = Duration::from_secs(1);
+const NAME: &str = "namedPipe";
+/// How often the loop checks whether the pipe is still in its place.
+const CHECK_INTERVAL: Duration = Duration::from_secs(1);
+/// How long to wait for the rest of a line.
+const PARTIAL_LINE_TIMEOUT: Duration = Duration::from_secs(1);
+/// How long a stop keeps reading while writers keep writing.
+const DRAIN_TIMEOUT: Duration = Duration::from_secs(1);
+/// Bytes per read.
 const READ_SIZE: usize = 64 * 1024;
-/// Reads in a row before the loop looks at anything else.
-const READS: u32 = 16;
-/// Deleted pipes that still have writers; beyond it the oldest is given up.
-const RETIRED: usize = 8;
+/// Reads of one pipe before the loop turns to the others and to the stop.
+const MAX_READS_PER_TURN: u32 = 16;
+/// Deleted pipes that are still read because they have writers. Beyond this number, the oldest is closed.
+const MAX_RETIRED_PIPES: usize = 8;
 
 /// The plugin, with its pipe open.
 pub struct NamedPipe {
@@ -47,16 +51,16 @@ pub struct NamedPipe {
     group: Option<Gid>,
     pipe: Fifo,
     waiter: Waiter,
-    registry: Handle,
+    registry: SharedRegistry,
     counters: Outcomes<LineOutcome>,
     handover: Handover,
 }
 
 impl NamedPipe {
-    /// Opens the pipe, making it if it is not there.
+    /// Opens the pipe, creating it if it does not exist.
     pub fn new(
         config: &config::NamedPipe,
-        registry: &Handle,
+        registry: &SharedRegistry,
         metrics: &Metrics,
         handover: Handover,
     ) -> Result<NamedPipe> {
@@ -85,7 +89,7 @@ impl NamedPipe {
     }
 }
 
-/// Gives a pipe that is there the mode and group of these settings.
+/// Sets the mode and group of an existing pipe to those of the configuration.
 pub fn adjust(config: &config::NamedPipe) -> io::Result<()> {
     let group = config.group.as_deref().map(group_id).transpose()?;
     nix::unistd::chown(&config.path, None, group)?;
@@ -94,18 +98,18 @@ pub fn adjust(config: &config::NamedPipe) -> io::Result<()> {
 
 fn open(path: &std::path::Path, mode: u32, group: Option<Gid>) -> io::Result<Fifo> {
     let opened = Fifo::open(path, mode, group)?;
-    if let Some(aside) = opened.moved_aside {
+    if let Some(backup) = opened.backup {
         log::warn!(
-            "named pipe {}: a regular file stood in its place, kept as {}",
+            "namedPipe: {} was a regular file; renamed it to {} and created the pipe",
             path.display(),
-            aside.display()
+            backup.display()
         );
     }
     Ok(opened.fifo)
 }
 
 fn poll_loop() -> String {
-    "poll loop of the named pipe".to_owned()
+    "poll loop of the namedPipe plugin".to_owned()
 }
 
 impl Plugin for NamedPipe {
@@ -116,35 +120,39 @@ impl Plugin for NamedPipe {
     fn run(self: Box<Self>, events: EventSender, stop: Stop) -> Result<()> {
         let mut waiter = self.waiter;
         waiter.watch(&stop).context(poll_loop)?;
-        let mut intake = Intake {
+        let mut handler = LineHandler {
             registry: self.registry.load(),
             counters: &self.counters,
-            rejected: LogLimit::new(Level::Warn, "named pipe: rejected lines"),
+            rejected_log: LogLimit::new(Level::Warn, "namedPipe: rejected lines"),
             events,
         };
-        let mut trouble = LogLimit::new(Level::Error, "named pipe: failures");
+        let mut failures = LogLimit::new(Level::Error, "namedPipe: failures");
         let mut pipe = self.pipe;
-        let mut lines = Lines::new();
-        let mut retired: Vec<(File, Lines)> = Vec::new();
-        let mut checked = Instant::now();
+        let mut lines = LineReader::new();
+        let mut retired: Vec<(File, LineReader)> = Vec::new();
+        let mut last_check = Instant::now();
         let mut more = false;
         while !stop.is_set() {
-            let patience = if more { Duration::ZERO } else { TICK };
-            waiter.wait(Some(patience)).context(poll_loop)?;
-            intake.registry = self.registry.load();
-            let read = match lines.read(pipe.file(), &mut intake) {
-                Err(Closed) => return Ok(()),
-                Ok(read) => read,
+            let timeout = if more {
+                Duration::ZERO
+            } else {
+                CHECK_INTERVAL
             };
-            more = read == Reading::More;
+            waiter.wait(Some(timeout)).context(poll_loop)?;
+            handler.registry = self.registry.load();
+            let status = match lines.read(pipe.file(), &mut handler) {
+                Err(Closed) => return Ok(()),
+                Ok(status) => status,
+            };
+            more = status == ReadStatus::More;
             let mut closed = false;
-            retired.retain_mut(|(file, lines)| match lines.read(file, &mut intake) {
-                Ok(Reading::More) => {
+            retired.retain_mut(|(file, lines)| match lines.read(file, &mut handler) {
+                Ok(ReadStatus::More) => {
                     more = true;
                     true
                 }
-                Ok(Reading::Empty) => true,
-                Ok(Reading::Ended) => false,
+                Ok(ReadStatus::Empty) => true,
+                Ok(ReadStatus::Ended) => false,
                 Err(Closed) => {
                     closed = true;
                     false
@@ -154,101 +162,101 @@ impl Plugin for NamedPipe {
                 return Ok(());
             }
             let now = Instant::now();
-            if now.duration_since(checked) < TICK {
+            if now.duration_since(last_check) < CHECK_INTERVAL {
                 continue;
             }
-            checked = now;
-            intake.rejected.tick(now);
-            trouble.tick(now);
-            if lines.give_up_waiting(now, &mut intake).is_err() {
+            last_check = now;
+            handler.rejected_log.tick(now);
+            failures.tick(now);
+            if lines.finish_if_idle(now, &mut handler).is_err() {
                 return Ok(());
             }
             if pipe.is_in_place() {
                 continue;
             }
-            let again = open(pipe.path(), self.mode, self.group).and_then(|new| {
+            let reopened = open(pipe.path(), self.mode, self.group).and_then(|new| {
                 waiter.watch(new.file())?;
                 Ok(new)
             });
-            match again {
+            match reopened {
                 Ok(new) => {
                     log::warn!(
-                        "named pipe {}: was deleted or replaced, made again",
+                        "namedPipe: {} was deleted or replaced; recreated it",
                         pipe.path().display()
                     );
                     more = true;
                     let old = std::mem::replace(&mut pipe, new);
-                    let old_lines = std::mem::replace(&mut lines, Lines::new());
+                    let old_lines = std::mem::replace(&mut lines, LineReader::new());
                     match old.retire() {
                         Ok(file) if waiter.watch(&file).is_ok() => retired.push((file, old_lines)),
                         _ => {}
                     }
-                    if retired.len() > RETIRED {
+                    if retired.len() > MAX_RETIRED_PIPES {
                         retired.remove(0);
                     }
                 }
-                Err(error) => trouble.log(now, || {
+                Err(error) => failures.log(now, || {
                     let path = pipe.path().display();
-                    format!("named pipe {path}: was deleted and cannot be made again: {error}")
+                    format!("namedPipe: {path} was deleted or replaced, and cannot be recreated: {error}")
                 }),
             }
         }
         self.handover.leave(NAME, pipe.file().as_fd());
-        // Whoever comes now finds no pipe, instead of one that nobody reads.
+        // A writer that opens the path from now on finds no pipe, instead of one without a reader.
         if !self.handover.is_begun()
             && let Err(error) = pipe.remove()
         {
             log::warn!(
-                "named pipe {}: cannot be removed: {error}",
+                "namedPipe: cannot remove {}: {error}",
                 pipe.path().display()
             );
         }
-        let deadline = Instant::now() + DRAIN;
-        let mut sources: Vec<(&File, Lines)> = Vec::new();
+        let deadline = Instant::now() + DRAIN_TIMEOUT;
+        let mut sources: Vec<(&File, LineReader)> = Vec::new();
         match self.handover.is_begun() {
-            // Who takes over goes on with the next line.
-            true if lines.finish_line(pipe.file(), &mut intake).is_err() => return Ok(()),
+            // The successor continues with the next line.
+            true if lines.finish_line(pipe.file(), &mut handler).is_err() => return Ok(()),
             true => {}
             false => sources.push((pipe.file(), lines)),
         }
         sources.extend(
             retired
                 .iter_mut()
-                .map(|(file, lines)| (&*file, std::mem::replace(lines, Lines::new()))),
+                .map(|(file, lines)| (&*file, std::mem::replace(lines, LineReader::new()))),
         );
         for (file, mut lines) in sources {
-            while let Ok(Reading::More) = lines.read(file, &mut intake) {
+            while let Ok(ReadStatus::More) = lines.read(file, &mut handler) {
                 if Instant::now() >= deadline {
                     log::warn!(
-                        "named pipe: writers kept writing while the daemon stopped; what they wrote last is lost"
+                        "namedPipe: writers kept writing while the daemon stopped; their last lines are lost"
                     );
                     break;
                 }
             }
-            if lines.finish(&mut intake).is_err() {
+            if lines.finish(&mut handler).is_err() {
                 break;
             }
         }
-        intake.rejected.flush();
+        handler.rejected_log.flush();
         Ok(())
     }
 }
 
-/// Turns lines into flow events, counts them, and says what is wrong with the others.
-struct Intake<'a> {
+/// Parses lines, sends their flow events, and counts and logs those that are rejected.
+struct LineHandler<'a> {
     registry: Arc<Registry>,
     counters: &'a Outcomes<LineOutcome>,
-    rejected: LogLimit,
+    rejected_log: LogLimit,
     events: EventSender,
 }
 
-impl Intake<'_> {
-    fn take(&mut self, line: Line<'_>, now: Timestamp) -> std::result::Result<(), Closed> {
+impl LineHandler<'_> {
+    fn handle(&mut self, line: Line<'_>, now: Timestamp) -> std::result::Result<(), Closed> {
         let (line, parsed) = match line {
-            Line::Whole(line) => (line, pipe_line::parse(line, &self.registry, now)),
+            Line::Complete(line) => (line, line::parse(line, &self.registry, now)),
             Line::TooLong(line) => {
                 self.reject(LineOutcome::TooLong, line, || {
-                    format!("longer than {MAX_LINE} bytes")
+                    format!("longer than {MAX_LINE_LENGTH} bytes")
                 });
                 return Ok(());
             }
@@ -264,17 +272,18 @@ impl Intake<'_> {
         Ok(())
     }
 
-    fn reject(&mut self, reason: LineOutcome, line: &[u8], why: impl FnOnce() -> String) {
+    fn reject(&mut self, reason: LineOutcome, line: &[u8], detail: impl FnOnce() -> String) {
         self.counters.add(reason);
-        self.rejected.log(Instant::now(), || {
-            format!("named pipe: rejected line {}: {}", quote(line), why())
+        self.rejected_log.log(Instant::now(), || {
+            format!("namedPipe: rejected line {}: {}", quote(line), detail())
         });
     }
 }
 
+/// Why a turn of reading a pipe ended.
 #[derive(PartialEq, Eq)]
-enum Reading {
-    /// There may be more.
+enum ReadStatus {
+    /// The limit of reads was reached; there may be more.
     More,
     /// The pipe is empty.
     Empty,
@@ -282,88 +291,88 @@ enum Reading {
     Ended,
 }
 
-/// The lines of one open pipe.
-struct Lines {
+/// Reads the lines of one open pipe.
+struct LineReader {
     buffer: LineBuffer,
-    /// When the last bytes came.
-    last: Instant,
+    /// When the last bytes arrived.
+    last_read: Instant,
 }
 
-impl Lines {
-    fn new() -> Lines {
-        Lines {
+impl LineReader {
+    fn new() -> LineReader {
+        LineReader {
             buffer: LineBuffer::new(READ_SIZE),
-            last: Instant::now(),
+            last_read: Instant::now(),
         }
     }
 
     fn read(
         &mut self,
         mut file: &File,
-        intake: &mut Intake<'_>,
-    ) -> std::result::Result<Reading, Closed> {
-        for _ in 0..READS {
+        handler: &mut LineHandler<'_>,
+    ) -> std::result::Result<ReadStatus, Closed> {
+        for _ in 0..MAX_READS_PER_TURN {
             match file.read(self.buffer.space()) {
                 Ok(0) => {
-                    self.finish(intake)?;
-                    return Ok(Reading::Ended);
+                    self.finish(handler)?;
+                    return Ok(ReadStatus::Ended);
                 }
-                Ok(n) => self.take(n, intake)?,
+                Ok(n) => self.commit(n, handler)?,
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-                // Reading a FIFO has no other error that waiting would not cure.
-                Err(_) => return Ok(Reading::Empty),
+                // Empty, or a transient error: reading a FIFO has no others.
+                Err(_) => return Ok(ReadStatus::Empty),
             }
         }
-        Ok(Reading::More)
+        Ok(ReadStatus::More)
     }
 
-    /// Reads the rest of a line that has begun, if there is one and it comes soon, and not a byte more.
+    /// Reads the rest of a partial line, if there is one and the rest arrives in time, and not a byte more.
     fn finish_line(
         &mut self,
         mut file: &File,
-        intake: &mut Intake<'_>,
+        handler: &mut LineHandler<'_>,
     ) -> std::result::Result<(), Closed> {
-        let deadline = Instant::now() + LINE_PATIENCE;
+        let deadline = Instant::now() + PARTIAL_LINE_TIMEOUT;
         while self.buffer.has_partial() && Instant::now() < deadline {
             match file.read(&mut self.buffer.space()[..1]) {
                 Ok(0) => break,
-                Ok(n) => self.take(n, intake)?,
+                Ok(n) => self.commit(n, handler)?,
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
                 Err(_) => thread::sleep(Duration::from_millis(1)),
             }
         }
-        self.finish(intake)
+        self.finish(handler)
     }
 
-    /// Bytes that have come.
-    fn take(&mut self, n: usize, intake: &mut Intake<'_>) -> std::result::Result<(), Closed> {
-        self.last = Instant::now();
+    /// Handles the lines that the next `n` bytes of the buffer complete.
+    fn commit(&mut self, n: usize, handler: &mut LineHandler<'_>) -> std::result::Result<(), Closed> {
+        self.last_read = Instant::now();
         let now = now();
         let mut result = Ok(());
         self.buffer.commit(n, |line| {
             if result.is_ok() {
-                result = intake.take(line, now);
+                result = handler.handle(line, now);
             }
         });
         result
     }
 
-    /// A writer that left without a newline has said all it had to say.
-    fn give_up_waiting(
+    /// Handles a partial line as a complete one if its rest does not arrive: the writer left without a newline.
+    fn finish_if_idle(
         &mut self,
         now: Instant,
-        intake: &mut Intake<'_>,
+        handler: &mut LineHandler<'_>,
     ) -> std::result::Result<(), Closed> {
-        if self.buffer.has_partial() && now.duration_since(self.last) >= LINE_PATIENCE {
-            return self.finish(intake);
+        if self.buffer.has_partial() && now.duration_since(self.last_read) >= PARTIAL_LINE_TIMEOUT {
+            return self.finish(handler);
         }
         Ok(())
     }
 
-    fn finish(&mut self, intake: &mut Intake<'_>) -> std::result::Result<(), Closed> {
+    fn finish(&mut self, handler: &mut LineHandler<'_>) -> std::result::Result<(), Closed> {
         let now = now();
         let mut result = Ok(());
-        self.buffer.finish(|line| result = intake.take(line, now));
+        self.buffer.finish(|line| result = handler.handle(line, now));
         result
     }
 }

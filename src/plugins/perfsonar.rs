@@ -1,7 +1,6 @@
-//! The perfSONAR plugin: one tag for all packets that leave this host.
+//! The perfsonar plugin: one tag for all packets that leave this host.
 //!
-//! There are no flow events in it: the marker has the tag from the configuration, and marks with it
-//! from start to stop.
+//! It sends no flow events. The marker reads the tag from the configuration and marks all packets while the daemon runs.
 
 use super::{EventSender, Plugin};
 use crate::error::{Context, Result};
@@ -16,7 +15,7 @@ pub struct Perfsonar {
 }
 
 impl Perfsonar {
-    /// The tag that all packets get.
+    /// A plugin for `tag`, which all packets get.
     pub fn new(tag: Tag) -> Result<Perfsonar> {
         let waiter = Waiter::new().context(poll_loop)?;
         Ok(Perfsonar { tag, waiter })
@@ -24,7 +23,7 @@ impl Perfsonar {
 }
 
 fn poll_loop() -> String {
-    "poll loop of the perfSONAR plugin".to_owned()
+    "poll loop of the perfsonar plugin".to_owned()
 }
 
 impl Plugin for Perfsonar {
@@ -32,9 +31,9 @@ impl Plugin for Perfsonar {
         "perfsonar"
     }
 
-    /// The daemon runs as long as a plugin could still send events.
+    /// Holds `_events` until the stop: the daemon runs only as long as a plugin can still send events.
     fn run(mut self: Box<Self>, _events: EventSender, stop: Stop) -> Result<()> {
-        log::info!("perfsonar: every IPv6 packet gets the tag {}", self.tag);
+        log::info!("perfsonar: every outgoing IPv6 packet gets the tag {}", self.tag);
         self.waiter.watch(&stop).context(poll_loop)?;
         while !stop.is_set() {
             self.waiter.wait(None).context(poll_loop)?;

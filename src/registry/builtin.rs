@@ -1,9 +1,9 @@
-//! The registry as published on 2025-09-04: what the daemon knows before it has fetched a newer one.
+//! The built-in registry, as published on 2025-09-04: used until a newer one has been fetched.
 
 /// Id and name of an activity.
 pub type Activity = (u16, &'static str);
 
-/// Id, name and activities of each experiment, in the order of their ids.
+/// Id, name and activities of each experiment, ordered by id.
 #[rustfmt::skip]
 pub const EXPERIMENTS: &[(u16, &str, &[Activity])] = &[
     (1, "default", &[

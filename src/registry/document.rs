@@ -1,4 +1,4 @@
-//! The registry as it is published: JSON, read strictly enough that what comes out can be used.
+//! Reads and checks the published registry, a JSON document.
 
 use std::collections::HashSet;
 
@@ -6,10 +6,13 @@ use serde::Deserialize;
 
 use super::{Activity, Experiment, Registry, same_name};
 
-/// The largest document, in bytes; the published one has 14 KB.
-pub const SIZE_MAX: usize = 1 << 20;
-/// The longest name, in bytes.
-const NAME_MAX: usize = 256;
+/// The maximum size of the document, in bytes; the published one has 14 KB.
+pub const MAX_DOCUMENT_SIZE: usize = 1 << 20;
+/// The maximum length of a name, in bytes.
+const MAX_NAME_LENGTH: usize = 256;
+
+/// The error for a document larger than [`MAX_DOCUMENT_SIZE`].
+pub const TOO_LARGE: &str = "the registry is larger than 1 MiB";
 
 #[derive(Deserialize)]
 struct Document {
@@ -32,31 +35,30 @@ struct DocumentActivity {
 }
 
 impl Registry {
-    /// Reads a published registry: experiments with ids of 1 to 511, activities with ids of 1 to 63, no id
-    /// and no name twice. What else stands in it is ignored.
+    /// Reads a published registry: experiments with ids from 1 to 511, activities with ids from 1 to 63, no id or
+    /// name twice. Other keys are ignored.
     pub fn from_json(document: &[u8]) -> Result<Registry, String> {
-        if document.len() > SIZE_MAX {
-            return Err(format!("over {SIZE_MAX} bytes"));
+        if document.len() > MAX_DOCUMENT_SIZE {
+            return Err(TOO_LARGE.to_owned());
         }
         let document: Document =
-            serde_json::from_slice(document).map_err(|e| format!("no registry: {e}"))?;
+            serde_json::from_slice(document).map_err(|e| format!("not a valid registry: {e}"))?;
         if document.experiments.is_empty() {
-            return Err("a registry without experiments".to_owned());
+            return Err("the registry has no experiments".to_owned());
         }
         let mut experiments = Vec::with_capacity(document.experiments.len());
-        for found in document.experiments {
-            let name = found.exp_name;
-            check_entry("experiment", &name, found.exp_id, 511)?;
-            let mut activities = Vec::with_capacity(found.activities.len());
-            for found in found.activities {
-                let (id, name) = (found.activity_id, found.activity_name);
+        for experiment in document.experiments {
+            let (id, name) = (experiment.exp_id, experiment.exp_name);
+            check_entry("experiment", &name, id, 511)?;
+            let mut activities = Vec::with_capacity(experiment.activities.len());
+            for activity in experiment.activities {
+                let (id, name) = (activity.activity_id, activity.activity_name);
                 check_entry("activity", &name, id, 63)?;
                 activities.push(Activity { id, name });
             }
             activities.sort_by_key(|activity| activity.id);
-            let of = format!("experiment \"{}\": activity", name.escape_debug());
-            check_distinct(&of, activities.iter().map(|a| (a.id, a.name.as_str())))?;
-            let id = found.exp_id;
+            let kind = format!("experiment \"{}\": activity", name.escape_debug());
+            check_distinct(&kind, activities.iter().map(|a| (a.id, a.name.as_str())))?;
             experiments.push(Experiment {
                 id,
                 name,
@@ -72,35 +74,36 @@ impl Registry {
     }
 }
 
-fn check_entry(what: &str, name: &str, id: u16, most: u16) -> Result<(), String> {
+/// `kind` is experiment or activity, for the error.
+fn check_entry(kind: &str, name: &str, id: u16, max_id: u16) -> Result<(), String> {
     let shown = name.escape_debug();
-    if name.trim().is_empty() || name.len() > NAME_MAX || name.contains(char::is_control) {
+    if name.trim().is_empty() || name.len() > MAX_NAME_LENGTH || name.contains(char::is_control) {
         return Err(format!(
-            "{what} {id}: \"{shown}\" is no name, expected 1 to {NAME_MAX} bytes without control characters"
+            "{kind} {id}: \"{shown}\" is not a valid name, expected 1 to {MAX_NAME_LENGTH} bytes without control characters"
         ));
     }
-    match (1..=most).contains(&id) {
+    match (1..=max_id).contains(&id) {
         true => Ok(()),
         false => Err(format!(
-            "{what} \"{shown}\": id {id} is out of range, expected 1 to {most}"
+            "{kind} \"{shown}\": id {id} is out of range, expected 1 to {max_id}"
         )),
     }
 }
 
-/// Entries come in the order of their ids.
+/// Entries must be ordered by id.
 fn check_distinct<'a>(
-    what: &str,
+    kind: &str,
     entries: impl Iterator<Item = (u16, &'a str)>,
 ) -> Result<(), String> {
     let (mut last, mut names) = (0, HashSet::new());
     for (id, name) in entries {
         if id == std::mem::replace(&mut last, id) {
-            return Err(format!("{what} id {id} is there twice"));
+            return Err(format!("{kind} id {id} occurs twice"));
         }
         let folded: String = name.chars().map(super::fold).collect();
         debug_assert!(same_name(name, &folded));
         if !names.insert(folded) {
-            return Err(format!("{what} \"{}\" is there twice", name.escape_debug()));
+            return Err(format!("{kind} \"{}\" occurs twice", name.escape_debug()));
         }
     }
     Ok(())
@@ -116,14 +119,14 @@ mod tests {
     }
 
     #[test]
-    fn what_is_written_comes_back() {
+    fn a_written_registry_is_read_back() {
         let builtin = Registry::builtin();
         let read = read(&builtin.to_json().to_string()).unwrap();
         assert_eq!(read, builtin);
     }
 
     #[test]
-    fn order_and_further_keys_do_not_matter() {
+    fn order_and_unknown_keys_do_not_matter() {
         let registry = read(
             r#"{"version": 2, "modified": null, "experiments": [
                 {"expName": "b", "expId": 2, "activities": []},
@@ -137,13 +140,13 @@ mod tests {
     }
 
     #[test]
-    fn what_is_no_registry_says_why() {
+    fn each_error_says_what_is_wrong() {
         let experiment = |inner: &str| format!("{{\"experiments\": [{inner}]}}");
         for (text, why) in [
-            ("", "no registry: EOF"),
-            ("<html>", "no registry: expected value"),
+            ("", "not a valid registry: EOF"),
+            ("<html>", "not a valid registry: expected value"),
             ("{}", "missing field `experiments`"),
-            (&experiment(""), "without experiments"),
+            (&experiment(""), "has no experiments"),
             (
                 &experiment(r#"{"expName": "a", "expId": 0, "activities": []}"#),
                 "id 0 is out of range, expected 1 to 511",
@@ -158,11 +161,11 @@ mod tests {
             ),
             (
                 &experiment(r#"{"expName": " ", "expId": 1, "activities": []}"#),
-                "is no name",
+                "is not a valid name",
             ),
             (
                 &experiment(r#"{"expName": "a\nb", "expId": 1, "activities": []}"#),
-                "\"a\\nb\" is no name",
+                "\"a\\nb\" is not a valid name",
             ),
             (
                 &experiment(
@@ -174,28 +177,25 @@ mod tests {
                 &experiment(
                     r#"{"expName": "a", "expId": 1, "activities": []}, {"expName": "b", "expId": 1, "activities": []}"#,
                 ),
-                "id 1 is there twice",
+                "id 1 occurs twice",
             ),
             (
                 &experiment(
                     r#"{"expName": "a b", "expId": 1, "activities": []}, {"expName": "A_B", "expId": 2, "activities": []}"#,
                 ),
-                "\"A_B\" is there twice",
+                "\"A_B\" occurs twice",
             ),
         ] {
-            let said = read(text).unwrap_err();
-            assert!(said.contains(why), "{text}: {said}");
+            let error = read(text).unwrap_err();
+            assert!(error.contains(why), "{text}: {error}");
         }
-        assert!(
-            read(&" ".repeat(SIZE_MAX + 1))
-                .unwrap_err()
-                .contains("over 1048576 bytes")
-        );
+        let error = read(&" ".repeat(MAX_DOCUMENT_SIZE + 1)).unwrap_err();
+        assert_eq!(error, "the registry is larger than 1 MiB");
     }
 
     proptest! {
         #[test]
-        fn any_bytes_make_no_panic(bytes in proptest::collection::vec(any::<u8>(), 0..300)) {
+        fn no_bytes_cause_a_panic(bytes in proptest::collection::vec(any::<u8>(), 0..300)) {
             let _ = Registry::from_json(&bytes);
         }
     }

@@ -1,4 +1,4 @@
-//! Where the registry comes from: fetched from its URL, kept in a file in `workDir`, known to all threads.
+//! Fetches the registry from its URL, caches it in `workDir`, and shares it among the threads.
 
 use std::fs::{self, File};
 use std::io::{self, Read};
@@ -13,43 +13,51 @@ use nix::libc;
 use serde::{Deserialize, Serialize};
 
 use super::Registry;
-use super::document::SIZE_MAX;
-use crate::config;
+use super::document::{MAX_DOCUMENT_SIZE, TOO_LARGE};
 use crate::metrics::{Metrics, Outcomes, outcomes};
 use crate::sys::http_client::{Agent, agent};
 
-/// The cached registry, in `workDir`.
-const FILE: &str = "registry.json";
-/// How often it is fetched.
-const PERIOD: Duration = Duration::from_secs(24 * 3600);
-/// How soon it is tried again at first; twice as long each time, up to [`PERIOD`].
-const RETRY: Duration = Duration::from_secs(60);
+/// The file in `workDir` with the cached registry.
+const CACHE_FILE: &str = "registry.json";
+/// How often the registry is fetched.
+const UPDATE_INTERVAL: Duration = Duration::from_secs(24 * 3600);
+/// How soon a failed fetch is retried; the interval doubles with each failure, up to [`UPDATE_INTERVAL`].
+const RETRY_INTERVAL: Duration = Duration::from_secs(60);
 /// How long a fetch may take.
-const PATIENCE: Duration = Duration::from_secs(30);
+const FETCH_TIMEOUT: Duration = Duration::from_secs(30);
+
+/// Where the SciTags registry comes from.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Settings {
+    /// `url`: http, https or file; empty for the built-in registry.
+    pub url: String,
+    /// `workDir`: the directory of the cache.
+    pub cache_dir: PathBuf,
+}
 
 outcomes! {
-    /// What became of an update.
+    /// The outcome of an update.
     pub enum Update {
-        /// There is another registry.
-        Updated = "updated",
-        /// It is as it was.
-        Unchanged = "unchanged",
-        /// There is none to be had, or it is wrong.
-        Failed = "failed",
+        /// The registry has changed.
+        Updated = "updated": "{update|updates} with changes",
+        /// The registry has not changed.
+        Unchanged = "unchanged": "{update|updates} without changes",
+        /// The registry could not be fetched, or is not valid.
+        Failed = "failed": "{update|updates} failed",
     }
 }
 
-/// The registry in use, which may become another at any time.
+/// The registry in use, which an update can replace at any time.
 #[derive(Clone)]
-pub struct Handle(Arc<ArcSwap<Registry>>);
+pub struct SharedRegistry(Arc<ArcSwap<Registry>>);
 
-impl Handle {
-    /// This one, until another is stored.
-    pub fn new(registry: Registry) -> Handle {
-        Handle(Arc::new(ArcSwap::from_pointee(registry)))
+impl SharedRegistry {
+    /// Shares `registry` until an update replaces it.
+    pub fn new(registry: Registry) -> SharedRegistry {
+        SharedRegistry(Arc::new(ArcSwap::from_pointee(registry)))
     }
 
-    /// The one in use now. Never waits.
+    /// The registry in use now. Never blocks.
     pub fn load(&self) -> Arc<Registry> {
         self.0.load_full()
     }
@@ -59,7 +67,7 @@ impl Handle {
     }
 }
 
-/// The file in `workDir`.
+/// The content of [`CACHE_FILE`].
 #[derive(Serialize, Deserialize)]
 struct Cached {
     url: String,
@@ -68,37 +76,33 @@ struct Cached {
 }
 
 impl Cached {
-    fn load(settings: &config::Registry) -> Option<(Registry, Option<String>)> {
-        let cached = read_at_most(&settings.cache.join(FILE), 2 * SIZE_MAX).ok()?;
+    fn load(settings: &Settings) -> Option<(Registry, Option<String>)> {
+        let path = settings.cache_dir.join(CACHE_FILE);
+        let cached = read_at_most(&path, 2 * MAX_DOCUMENT_SIZE).ok()?;
         let cached: Cached = serde_json::from_slice(&cached).ok()?;
         let registry = Registry::from_json(cached.registry.to_string().as_bytes()).ok()?;
         (cached.url == settings.url).then_some((registry, cached.etag))
     }
 
-    fn store(
-        settings: &config::Registry,
-        etag: Option<String>,
-        registry: &Registry,
-    ) -> io::Result<()> {
+    fn store(settings: &Settings, etag: Option<String>, registry: &Registry) -> io::Result<()> {
         let cached = Cached {
             url: settings.url.clone(),
             etag,
             registry: registry.to_json(),
         };
-        fs::create_dir_all(&settings.cache)?;
-        let new = settings.cache.join(format!("{FILE}.new"));
+        fs::create_dir_all(&settings.cache_dir)?;
+        let new = settings.cache_dir.join(format!("{CACHE_FILE}.new"));
         fs::write(&new, serde_json::to_vec(&cached)?)?;
-        fs::rename(new, settings.cache.join(FILE))
+        fs::rename(new, settings.cache_dir.join(CACHE_FILE))
     }
 }
 
-/// What is known without asking anybody: a local file, the cached registry, or that of the program.
-/// Returns where it comes from, too.
-pub fn known(settings: &config::Registry) -> (Registry, String) {
+/// The registry without a fetch: that of a `file:` URL, the cached one, or the built-in one. Returns also which.
+pub fn load_cached_or_builtin(settings: &Settings) -> (Registry, String) {
     let builtin = || (Registry::builtin(), "built in".to_owned());
     if let Some(path) = file_of(&settings.url) {
-        let read = read_at_most(&path, SIZE_MAX).ok();
-        let registry = read.and_then(|document| Registry::from_json(&document).ok());
+        let document = read_at_most(&path, MAX_DOCUMENT_SIZE).ok();
+        let registry = document.and_then(|document| Registry::from_json(&document).ok());
         return registry.map_or_else(builtin, |registry| (registry, settings.url.clone()));
     }
     match Cached::load(settings) {
@@ -109,8 +113,8 @@ pub fn known(settings: &config::Registry) -> (Registry, String) {
     }
 }
 
-/// Fetches the registry, and keeps it in the cache. Whether the server says that it is as it was comes with it.
-pub fn fetch(settings: &config::Registry) -> Result<(Registry, bool), String> {
+/// Fetches the registry and caches it. Returns also whether the server answered that it has not changed.
+pub fn fetch(settings: &Settings) -> Result<(Registry, bool), String> {
     Fetcher::default().fetch(settings)
 }
 
@@ -118,98 +122,118 @@ fn file_of(url: &str) -> Option<PathBuf> {
     url.strip_prefix("file://").map(PathBuf::from)
 }
 
-fn read_at_most(path: &Path, most: usize) -> io::Result<Vec<u8>> {
-    // Nothing that could keep the reader waiting, as a FIFO would.
+/// Reads a regular file, up to one byte more than `max`.
+fn read_at_most(path: &Path, max: usize) -> io::Result<Vec<u8>> {
+    // Opening a FIFO must not block.
     let mut options = File::options();
     let file = options
         .read(true)
         .custom_flags(libc::O_NONBLOCK)
         .open(path)?;
     if !file.metadata()?.is_file() {
-        return Err(io::Error::other("is no regular file"));
+        return Err(io::Error::other("not a regular file"));
     }
     let mut content = Vec::new();
-    file.take(most as u64 + 1).read_to_end(&mut content)?;
+    file.take(max as u64 + 1).read_to_end(&mut content)?;
     Ok(content)
 }
 
-/// Fetches registries, one after the other.
+/// Fetches the registry repeatedly.
 #[derive(Default)]
 struct Fetcher {
     agent: Option<Agent>,
-    unwritable: bool,
+    cache_failure_logged: bool,
 }
 
 impl Fetcher {
-    fn fetch(&mut self, settings: &config::Registry) -> Result<(Registry, bool), String> {
+    fn fetch(&mut self, settings: &Settings) -> Result<(Registry, bool), String> {
         if let Some(path) = file_of(&settings.url) {
-            let document = read_at_most(&path, SIZE_MAX).map_err(|e| e.to_string())?;
+            let document =
+                read_at_most(&path, MAX_DOCUMENT_SIZE).map_err(|e| e.to_string())?;
             return Ok((Registry::from_json(&document)?, false));
         }
-        let known = Cached::load(settings);
-        let agent = self.agent.get_or_insert_with(|| agent(PATIENCE));
+        let cached = Cached::load(settings);
+        let agent = self.agent.get_or_insert_with(|| agent(FETCH_TIMEOUT));
         let mut request = agent.get(&settings.url);
-        if let Some((_, Some(etag))) = &known {
+        if let Some((_, Some(etag))) = &cached {
             request = request.header("If-None-Match", etag);
         }
-        let mut response = request.call().map_err(|e| e.to_string())?;
-        match (response.status().as_u16(), known) {
+        let mut response = request.call().map_err(|e| describe(&e))?;
+        match (response.status().as_u16(), cached) {
             (200, _) => {}
-            // Perhaps another process has fetched it.
+            // The cached registry may be newer than the one in use: another process may have fetched it.
             (304, Some((registry, _))) => return Ok((registry, true)),
-            (status, _) => return Err(format!("expected status 200, got {status}")),
+            (status, _) => return Err(format!("found status {status}, expected 200")),
         }
         let etag = response.headers().get("ETag");
         let etag = etag.and_then(|etag| etag.to_str().ok()).map(str::to_owned);
-        let body = response.body_mut().with_config().limit(SIZE_MAX as u64);
-        let document = body.read_to_vec().map_err(|e| e.to_string())?;
+        let body = response.body_mut().with_config().limit(MAX_DOCUMENT_SIZE as u64);
+        let document = body.read_to_vec().map_err(|e| describe(&e))?;
         let registry = Registry::from_json(&document)?;
         let stored = Cached::store(settings, etag, &registry);
         if let Err(error) = stored
-            && !std::mem::replace(&mut self.unwritable, true)
+            && !std::mem::replace(&mut self.cache_failure_logged, true)
         {
             log::info!(
-                "registry: not cached in {} (workDir): {error}",
-                settings.cache.display()
+                "registry: cannot write the cache in {} (workDir): {error}",
+                settings.cache_dir.display()
             );
         }
         Ok((registry, false))
     }
 }
 
-/// Keeps `handle` up to date until `wishes` is closed. A wish is for an update at once, by these settings.
-pub fn keep(handle: &Handle, wishes: &Receiver<config::Registry>, metrics: &Metrics) {
+/// The error in plain words.
+fn describe(error: &ureq::Error) -> String {
+    match error {
+        ureq::Error::HostNotFound => "name resolution failed".to_owned(),
+        ureq::Error::Timeout(_) => format!("no answer within {} s", FETCH_TIMEOUT.as_secs()),
+        ureq::Error::BodyExceedsLimit(_) => TOO_LARGE.to_owned(),
+        ureq::Error::Io(error) => error.to_string().replace(
+            "failed to lookup address information",
+            "name resolution failed",
+        ),
+        other => other.to_string(),
+    }
+}
+
+/// Keeps `shared` up to date until `requests` is closed. Each request starts an update at once, with its settings.
+pub fn keep_updated(shared: &SharedRegistry, requests: &Receiver<Settings>, metrics: &Metrics) {
     let counters: Outcomes<Update> = metrics.registry_updates();
     let mut fetcher = Fetcher::default();
-    let Ok(mut settings) = wishes.recv() else {
+    let Ok(mut settings) = requests.recv() else {
         return;
     };
     let mut failures = 0;
     loop {
-        let mut wait = PERIOD;
+        let mut wait = UPDATE_INTERVAL;
         if !settings.url.is_empty() {
             match fetcher.fetch(&settings) {
-                Ok((found, _)) => {
+                Ok((fetched, _)) => {
                     failures = 0;
-                    let news = Some(found).filter(|found| *found != *handle.load());
-                    counters.add(if news.is_some() {
+                    let changed = Some(fetched).filter(|fetched| *fetched != *shared.load());
+                    counters.add(if changed.is_some() {
                         Update::Updated
                     } else {
                         Update::Unchanged
                     });
-                    if let Some(registry) = news {
-                        let experiments = registry.experiments().len();
-                        log::info!("registry: {experiments} experiments, from {}", settings.url);
-                        handle.store(registry);
+                    if let Some(registry) = changed {
+                        let count = registry.experiments().len();
+                        let plural = if count == 1 { "" } else { "s" };
+                        log::info!(
+                            "registry: {count} experiment{plural} fetched from {}",
+                            settings.url
+                        );
+                        shared.store(registry);
                     }
                 }
                 Err(error) => {
                     counters.add(Update::Failed);
                     let text = format!(
-                        "registry: {}: {error}; going on with what is known",
+                        "registry: cannot fetch {}: {error}; using the cached (or built-in) registry",
                         settings.url
                     );
-                    // Once, until it works again.
+                    // One warning until a fetch succeeds.
                     log::log!(
                         if failures == 0 {
                             log::Level::Warn
@@ -218,15 +242,16 @@ pub fn keep(handle: &Handle, wishes: &Receiver<config::Registry>, metrics: &Metr
                         },
                         "{text}"
                     );
-                    wait = RETRY.saturating_mul(1 << failures.min(10)).min(PERIOD);
+                    let backoff = RETRY_INTERVAL.saturating_mul(1 << failures.min(10));
+                    wait = backoff.min(UPDATE_INTERVAL);
                     failures += 1;
                 }
             }
         }
-        match wishes.recv_timeout(wait) {
+        match requests.recv_timeout(wait) {
             Ok(new) => {
                 if new.url != settings.url {
-                    handle.store(known(&new).0);
+                    shared.store(load_cached_or_builtin(&new).0);
                 }
                 settings = new;
                 failures = 0;

@@ -1,4 +1,4 @@
-//! The messages of `NETLINK_SOCK_DIAG` (include/uapi/linux/inet_diag.h) as bytes. No I/O.
+//! Encodes and decodes the messages of `NETLINK_SOCK_DIAG` (include/uapi/linux/inet_diag.h). No I/O.
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::sync::Arc;
@@ -13,38 +13,38 @@ const NLM_F_DUMP: u16 = 0x300;
 const NLM_F_DUMP_INTR: u16 = 0x10;
 const NLMSG_ERROR: u16 = 2;
 const NLMSG_DONE: u16 = 3;
-/// `struct nlmsghdr`
-const HEADER: usize = 16;
-/// `struct inet_diag_msg`
-const DIAG: usize = 72;
+/// Size of `struct nlmsghdr`, in bytes.
+const HEADER_SIZE: usize = 16;
+/// Size of `struct inet_diag_msg`, in bytes.
+const DIAG_SIZE: usize = 72;
 
-/// Asks for all sockets of a family (`AF_INET` or `AF_INET6`) and protocol in these states, as bits of
-/// their numbers, with these attributes, as bits of `INET_DIAG_*` less one.
-pub fn request(family: u8, protocol: Protocol, states: u32, extensions: u8) -> [u8; HEADER + 56] {
-    let mut bytes = [0; HEADER + 56];
+/// A request for all sockets of a family (`AF_INET` or `AF_INET6`) and protocol in `states`, a bit mask of the kernel's
+/// numbers, with the attributes `extensions`, a bit mask of `INET_DIAG_*` minus one.
+pub fn request(family: u8, protocol: Protocol, states: u32, extensions: u8) -> [u8; HEADER_SIZE + 56] {
+    let mut bytes = [0; HEADER_SIZE + 56];
     let length = bytes.len() as u32;
     bytes[..4].copy_from_slice(&length.to_ne_bytes());
     bytes[4..6].copy_from_slice(&BY_FAMILY.to_ne_bytes());
     bytes[6..8].copy_from_slice(&(NLM_F_REQUEST | NLM_F_DUMP).to_ne_bytes());
-    bytes[HEADER] = family;
-    bytes[HEADER + 1] = match protocol {
+    bytes[HEADER_SIZE] = family;
+    bytes[HEADER_SIZE + 1] = match protocol {
         Protocol::Tcp => 6,
         Protocol::Udp => 17,
     };
-    bytes[HEADER + 2] = extensions;
-    bytes[HEADER + 4..HEADER + 8].copy_from_slice(&states.to_ne_bytes());
+    bytes[HEADER_SIZE + 2] = extensions;
+    bytes[HEADER_SIZE + 4..HEADER_SIZE + 8].copy_from_slice(&states.to_ne_bytes());
     bytes
 }
 
-/// Asks for the one socket of a flow, whose source is the local end.
-pub fn request_one(flow: &Flow, extensions: u8) -> [u8; HEADER + 56] {
+/// A request for the socket of a flow, whose source is the local end.
+pub fn request_one(flow: &Flow, extensions: u8) -> [u8; HEADER_SIZE + 56] {
     let family = match flow.source.address {
         IpAddr::V4(_) => nix::libc::AF_INET,
         IpAddr::V6(_) => nix::libc::AF_INET6,
     };
     let mut bytes = request(family as u8, flow.protocol, u32::MAX, extensions);
     bytes[6..8].copy_from_slice(&NLM_F_REQUEST.to_ne_bytes());
-    let id = &mut bytes[HEADER + 8..];
+    let id = &mut bytes[HEADER_SIZE + 8..];
     for (end, port, address) in [(flow.source, 0, 4), (flow.destination, 2, 20)] {
         id[port..port + 2].copy_from_slice(&end.port.to_be_bytes());
         match end.address {
@@ -52,34 +52,34 @@ pub fn request_one(flow: &Flow, extensions: u8) -> [u8; HEADER + 56] {
             IpAddr::V6(ip) => id[address..address + 16].copy_from_slice(&ip.octets()),
         }
     }
-    // `INET_DIAG_NOCOOKIE`, twice.
+    // `INET_DIAG_NOCOOKIE`, in both words of the cookie.
     id[40..48].fill(0xff);
     bytes
 }
 
-/// What a message says.
+/// A parsed message.
 #[derive(Debug, PartialEq, Eq)]
 pub enum Parsed {
-    /// A socket with two ends.
+    /// A connected socket.
     Socket(Arc<Socket>),
-    /// One with none or one, or a message of another kind.
-    Nothing,
+    /// A socket that is not connected, or another type of message.
+    Other,
     /// The end of a dump.
     Done,
-    /// The kernel's error, as a positive number.
+    /// An error of the kernel, as a positive errno number.
     Error(i32),
-    /// The dump was disturbed: what it shows may not be all there is.
+    /// The dump was interrupted by a change (`NLM_F_DUMP_INTR`): it may be incomplete.
     Interrupted,
 }
 
-/// The messages of a datagram, one after the other.
+/// Iterates over the messages of a datagram.
 pub struct Messages<'a> {
     rest: &'a [u8],
     protocol: Protocol,
 }
 
 impl<'a> Messages<'a> {
-    /// Of sockets of this protocol.
+    /// `protocol` is that of the sockets: messages do not contain it.
     pub fn new(datagram: &'a [u8], protocol: Protocol) -> Messages<'a> {
         Messages {
             rest: datagram,
@@ -93,7 +93,7 @@ impl Iterator for Messages<'_> {
 
     fn next(&mut self) -> Option<Parsed> {
         let length = u32_at(self.rest, 0)? as usize;
-        let message = self.rest.get(..length).filter(|m| m.len() >= HEADER)?;
+        let message = self.rest.get(..length).filter(|m| m.len() >= HEADER_SIZE)?;
         self.rest = self.rest.get(length.next_multiple_of(4)..).unwrap_or(&[]);
         let flags = u16_at(message, 6)?;
         if flags & NLM_F_DUMP_INTR != 0 {
@@ -101,18 +101,18 @@ impl Iterator for Messages<'_> {
         }
         Some(match u16_at(message, 4)? {
             NLMSG_DONE => Parsed::Done,
-            NLMSG_ERROR => Parsed::Error(u32_at(message, HEADER).map_or(0, |e| -(e as i32))),
-            BY_FAMILY => match socket(&message[HEADER..], self.protocol) {
+            NLMSG_ERROR => Parsed::Error(u32_at(message, HEADER_SIZE).map_or(0, |e| -(e as i32))),
+            BY_FAMILY => match socket(&message[HEADER_SIZE..], self.protocol) {
                 Some(socket) => Parsed::Socket(Arc::new(socket)),
-                None => Parsed::Nothing,
+                None => Parsed::Other,
             },
-            _ => Parsed::Nothing,
+            _ => Parsed::Other,
         })
     }
 }
 
 fn socket(message: &[u8], protocol: Protocol) -> Option<Socket> {
-    if message.len() < DIAG {
+    if message.len() < DIAG_SIZE {
         return None;
     }
     let end = |port: usize, address: usize| {
@@ -135,7 +135,7 @@ fn socket(message: &[u8], protocol: Protocol) -> Option<Socket> {
         inode: u32_at(message, 68)?,
         ..SocketInfo::default()
     };
-    let mut rest = &message[DIAG..];
+    let mut rest = &message[DIAG_SIZE..];
     while let (Some(length), Some(kind)) = (u16_at(rest, 0), u16_at(rest, 2)) {
         let length = usize::from(length);
         let Some(value) = rest.get(4..length) else {
@@ -176,7 +176,7 @@ fn attribute(info: &mut SocketInfo, kind: u16, value: &[u8]) {
     }
 }
 
-/// `struct tcp_dctcp_info` begins with two short words.
+/// Parses `struct tcp_dctcp_info`, whose first two fields have 16 bits.
 fn dctcp(value: &[u8]) -> Option<[u32; 5]> {
     Some([
         u16_at(value, 0)?.into(),
@@ -187,7 +187,7 @@ fn dctcp(value: &[u8]) -> Option<[u32; 5]> {
     ])
 }
 
-/// As many as are wanted, if they are there.
+/// The first `N` 32-bit words; `None` if there are fewer.
 fn words<const N: usize>(value: &[u8]) -> Option<[u32; N]> {
     let mut words = [0; N];
     for (index, word) in words.iter_mut().enumerate() {
@@ -212,10 +212,10 @@ mod tests {
 
     /// A message of a socket from [2a00::1]:443 to [2a00::2]:5000 with these attributes.
     fn message(kind: u16, flags: u16, attributes: &[(u16, &[u8])]) -> Vec<u8> {
-        let mut bytes = vec![0; HEADER + DIAG];
+        let mut bytes = vec![0; HEADER_SIZE + DIAG_SIZE];
         bytes[4..6].copy_from_slice(&kind.to_ne_bytes());
         bytes[6..8].copy_from_slice(&flags.to_ne_bytes());
-        let diag = &mut bytes[HEADER..];
+        let diag = &mut bytes[HEADER_SIZE..];
         (diag[0], diag[1], diag[3]) = (10, 1, 2);
         diag[4..6].copy_from_slice(&443u16.to_be_bytes());
         diag[6..8].copy_from_slice(&5000u16.to_be_bytes());
@@ -282,20 +282,20 @@ mod tests {
     }
 
     #[test]
-    fn what_is_no_socket() {
+    fn messages_other_than_sockets() {
         let mut bytes = message(BY_FAMILY, NLM_F_DUMP_INTR, &[]);
         bytes.extend(message(NLMSG_DONE, 0, &[]));
         bytes.extend(message(NLMSG_ERROR, 0, &[]));
         let mut listening = message(BY_FAMILY, 0, &[]);
-        listening[HEADER + 6..HEADER + 8].fill(0);
+        listening[HEADER_SIZE + 6..HEADER_SIZE + 8].fill(0);
         bytes.extend(listening);
         let parsed = sockets(&bytes);
         assert_eq!(parsed[..2], [Parsed::Interrupted, Parsed::Done]);
-        assert!(matches!(parsed[2], Parsed::Error(_)) && parsed[3] == Parsed::Nothing);
+        assert!(matches!(parsed[2], Parsed::Error(_)) && parsed[3] == Parsed::Other);
     }
 
     #[test]
-    fn cut_anywhere_it_makes_no_panic() {
+    fn a_truncated_message_does_not_panic() {
         let bytes = message(
             BY_FAMILY,
             2,
@@ -313,7 +313,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn any_bytes_make_no_panic(bytes in proptest::collection::vec(any::<u8>(), 0..400)) {
+        fn arbitrary_bytes_do_not_panic(bytes in proptest::collection::vec(any::<u8>(), 0..400)) {
             let _ = sockets(&bytes);
             let mut framed = message(BY_FAMILY, 2, &[]);
             framed.extend(&bytes);

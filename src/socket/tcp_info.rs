@@ -1,16 +1,16 @@
-//! `struct tcp_info` of the kernel (include/uapi/linux/tcp.h), which grows from version to version.
+//! The kernel's `struct tcp_info` (include/uapi/linux/tcp.h), which grows with kernel versions.
 
-/// The longest that this program knows, in bytes.
-const LENGTH: usize = 248;
+/// The size that this program knows, in bytes.
+const MAX_LENGTH: usize = 248;
 
-/// The bytes that the kernel gave, up to [`LENGTH`]: a field behind them is absent.
+/// The bytes returned by the kernel, up to [`MAX_LENGTH`]: fields beyond them are absent.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct TcpInfo {
-    bytes: [u8; LENGTH],
+    bytes: [u8; MAX_LENGTH],
     length: usize,
 }
 
-/// A field of `struct tcp_info`. Times are in µs, `last_*` in ms, rates in bytes a second, windows and
+/// A field of `struct tcp_info`. Times are in µs, `last_*` in ms, rates in bytes per second, windows and
 /// counts in segments or bytes as their names say.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(usize)]
@@ -223,12 +223,12 @@ const FIELDS: [(Field, &str, &str, usize, usize); 57] = [
 ];
 
 impl Field {
-    /// The name in the kernel without `tcpi_`: snake case, which flowd writes too.
+    /// The kernel's name without `tcpi_`: snake case, as in flowd.
     pub fn name(self) -> &'static str {
         FIELDS[self as usize].1
     }
 
-    /// The name as flowd-go writes it: `sndMss`, `pMtu`.
+    /// The name as in flowd-go: `sndMss`, `pMtu`.
     pub fn camel_name(self) -> &'static str {
         FIELDS[self as usize].2
     }
@@ -240,13 +240,13 @@ impl Field {
 }
 
 impl TcpInfo {
-    /// Takes the prefix that is there.
-    pub fn parse(given: &[u8]) -> TcpInfo {
+    /// Parses a structure of any length.
+    pub fn parse(bytes: &[u8]) -> TcpInfo {
         let mut info = TcpInfo {
-            bytes: [0; LENGTH],
-            length: given.len().min(LENGTH),
+            bytes: [0; MAX_LENGTH],
+            length: bytes.len().min(MAX_LENGTH),
         };
-        info.bytes[..info.length].copy_from_slice(&given[..info.length]);
+        info.bytes[..info.length].copy_from_slice(&bytes[..info.length]);
         info
     }
 
@@ -266,7 +266,7 @@ impl TcpInfo {
         Some(u64::from_ne_bytes(value))
     }
 
-    /// Shift of the window that the other end advertises.
+    /// Scale shift of the window advertised by the remote end.
     pub fn snd_wscale(&self) -> Option<u8> {
         self.bit_field(6)
             .map(|byte| match cfg!(target_endian = "little") {
@@ -275,7 +275,7 @@ impl TcpInfo {
             })
     }
 
-    /// Shift of the window that this end advertises.
+    /// Scale shift of the window advertised by this end.
     pub fn rcv_wscale(&self) -> Option<u8> {
         self.bit_field(6)
             .map(|byte| match cfg!(target_endian = "little") {
@@ -284,7 +284,7 @@ impl TcpInfo {
             })
     }
 
-    /// Whether the delivery rate is what the application asked for, not what the network gave.
+    /// Whether the delivery rate was limited by the application instead of the network.
     pub fn delivery_rate_app_limited(&self) -> Option<bool> {
         self.bit_field(7)
             .map(|byte| match cfg!(target_endian = "little") {
@@ -308,20 +308,20 @@ mod tests {
         let mut end = 0;
         for (index, (field, name, _, offset, size)) in FIELDS.into_iter().enumerate() {
             assert_eq!(field as usize, index, "{name}");
-            // Byte 6 and 7 are bit fields.
+            // Bytes 6 and 7 are bit fields.
             assert!(offset == end || (offset, end) == (8, 6), "{name}");
             end = offset + size;
         }
-        assert_eq!(end, LENGTH);
+        assert_eq!(end, MAX_LENGTH);
     }
 
     #[test]
-    fn older_kernels_have_shorter_ones() {
+    fn structures_of_older_and_future_kernels() {
         let mut bytes: Vec<u8> = vec![0; 300];
         bytes[68..72].copy_from_slice(&1234u32.to_ne_bytes());
         bytes[6] = 0x9a;
         bytes[120..128].copy_from_slice(&77u64.to_ne_bytes());
-        // Linux 2.6, 3.15, 4.18, 5.4, and one of the future.
+        // Linux 2.6, 3.15, 4.18, 5.4, and a future one.
         for (length, last) in [
             (104, Field::TotalRetrans),
             (136, Field::BytesReceived),
@@ -341,7 +341,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn any_length_gives_the_whole_fields_of_it(bytes in proptest::collection::vec(any::<u8>(), 0..260)) {
+        fn fields_within_the_length_are_present(bytes in proptest::collection::vec(any::<u8>(), 0..260)) {
             let info = TcpInfo::parse(&bytes);
             for (field, _, _, offset, size) in FIELDS {
                 prop_assert_eq!(info.get(field).is_some(), offset + size <= bytes.len());

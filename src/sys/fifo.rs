@@ -1,4 +1,4 @@
-//! A FIFO in the file system: made or adopted, watched, retired.
+//! A FIFO in the file system: created or adopted, watched, retired.
 
 use std::fs::{self, DirBuilder, File, OpenOptions};
 use std::io;
@@ -12,70 +12,70 @@ use nix::libc;
 use nix::sys::stat::Mode;
 use nix::unistd::{Gid, Group};
 
-/// What the kernel lets an unprivileged process ask for: room for some 13,000 lines.
-const CAPACITY: i32 = 1 << 20;
+/// Requested capacity in bytes: the most that the kernel grants an unprivileged process, room for about 13,000 lines.
+const PIPE_CAPACITY: i32 = 1 << 20;
 
-/// An open FIFO and where it lies.
+/// An open FIFO and its path.
 pub struct Fifo {
     path: PathBuf,
     file: File,
-    made: bool,
+    created: bool,
 }
 
-/// What had to be done so that there is a FIFO.
+/// What [`ensure`] did.
 pub struct Ensured {
-    made: bool,
-    /// The new name of a regular file that stood in its place.
-    pub moved_aside: Option<PathBuf>,
+    created: bool,
+    /// The new path of the regular file that was at the path, if there was one.
+    pub backup: Option<PathBuf>,
 }
 
-/// A FIFO, and under which name the regular file in its place was kept, if there was one.
+/// What [`Fifo::open`] did.
 pub struct Opened {
     /// The FIFO, open for reading.
     pub fifo: Fifo,
-    /// The new name of a regular file that stood in its place.
-    pub moved_aside: Option<PathBuf>,
+    /// The new path of the regular file that was at the path, if there was one.
+    pub backup: Option<PathBuf>,
 }
 
 impl Fifo {
-    /// Opens the FIFO at `path` without blocking. One that is there is adopted as it is; one that is
-    /// not is made with `mode` and `group`. A regular file in its place is renamed.
+    /// Opens the FIFO at `path` without blocking. An existing one is adopted unchanged; a missing one is created with
+    /// `mode` and `group`. A regular file at `path` is renamed.
     pub fn open(path: &Path, mode: u32, group: Option<Gid>) -> io::Result<Opened> {
-        let Ensured { made, moved_aside } = ensure(path)?;
-        // Open for writing too, so that the last writer's close is not an end of file.
+        let Ensured { created, backup } = ensure(path)?;
+        // Open for writing, too, so that the close of the last writer does not cause an end of file.
         let file = OpenOptions::new()
             .read(true)
             .write(true)
             .custom_flags(libc::O_NONBLOCK)
             .open(path)?;
         if !file.metadata()?.file_type().is_fifo() {
-            return Err(io::Error::other("was replaced while it was opened"));
+            return Err(io::Error::other("was replaced while it was being opened"));
         }
-        if made {
+        if created {
             if let Some(group) = group {
                 std::os::unix::fs::fchown(&file, None, Some(group.as_raw()))?;
             }
             file.set_permissions(fs::Permissions::from_mode(mode))?;
         }
-        // A smaller one is good too.
-        let _ = fcntl(&file, FcntlArg::F_SETPIPE_SZ(CAPACITY));
+        // A smaller capacity works, too.
+        let _ = fcntl(&file, FcntlArg::F_SETPIPE_SZ(PIPE_CAPACITY));
         let fifo = Fifo {
             path: path.to_owned(),
             file,
-            made,
+            created,
         };
-        Ok(Opened { fifo, moved_aside })
+        Ok(Opened { fifo, backup })
     }
 
     /// Whether the path still leads to this FIFO.
     pub fn is_in_place(&self) -> bool {
         match (fs::metadata(&self.path), self.file.metadata()) {
-            (Ok(there), Ok(ours)) => there.dev() == ours.dev() && there.ino() == ours.ino(),
+            (Ok(found), Ok(own)) => found.dev() == own.dev() && found.ino() == own.ino(),
             _ => false,
         }
     }
 
-    /// Where it lies.
+    /// The path.
     pub fn path(&self) -> &Path {
         &self.path
     }
@@ -85,15 +85,15 @@ impl Fifo {
         &self.file
     }
 
-    /// Removes the FIFO from the file system if the daemon made it and it is still there.
+    /// Removes the FIFO from the file system if the daemon created it and the path still leads to it.
     pub fn remove(&self) -> io::Result<()> {
-        if self.made && self.is_in_place() {
+        if self.created && self.is_in_place() {
             fs::remove_file(&self.path)?;
         }
         Ok(())
     }
 
-    /// The same FIFO, open for reading only: it ends when the last of its writers closes it.
+    /// Reopens the FIFO for reading only, so that it ends when its last writer closes it.
     pub fn retire(self) -> io::Result<File> {
         OpenOptions::new()
             .read(true)
@@ -102,20 +102,20 @@ impl Fifo {
     }
 }
 
-/// Makes a FIFO, for its owner alone, if there is none; a regular file in its place is renamed.
+/// Creates a FIFO with mode 0600 if there is none. A regular file at `path` is renamed.
 pub fn ensure(path: &Path) -> io::Result<Ensured> {
-    let mut moved_aside = None;
-    let mut made = false;
+    let mut backup = None;
+    let mut created = false;
     match fs::metadata(path) {
-        Ok(there) if there.file_type().is_fifo() => {}
-        Ok(there) if there.is_file() => {
-            let aside = unused_name(path);
-            fs::rename(path, &aside)?;
-            moved_aside = Some(aside);
-            made = make(path)?;
+        Ok(found) if found.file_type().is_fifo() => {}
+        Ok(found) if found.is_file() => {
+            let new_path = unused_path(path);
+            fs::rename(path, &new_path)?;
+            backup = Some(new_path);
+            created = create(path)?;
         }
         Ok(_) => {
-            let message = "is neither a FIFO nor a regular file, will not be replaced";
+            let message = "is neither a FIFO nor a regular file; it is not replaced";
             return Err(io::Error::new(io::ErrorKind::AlreadyExists, message));
         }
         Err(error) if error.kind() == io::ErrorKind::NotFound => {
@@ -125,15 +125,15 @@ pub fn ensure(path: &Path) -> io::Result<Ensured> {
                     .mode(0o755)
                     .create(parent)?;
             }
-            made = make(path)?;
+            created = create(path)?;
         }
         Err(error) => return Err(error),
     }
-    Ok(Ensured { made, moved_aside })
+    Ok(Ensured { created, backup })
 }
 
-/// False if somebody else made it meanwhile.
-fn make(path: &Path) -> io::Result<bool> {
+/// Creates the FIFO. False if another process has created it meanwhile.
+fn create(path: &Path) -> io::Result<bool> {
     match nix::unistd::mkfifo(path, Mode::from_bits_truncate(0o600)) {
         Ok(()) => Ok(true),
         Err(nix::errno::Errno::EEXIST) => Ok(false),
@@ -141,9 +141,10 @@ fn make(path: &Path) -> io::Result<bool> {
     }
 }
 
-fn unused_name(path: &Path) -> PathBuf {
+/// `path` with the current time appended, and a number if that path exists.
+fn unused_path(path: &Path) -> PathBuf {
     let now = Timestamp::now().strftime("%Y%m%dT%H%M%SZ").to_string();
-    let name = |n: u32| {
+    let candidate = |n: u32| {
         let mut name = path.as_os_str().to_owned();
         name.push(if n == 0 {
             format!(".{now}")
@@ -153,10 +154,10 @@ fn unused_name(path: &Path) -> PathBuf {
         PathBuf::from(name)
     };
     let mut n = 0;
-    while fs::symlink_metadata(name(n)).is_ok() {
+    while fs::symlink_metadata(candidate(n)).is_ok() {
         n += 1;
     }
-    name(n)
+    candidate(n)
 }
 
 /// The id of a group given by name or id.
@@ -176,7 +177,7 @@ mod tests {
     use std::io::{Read, Write};
 
     #[test]
-    fn one_that_was_made_has_the_mode_and_is_removed_and_one_that_was_there_is_neither() {
+    fn a_created_fifo_has_the_mode_and_is_removed_and_an_adopted_one_is_left_alone() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("new/pipe");
         let fifo = Fifo::open(&path, 0o622, None).unwrap().fifo;
@@ -190,24 +191,24 @@ mod tests {
     }
 
     #[test]
-    fn a_regular_file_is_kept_under_another_name_and_a_directory_is_refused() {
+    fn a_regular_file_is_renamed_and_a_directory_is_refused() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("pipe");
         let mut names = Vec::new();
         for content in ["one", "two"] {
             fs::write(&path, content).unwrap();
             let opened = Fifo::open(&path, 0o666, None).unwrap();
-            let aside = opened.moved_aside.unwrap();
-            assert_eq!(fs::read_to_string(&aside).unwrap(), content);
+            let backup = opened.backup.unwrap();
+            assert_eq!(fs::read_to_string(&backup).unwrap(), content);
             opened.fifo.remove().unwrap();
-            names.push(aside);
+            names.push(backup);
         }
         assert_ne!(names[0], names[1]);
         assert!(Fifo::open(dir.path(), 0o666, None).is_err());
     }
 
     #[test]
-    fn a_retired_one_ends_with_its_last_writer() {
+    fn a_retired_fifo_ends_with_its_last_writer() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("pipe");
         let fifo = Fifo::open(&path, 0o666, None).unwrap().fifo;

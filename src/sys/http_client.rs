@@ -1,4 +1,4 @@
-//! The HTTP client of what is fetched now and then: the registry, public addresses.
+//! The HTTP client for occasional requests: the registry, public addresses.
 
 use std::time::Duration;
 
@@ -6,16 +6,16 @@ pub use ureq::Agent;
 use ureq::config::IpFamily;
 use ureq::tls::{RootCerts, TlsConfig};
 
-/// A client whose requests take `patience` at most, by the certificates that this host trusts.
-pub fn agent(patience: Duration) -> Agent {
-    agent_of(patience, IpFamily::Any)
+/// A client that trusts the certificates that this host trusts. `timeout` limits a whole request.
+pub fn agent(timeout: Duration) -> Agent {
+    agent_for_family(timeout, IpFamily::Any)
 }
 
-/// The same, over one address family.
-pub fn agent_of(patience: Duration, family: IpFamily) -> Agent {
+/// Like [`agent`], over one address family.
+pub fn agent_for_family(timeout: Duration, family: IpFamily) -> Agent {
     let tls = TlsConfig::builder().root_certs(RootCerts::PlatformVerifier);
     Agent::config_builder()
-        .timeout_global(Some(patience))
+        .timeout_global(Some(timeout))
         .http_status_as_error(false)
         .max_redirects(3)
         .ip_family(family)

@@ -1,4 +1,4 @@
-//! The network interfaces of this host, and word of their changes.
+//! The network interfaces and addresses of this host, and notifications of their changes.
 
 use std::collections::HashSet;
 use std::io;
@@ -25,7 +25,7 @@ use crate::flow::Flow;
 pub struct Interface {
     /// Its name, as in ip-link(8).
     pub name: String,
-    /// Its index; another one after it was deleted and made again.
+    /// Its index, which changes if the interface is deleted and recreated.
     pub index: u32,
     /// Whether its packets begin with an Ethernet header.
     pub ethernet: bool,
@@ -33,15 +33,15 @@ pub struct Interface {
     pub global_ipv6: bool,
 }
 
-/// The interfaces and all of their addresses.
+/// Lists the interfaces, and all of their addresses.
 pub fn list() -> io::Result<(Vec<Interface>, HashSet<IpAddr>)> {
     let mut interfaces: Vec<Interface> = Vec::new();
     let mut addresses = HashSet::new();
-    let mut global = HashSet::new();
+    let mut with_global_ipv6 = HashSet::new();
     for entry in getifaddrs()? {
         let name = entry.interface_name;
         if !interfaces.iter().any(|known| known.name == name) {
-            // It may have gone since.
+            // The interface may have been deleted meanwhile.
             let Ok(index) = if_nametoindex(name.as_str()) else {
                 continue;
             };
@@ -69,12 +69,12 @@ pub fn list() -> io::Result<(Vec<Interface>, HashSet<IpAddr>)> {
         } else if let Some(ipv6) = address.as_sockaddr_in6() {
             addresses.insert(IpAddr::V6(ipv6.ip()));
             if is_global(ipv6.ip()) {
-                global.insert(name);
+                with_global_ipv6.insert(name);
             }
         }
     }
     for interface in &mut interfaces {
-        interface.global_ipv6 = global.contains(&interface.name);
+        interface.global_ipv6 = with_global_ipv6.contains(&interface.name);
     }
     Ok((interfaces, addresses))
 }
@@ -90,14 +90,14 @@ pub struct LocalAddresses {
 }
 
 impl LocalAddresses {
-    /// Looks them up, and watches for changes.
+    /// Reads the addresses, and watches for changes.
     pub fn watch() -> io::Result<LocalAddresses> {
         let changes = watch()?;
         let (_, addresses) = list()?;
         Ok(LocalAddresses { addresses, changes })
     }
 
-    /// Looks them up again if there was a change; to be called now and then.
+    /// Reads the addresses again if they may have changed. Call this regularly.
     pub fn refresh(&mut self) {
         if self.changes.receiver.try_recv().is_ok()
             && let Ok((_, addresses)) = list()
@@ -111,7 +111,7 @@ impl LocalAddresses {
         address.is_loopback() || self.addresses.contains(address)
     }
 
-    /// A flow with an end on this host as the socket of that end has it: the local end first.
+    /// The flow as the socket on this host sees it, with the local end as its source. `None` if neither end is on this host.
     pub fn outgoing(&self, flow: &Flow) -> Option<Flow> {
         match () {
             () if self.contains(&flow.source.address) => Some(*flow),
@@ -121,7 +121,7 @@ impl LocalAddresses {
     }
 }
 
-/// As the flow's packets leave this host: a flow that comes here is turned round.
+/// The flow in the direction of the packets that leave this host: an incoming flow is reversed.
 pub fn outgoing(flow: &Flow, local: &HashSet<IpAddr>) -> Flow {
     let is_local = |address| local.contains(&address);
     if is_local(flow.destination.address) && !is_local(flow.source.address) {
@@ -130,21 +130,20 @@ pub fn outgoing(flow: &Flow, local: &HashSet<IpAddr>) -> Flow {
     *flow
 }
 
-/// Word of changes of links, addresses and tc filters; the thread behind it ends with the value.
+/// Notifications of changes of links, addresses and tc filters. Dropping the value ends the thread that reads them.
 pub struct Changes {
     receiver: Receiver<()>,
     _stop: StopSwitch,
 }
 
 impl Changes {
-    /// Has something in it whenever there was a change since it was last read. What has changed is to be
-    /// looked up.
+    /// Receives a message if there was a change since the last one was received. The message does not say what changed.
     pub fn receiver(&self) -> &Receiver<()> {
         &self.receiver
     }
 }
 
-/// Watches for changes.
+/// Starts watching for changes of links, addresses and tc filters.
 pub fn watch() -> io::Result<Changes> {
     const GROUPS: u32 =
         (libc::RTMGRP_LINK | libc::RTMGRP_IPV4_IFADDR | libc::RTMGRP_IPV6_IFADDR | libc::RTMGRP_TC)
@@ -162,21 +161,26 @@ pub fn watch() -> io::Result<Changes> {
     waiter.watch(&stop)?;
     let (changed, receiver) = bounded(1);
     let watch = move || {
-        privileges::keep_none();
+        privileges::drop_all();
         let mut message = [0; 8192];
         while !stop.is_set() {
             if let Err(error) = waiter.wait(None) {
-                log::error!("rtnetlink: {error}: changes of interfaces are no longer seen");
+                log::error!(
+                    "rtnetlink: {error}; changes of interfaces are no longer detected"
+                );
                 return;
             }
             loop {
                 match recv(netlink.as_raw_fd(), &mut message, MsgFlags::empty()) {
-                    // Having missed some is a change too.
+                    // Lost notifications count as a change, too.
                     Ok(_) | Err(Errno::ENOBUFS) => {}
                     Err(Errno::EINTR) => continue,
                     Err(Errno::EAGAIN) => break,
                     Err(error) => {
-                        log::error!("rtnetlink: {error}: changes of interfaces are no longer seen");
+                        let error = io::Error::from(error);
+                        log::error!(
+                            "rtnetlink: {error}; changes of interfaces are no longer detected"
+                        );
                         return;
                     }
                 }

@@ -1,5 +1,5 @@
-//! The pinned maps of packet marking: which flows are marked how, and what was counted. Keys and values
-//! are laid out as in bpf/marker.h.
+//! The pinned maps of packet marking: the marks of flows, and the counts of marked packets. The layout of keys and values
+//! is that of bpf/marker.h.
 
 use std::collections::HashSet;
 use std::fs;
@@ -9,23 +9,25 @@ use std::path::{Path, PathBuf};
 
 use libbpf_rs::{ErrorKind, MapCore, MapFlags, MapHandle};
 use nix::libc;
+use nix::unistd::Uid;
 
-use crate::config::Strategy;
-use crate::error::{Context, Error, Result};
+use super::ownership;
+use crate::error::{Error, Result};
 use crate::flow::{Flow, Protocol, Tag};
+use crate::scitag::Strategy;
 
-/// Below the bpffs; the version is that of keys and values in bpf/marker.h.
+/// The directory of the pinned maps in the bpffs. The version is that of the layout in bpf/marker.h.
 pub(super) const PIN_DIR: &str = "flowd-rs/v1";
 
-/// A flow as its packets leave this host.
+/// The key of a flow, in the direction of the packets that leave this host.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Key([u8; 40]);
 
 impl Key {
-    /// What every packet matches with `matchAll`.
+    /// The key that every packet matches with `matchAll`.
     pub const ALL: Key = Key([0; 40]);
 
-    /// The key of an IPv6 flow in its own direction.
+    /// The key of an IPv6 flow, in the direction of the flow. `None` for an IPv4 flow.
     pub fn new(flow: &Flow) -> Option<Key> {
         let (IpAddr::V6(source), IpAddr::V6(destination)) =
             (flow.source.address, flow.destination.address)
@@ -50,7 +52,7 @@ impl Key {
 
     /// The flow of a key; `None` for [`Key::ALL`].
     pub fn flow(&self) -> Option<Flow> {
-        let end = |address: usize, port: usize| {
+        let endpoint = |address: usize, port: usize| {
             let octets: [u8; 16] = self.0[address..address + 16].try_into().unwrap_or_default();
             (
                 IpAddr::from(octets),
@@ -61,20 +63,20 @@ impl Key {
             libc::IPPROTO_TCP => Protocol::Tcp,
             _ => Protocol::Udp,
         };
-        Flow::new(protocol, end(0, 32), end(16, 34)).ok()
+        Flow::new(protocol, endpoint(0, 32), endpoint(16, 34)).ok()
     }
 }
 
-/// What the packets of a flow get, and how many got it.
+/// The mark of a flow's packets, and how many packets were marked.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Mark {
     /// The flow label, 20 bits.
     pub label: u32,
-    /// The tag behind it.
+    /// The tag that the mark encodes.
     pub tag: Tag,
-    /// Packets as they go over the wire.
+    /// Packets marked, as sent over the wire.
     pub packets: u64,
-    /// Bytes of frames, the headers of a GSO packet once.
+    /// Bytes marked, including all headers of a frame. The headers of a GSO packet count once.
     pub bytes: u64,
 }
 
@@ -110,7 +112,7 @@ fn tag(option: u32) -> Tag {
     }
 }
 
-/// Sum over the closed flows of a tag.
+/// The sums over the ended flows of a tag.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Total {
     /// Packets marked.
@@ -119,12 +121,14 @@ pub struct Total {
     pub bytes: u64,
 }
 
-/// Packets of known flows that went out unmarked, by reason, in the order of `enum unmarked`.
+/// The reasons why packets of known flows are sent unmarked, in the order of `enum unmarked`.
 pub const UNMARKED: [&str; 3] = [
     "larger than the MTU",
-    "headers in the way",
+    "conflicting headers",
     "refused by the kernel",
 ];
+
+const NEEDED: &str = "; CAP_BPF and CAP_NET_ADMIN (before Linux 5.8: CAP_SYS_ADMIN) are needed";
 
 /// The pinned maps.
 pub struct Maps {
@@ -132,13 +136,13 @@ pub struct Maps {
     pub(super) flows: MapHandle,
     unmarked: MapHandle,
     totals: MapHandle,
-    /// Interfaces whose clsact qdisc the daemon made, by index.
+    /// Interfaces whose clsact qdisc the daemon created, by index.
     pub(super) qdiscs: MapHandle,
     /// One entry: the strategy, for `flowd-rs marker show`.
     pub(super) about: MapHandle,
 }
 
-/// What became of an entry.
+/// The outcome of [`Maps::enter`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Entered {
     /// It is in the map.
@@ -148,17 +152,26 @@ pub enum Entered {
 }
 
 impl Maps {
-    /// The maps that a daemon has pinned, for looking at them.
+    /// Opens the maps that a daemon has pinned. `None` if there are none.
+    ///
+    /// # Errors
+    ///
+    /// The user may not read the maps, or one is missing.
     pub fn pinned(bpffs: &Path) -> Result<Option<Maps>> {
         let directory = bpffs.join(PIN_DIR);
         let flows = directory.join("flows");
-        if !fs::exists(&flows).context(|| flows.display().to_string())? {
-            return Ok(None);
+        match fs::exists(&flows) {
+            Ok(true) => {}
+            Ok(false) => return Ok(None),
+            Err(error) => {
+                let resource = format!("pinned maps in {}", directory.display());
+                return Err(access_failure(&resource, error));
+            }
         }
         let map = |name: &str| {
             let path = directory.join(name);
             MapHandle::from_pinned_path(&path)
-                .map_err(|e| failure(&format!("pinned map {}", path.display()), &e))
+                .map_err(|e| access_failure(&format!("pinned map {}", path.display()), io_error(&e)))
         };
         Ok(Some(Maps {
             flows: map("flows")?,
@@ -170,9 +183,9 @@ impl Maps {
         }))
     }
 
-    /// Every entry of the map of flows.
+    /// Iterates over the marks of all flows.
     pub fn marks(&self) -> impl Iterator<Item = (Key, Mark)> {
-        // A walk begins anew when the key at hand is removed meanwhile.
+        // The kernel restarts the iteration if the current key is removed meanwhile.
         let mut seen = HashSet::new();
         let mark = move |key: Vec<u8>| {
             if !seen.insert(key.clone()) {
@@ -184,14 +197,14 @@ impl Maps {
         self.flows.keys().filter_map(mark)
     }
 
-    /// The entry of a key.
+    /// The mark of a key.
     pub fn get(&self, key: &Key) -> Option<Mark> {
         let value = self.flows.lookup(&key.0, MapFlags::ANY).ok().flatten()?;
         Mark::from_bytes(&value)
     }
 
-    /// Enters a mark. One that is there is replaced unless it is the same; what it counted goes to the
-    /// total of its tag.
+    /// Enters a mark. An existing mark is replaced unless its label and tag are the same; its counts are added to the total
+    /// of its tag.
     pub fn enter(&self, key: &Key, mark: Mark) -> io::Result<Entered> {
         match self
             .flows
@@ -217,7 +230,7 @@ impl Maps {
         updated.map(|()| Entered::Done).map_err(|e| io_error(&e))
     }
 
-    /// Removes a mark and adds what it counted to the total of its tag. Returns whether it was there.
+    /// Removes a mark and adds its counts to the total of its tag. Returns whether the mark existed.
     pub fn remove(&self, key: &Key) -> bool {
         let Some(old) = self.get(key) else {
             return false;
@@ -239,7 +252,7 @@ impl Maps {
         value[..8].copy_from_slice(&(sum.packets + mark.packets).to_ne_bytes());
         value[8..].copy_from_slice(&(sum.bytes + mark.bytes).to_ne_bytes());
         if let Err(error) = self.totals.update(&key, &value, MapFlags::ANY) {
-            log::debug!("marker: totals of tag {}: {error}", mark.tag);
+            log::debug!("marker: totals of tag {}: {}", mark.tag, io_error(&error));
         }
     }
 
@@ -262,7 +275,7 @@ impl Maps {
         }
     }
 
-    /// Packets and bytes marked, by tag: of closed flows.
+    /// Packets and bytes marked of ended flows, by tag.
     pub fn totals(&self) -> Vec<(Tag, Total)> {
         let entry = |key: Vec<u8>| {
             let option = u32::from_ne_bytes(key.as_slice().try_into().ok()?);
@@ -276,7 +289,7 @@ impl Maps {
         self.flows.max_entries() as usize
     }
 
-    /// How many packets went out unmarked, for each of [`UNMARKED`].
+    /// How many packets were sent unmarked, for each reason in [`UNMARKED`].
     pub fn unmarked(&self) -> [u64; 3] {
         let count = |index: u32| {
             let values = self
@@ -284,24 +297,25 @@ impl Maps {
                 .lookup_percpu(&index.to_ne_bytes(), MapFlags::ANY)
                 .ok()
                 .flatten();
-            let cpu = |value: &Vec<u8>| value.as_slice().try_into().map_or(0, u64::from_ne_bytes);
-            values.unwrap_or_default().iter().map(cpu).sum()
+            let cpu_count =
+                |value: &Vec<u8>| value.as_slice().try_into().map_or(0, u64::from_ne_bytes);
+            values.unwrap_or_default().iter().map(cpu_count).sum()
         };
         [count(0), count(1), count(2)]
     }
 
-    /// The strategy of the daemon that made the maps.
+    /// The strategy of the daemon that last loaded the program.
     pub fn strategy(&self) -> Option<Strategy> {
         let value = self.about.lookup(&[0; 4], MapFlags::ANY).ok().flatten()?;
         Strategy::ALL.get(usize::from(*value.first()?)).copied()
     }
 
-    /// Removes the pins; the maps go with their last user.
+    /// Removes the pins. The kernel frees the maps when their last user closes them.
     pub fn unpin(&self) -> io::Result<()> {
         for name in ["flows", "unmarked", "totals", "qdiscs", "about"] {
             fs::remove_file(self.directory.join(name))?;
         }
-        // Other versions may have theirs beside them.
+        // The directories may hold the maps of another version.
         let _ = fs::remove_dir(&self.directory);
         if let Some(parent) = self.directory.parent() {
             let _ = fs::remove_dir(parent);
@@ -310,25 +324,35 @@ impl Maps {
     }
 }
 
-/// One line for the operator about a libbpf call.
-pub(super) fn failure(what: &str, error: &libbpf_rs::Error) -> Error {
+/// The error of a libbpf call on `resource`, with the capabilities that it needs.
+pub(super) fn failure(resource: &str, error: &libbpf_rs::Error) -> Error {
     let hint = match error.kind() {
-        ErrorKind::PermissionDenied => {
-            "; CAP_BPF and CAP_NET_ADMIN (before Linux 5.8: CAP_SYS_ADMIN) are needed"
-        }
+        ErrorKind::PermissionDenied => NEEDED,
         _ => "",
     };
     let error = io_error(error);
-    // Numbers of libbpf's own: LIBBPF_ERRNO__LIBELF, __FORMAT and so on.
+    // Error numbers of libbpf's own: LIBBPF_ERRNO__LIBELF, __FORMAT and so on.
     if error.raw_os_error().is_some_and(|number| number >= 4000) {
         return Error::Failed(format!(
-            "{what}: is no object of eBPF programs that libbpf takes"
+            "{resource}: not a valid eBPF object file"
         ));
     }
-    Error::Failed(format!("{what}: {error}{hint}"))
+    Error::Failed(format!("{resource}: {error}{hint}"))
 }
 
-/// The system's error in libbpf-rs's, which tells its number in its text only.
+/// The error of an access to the pinned maps. If permission is denied, it says who may access them.
+pub(super) fn access_failure(resource: &str, error: io::Error) -> Error {
+    match error.kind() {
+        io::ErrorKind::PermissionDenied if !Uid::effective().is_root() => Error::Failed(format!(
+            "{resource}: {}; run flowd-rs as root (sudo)",
+            ownership::DENIED
+        )),
+        io::ErrorKind::PermissionDenied => Error::Failed(format!("{resource}: {error}{NEEDED}")),
+        _ => Error::Failed(format!("{resource}: {error}")),
+    }
+}
+
+/// The system's error in an error of libbpf-rs, which contains the number only in its text.
 pub(super) fn io_error(error: &libbpf_rs::Error) -> io::Error {
     let text = format!("{error:#}");
     let number = text

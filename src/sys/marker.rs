@@ -1,4 +1,4 @@
-//! The eBPF program of packet marking: how it is loaded, and where it is attached.
+//! Loads the eBPF program of packet marking, and attaches it to interfaces.
 
 use std::fs::{self, DirBuilder, File, Permissions};
 use std::io;
@@ -19,15 +19,15 @@ use nix::sys::statfs::{BPF_FS_MAGIC, fstatfs, statfs};
 
 use super::clsact;
 use super::interfaces::Interface;
-use super::mark_maps::{Maps, PIN_DIR, UNMARKED, failure, io_error};
+use super::mark_maps::{Maps, PIN_DIR, UNMARKED, access_failure, failure, io_error};
 use super::ownership::{self, Owner};
-use crate::config::{Marker as Settings, Strategy};
 use crate::error::{Context, Error, Result};
+use crate::scitag::Strategy;
 
-/// Ours among the filters of one priority.
-const HANDLE: u32 = 0x5c17;
-/// What the names of our programs begin with, in the object and on the filters.
-const PROGRAM: &str = "flowd_mark_l";
+/// The handle of our filter among the filters of one priority.
+const FILTER_HANDLE: u32 = 0x5c17;
+/// The prefix of the names of our programs, in the object file and on the filters.
+const PROGRAM_PREFIX: &str = "flowd_mark_l";
 const OBJECT: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/marker.bpf.o"));
 
 /// Our filters on the egress side of an interface.
@@ -35,11 +35,11 @@ pub fn our_filters(interface: u32) -> io::Result<Vec<clsact::Filter>> {
     let filters = clsact::egress_filters(interface)?;
     Ok(filters
         .into_iter()
-        .filter(|f| f.program.starts_with(PROGRAM))
+        .filter(|f| f.program.starts_with(PROGRAM_PREFIX))
         .collect())
 }
 
-/// libbpf wants a file descriptor for a hook, also where it does not look at it.
+/// Detaches a filter. `any` is any file descriptor: libbpf requires one for a hook, but does not use it here.
 fn detach_filter(any: BorrowedFd<'_>, filter: &clsact::Filter) -> io::Result<()> {
     let mut hook = TcHookBuilder::new(any)
         .ifindex(filter.interface as i32)
@@ -50,28 +50,29 @@ fn detach_filter(any: BorrowedFd<'_>, filter: &clsact::Filter) -> io::Result<()>
 }
 
 impl Maps {
-    fn made_qdisc(&self, interface: u32) -> bool {
+    /// Whether the daemon created the clsact qdisc of an interface.
+    fn owns_qdisc(&self, interface: u32) -> bool {
         matches!(
             self.qdiscs.lookup(&interface.to_ne_bytes(), MapFlags::ANY),
             Ok(Some(_))
         )
     }
 
-    /// Detaches from every interface that has a filter of ours, or a clsact qdisc that we made.
+    /// Detaches from all interfaces: see [`Maps::detach`].
     pub fn detach_all(&self, remove_qdisc: bool) -> io::Result<()> {
-        let (found, _) = super::interfaces::list()?;
-        found
+        let (interfaces, _) = super::interfaces::list()?;
+        interfaces
             .iter()
             .try_for_each(|interface| self.detach(interface.index, remove_qdisc))
     }
 
-    /// Detaches from an interface. Removes its clsact qdisc if that was ours, nobody else uses it, and
-    /// `remove_qdisc` says so.
+    /// Removes our filters from an interface. With `remove_qdisc`, also removes its clsact qdisc, if the daemon created it
+    /// and it has no other filters.
     pub fn detach(&self, interface: u32, remove_qdisc: bool) -> io::Result<()> {
         for filter in our_filters(interface)? {
             detach_filter(self.flows.as_fd(), &filter)?;
         }
-        if remove_qdisc && self.made_qdisc(interface) && !clsact::is_used(interface)? {
+        if remove_qdisc && self.owns_qdisc(interface) && !clsact::has_filters(interface)? {
             let mut hook = TcHookBuilder::new(self.flows.as_fd());
             let mut hook = hook.ifindex(interface as i32).hook(TC_EGRESS | TC_INGRESS);
             hook.destroy().map_err(|e| io_error(&e))?;
@@ -81,7 +82,24 @@ impl Maps {
     }
 }
 
-/// The loaded program, its maps pinned and held against another daemon.
+/// How to load the program, and how it marks packets.
+#[derive(Clone, Debug)]
+pub struct Settings {
+    /// Where the bpffs is mounted.
+    pub bpf_fs_path: PathBuf,
+    /// An object file to load instead of the built-in one.
+    pub program_path: Option<PathBuf>,
+    /// How a packet carries its tag.
+    pub strategy: Strategy,
+    /// Whether every packet gets the tag of the only entry of the map.
+    pub match_all: bool,
+    /// Whether the program writes to the kernel's trace pipe.
+    pub debug: bool,
+    /// Priority of the tc filter.
+    pub priority: u32,
+}
+
+/// The loaded program, with its maps pinned and locked against other daemons.
 pub struct Program {
     /// The maps.
     pub maps: Maps,
@@ -92,7 +110,8 @@ pub struct Program {
 }
 
 impl Program {
-    /// Loads the program. Maps that are pinned and of the right shape are adopted.
+    /// Loads the program. Pinned maps with a compatible layout are reused. `max_flows` is the size of the map of flows; `key` is
+    /// the key of the entropy bits.
     pub fn load(settings: &Settings, max_flows: usize, key: &[u8; 16]) -> Result<Program> {
         ensure_bpffs(&settings.bpf_fs_path)?;
         let directory = settings.bpf_fs_path.join(PIN_DIR);
@@ -119,9 +138,9 @@ impl Program {
                     has_flows = true;
                     map.set_max_entries(max_flows as u32)
                         .map_err(|e| failure("map of flows", &e))?;
-                    adopt(&mut map, &directory.join("flows"), 40, 24, max_flows as u32)?;
+                    reuse_pinned(&mut map, &directory.join("flows"), 40, 24, max_flows as u32)?;
                 }
-                Some("unmarked") => adopt(
+                Some("unmarked") => reuse_pinned(
                     &mut map,
                     &directory.join("unmarked"),
                     4,
@@ -131,7 +150,7 @@ impl Program {
                 Some(".rodata.settings") => {
                     has_settings = true;
                     map.set_initial_value(&settings_bytes(settings, key))
-                        .map_err(|e| failure("settings of the program", &e))?;
+                        .map_err(|e| failure("settings of the marker program", &e))?;
                 }
                 _ => {}
             }
@@ -144,10 +163,10 @@ impl Program {
                 .display()
                 .to_string();
             return Err(Error::Failed(format!(
-                "{path}: lacks the map \"flows\" or the section .rodata.settings, expected a program built from bpf/marker.bpf.c"
+                "{path}: lacks the map \"flows\" or the section .rodata.settings, expected an object file built from bpf/marker.bpf.c"
             )));
         }
-        let mut object = opened.load().map_err(|e| refused(&e))?;
+        let mut object = opened.load().map_err(|e| load_failure(&e))?;
         for mut map in object.maps_mut() {
             let name = map.name().to_string_lossy().into_owned();
             let path = directory.join(&name);
@@ -172,22 +191,27 @@ impl Program {
                     },
                     ..Default::default()
                 };
-                let made = MapHandle::create(kind, Some(name), key, value, entries, &options);
-                made.and_then(|mut map| map.pin(&path))
+                let created = MapHandle::create(kind, Some(name), key, value, entries, &options);
+                created.and_then(|mut map| map.pin(&path))
                     .map_err(|e| failure(&format!("pinned map {}", path.display()), &e))?;
             }
         }
         let fd = |suffix: &str| {
-            let name = format!("{PROGRAM}{suffix}");
+            let name = format!("{PROGRAM_PREFIX}{suffix}");
             let program = object.progs().find(|p| p.name() == name.as_str());
             let program = program.ok_or_else(|| {
-                Error::Failed(format!("the program {name} is missing in the object"))
+                Error::Failed(format!(
+                    "marker program: the object file lacks the program {name}"
+                ))
             })?;
             program.as_fd().try_clone_to_owned().context(|| name)
         };
         let (ethernet, layer3) = (fd("2")?, fd("3")?);
         let maps = Maps::pinned(&settings.bpf_fs_path)?
-            .ok_or_else(|| Error::Failed(format!("{} vanished", directory.display())))?;
+            .ok_or_else(|| Error::Failed(format!(
+                    "pinned maps in {}: were removed by another process",
+                    directory.display()
+                )))?;
         let strategy = (settings.strategy as u32).to_ne_bytes();
         maps.about
             .update(&[0; 4], &strategy, MapFlags::ANY)
@@ -201,10 +225,10 @@ impl Program {
         })
     }
 
-    /// Attaches to the egress side of an interface, making the clsact qdisc if there is none. A filter
-    /// of ours that is there is replaced at once; one of somebody else in its place is an error.
+    /// Attaches to the egress side of an interface, creating the clsact qdisc if there is none. An existing filter of ours
+    /// is replaced atomically. A filter of another program with the same priority and handle is an error.
     pub fn attach(&self, interface: &Interface) -> io::Result<()> {
-        if !clsact::is_there(interface.index)? {
+        if !clsact::exists(interface.index)? {
             self.maps
                 .qdiscs
                 .update(&interface.index.to_ne_bytes(), &[1, 0, 0, 0], MapFlags::ANY)
@@ -218,22 +242,22 @@ impl Program {
         let mut hook = TcHookBuilder::new(program.as_fd())
             .ifindex(interface.index as i32)
             .replace(true)
-            .handle(HANDLE)
+            .handle(FILTER_HANDLE)
             .priority(self.priority)
             .hook(TC_EGRESS);
         hook.create().map_err(|e| io_error(&e))?;
         for filter in clsact::egress_filters(interface.index)? {
-            let ours = filter.program.starts_with(PROGRAM);
-            if (filter.handle, filter.priority) == (HANDLE, self.priority) && !ours {
+            let is_ours = filter.program.starts_with(PROGRAM_PREFIX);
+            if (filter.handle, filter.priority) == (FILTER_HANDLE, self.priority) && !is_ours {
                 let message = format!(
-                    "another program's filter ({}) has priority {} and handle {HANDLE:#x}",
+                    "another program's filter ({}) has priority {} and handle {FILTER_HANDLE:#x}",
                     filter.program, self.priority
                 );
                 return Err(io::Error::other(message));
             }
         }
         hook.attach().map_err(|e| io_error(&e))?;
-        // One of a run with another priority.
+        // A filter that was attached with another priority.
         for old in our_filters(interface.index)?
             .iter()
             .filter(|f| f.priority != self.priority)
@@ -243,14 +267,13 @@ impl Program {
         Ok(())
     }
 
-    /// The program for devices with an Ethernet header, and the one for those without, for
-    /// `BPF_PROG_RUN`.
+    /// The program for interfaces with an Ethernet header and the one for interfaces without, for `BPF_PROG_RUN`.
     pub fn programs(&self) -> [&OwnedFd; 2] {
         [&self.ethernet, &self.layer3]
     }
 }
 
-/// `struct settings`
+/// Encodes `struct settings`.
 fn settings_bytes(settings: &Settings, key: &[u8; 16]) -> Vec<u8> {
     let check_mtu = ProgramType::SchedCls
         .is_helper_supported(libbpf_sys::BPF_FUNC_check_mtu)
@@ -275,8 +298,8 @@ fn settings_bytes(settings: &Settings, key: &[u8; 16]) -> Vec<u8> {
     bytes
 }
 
-/// Uses the pinned map if it has the shape; removes the pin of one that has not.
-fn adopt(
+/// Reuses the map pinned at `path` if its layout is compatible; otherwise removes the pin.
+fn reuse_pinned(
     map: &mut libbpf_rs::OpenMapMut<'_>,
     path: &Path,
     key: u32,
@@ -287,21 +310,21 @@ fn adopt(
         return Ok(());
     }
     let shown = path.display();
-    let shape = MapHandle::from_pinned_path(path)
+    let layout = MapHandle::from_pinned_path(path)
         .map(|m| (m.key_size(), m.value_size(), m.max_entries(), m.map_type()));
-    match shape {
-        Ok(shape) if shape == (key, value, entries, map.map_type()) => map
+    match layout {
+        Ok(layout) if layout == (key, value, entries, map.map_type()) => map
             .reuse_pinned_map(path)
             .map_err(|e| failure(&format!("pinned map {shown}"), &e)),
         Ok(_) => {
-            log::info!("pinned map {shown}: has another shape, made anew");
+            log::info!("marker: pinned map {shown} has an incompatible layout; recreated it");
             fs::remove_file(path).context(|| format!("pinned map {shown}"))
         }
         Err(error) => Err(failure(&format!("pinned map {shown}"), &error)),
     }
 }
 
-/// Mounts a bpffs if there is none, as systemd does at boot.
+/// Mounts a bpffs at `path` if there is none, as systemd does at boot.
 fn ensure_bpffs(path: &Path) -> Result<()> {
     let shown = path.display();
     let is_bpffs = || statfs(path).is_ok_and(|s| s.filesystem_type() == BPF_FS_MAGIC);
@@ -313,37 +336,39 @@ fn ensure_bpffs(path: &Path) -> Result<()> {
         .create(path)
         .context(|| format!("{shown} (backends.marker.bpfFsPath)"))?;
     mount(Some("bpffs"), path, Some("bpf"), MsFlags::empty(), Some("mode=0711")).map_err(|errno| {
-        Error::Failed(format!("{shown} (backends.marker.bpfFsPath) is no bpffs and cannot be made one: {errno}; needed: mount -t bpf bpffs {shown}"))
+        let error = io::Error::from(errno);
+        Error::Failed(format!("{shown} (backends.marker.bpfFsPath): not a bpffs, and mounting one failed: {error}; run as root: mount -t bpf bpffs {shown}"))
     })?;
-    log::info!("mounted a bpffs on {shown}");
+    log::info!("marker: mounted a bpffs on {shown}");
     Ok(())
 }
 
-/// Makes the directory of the pinned maps for a daemon that is not root's, and gives it what a daemon of root's
-/// has left there. systemd mounts the bpffs for root alone: it becomes one that others may pass through, what
-/// lies in it has owners and modes of its own.
+/// Creates the directory of the pinned maps for a daemon that does not run as root, and makes `owner` the owner of the maps
+/// that a daemon that ran as root has left there. systemd mounts the bpffs with access for root alone: everybody gets search
+/// permission, because the entries of the bpffs have their own owners and modes.
 pub fn prepare(bpffs: &Path, owner: Owner) -> Result<()> {
-    let what = || format!("{} (backends.marker.bpfFsPath)", bpffs.display());
-    let parent = ownership::roots_alone(bpffs.parent().unwrap_or(bpffs)).context(what)?;
+    let resource = || format!("{} (backends.marker.bpfFsPath)", bpffs.display());
+    let parent =
+        ownership::ensure_root_only_directory(bpffs.parent().unwrap_or(bpffs)).context(resource)?;
     let (Some(parent), Some(name)) = (parent, bpffs.file_name()) else {
         return Err(Error::Failed(format!(
-            "{}: others than root can make files on the way there",
-            what()
+            "{}: users other than root may write to a directory of this path, expected a path that only root can change",
+            resource()
         )));
     };
     let bpffs = parent.join(name);
     if bpffs.is_symlink() {
-        return Err(io::Error::from_raw_os_error(nix::libc::ELOOP)).context(what);
+        return Err(io::Error::from_raw_os_error(nix::libc::ELOOP)).context(resource);
     }
     ensure_bpffs(&bpffs)?;
-    prepare_below(&bpffs, owner).context(what)
+    prepare_pin_directory(&bpffs, owner).context(resource)
 }
 
-/// Every step by what is open: whoever owns a directory may put a symbolic link in place of what was in it.
-fn prepare_below(bpffs: &Path, owner: Owner) -> io::Result<()> {
+/// Every step works on an open directory: the owner of a directory may replace its entries with symbolic links.
+fn prepare_pin_directory(bpffs: &Path, owner: Owner) -> io::Result<()> {
     let mut directory = File::open(bpffs)?;
     if fstatfs(&directory)?.filesystem_type() != BPF_FS_MAGIC {
-        return Err(io::Error::other("is no bpffs"));
+        return Err(io::Error::other("not a bpffs"));
     }
     let mode = directory.metadata()?.permissions().mode();
     if mode & 0o111 != 0o111 {
@@ -357,9 +382,12 @@ fn prepare_below(bpffs: &Path, owner: Owner) -> io::Result<()> {
         }
         let flags = flags | OFlag::O_DIRECTORY | OFlag::O_RDONLY;
         directory = openat(&directory, name, flags, Mode::empty())?.into();
-        give_of_root(&directory, owner)?;
+        chown_if_root_owned(&directory, owner)?;
         if directory.metadata()?.uid() != owner.user.as_raw() {
-            let message = format!("{} in it is another user's", name.display());
+            let message = format!(
+                "the directory {} in it belongs to another user, expected root or the user of the daemon",
+                name.display()
+            );
             return Err(io::Error::other(message));
         }
     }
@@ -372,56 +400,64 @@ fn prepare_below(bpffs: &Path, owner: Owner) -> io::Result<()> {
                 flags | OFlag::O_PATH,
                 Mode::empty(),
             )?;
-            give_of_root(&entry.into(), owner)?;
+            chown_if_root_owned(&entry.into(), owner)?;
         }
     }
     Ok(())
 }
 
-fn give_of_root(open: &File, owner: Owner) -> io::Result<()> {
+/// Makes `owner` the owner of a directory or a map in a bpffs, if it belongs to root.
+fn chown_if_root_owned(open: &File, owner: Owner) -> io::Result<()> {
     let found = open.metadata()?;
     let is_bpffs = fstatfs(open)?.filesystem_type() == BPF_FS_MAGIC;
-    let is_one = found.is_dir() || (found.is_file() && found.nlink() == 1);
-    match is_bpffs && is_one && found.uid() == 0 {
-        true => owner.give(open),
+    let is_directory_or_map = found.is_dir() || (found.is_file() && found.nlink() == 1);
+    match is_bpffs && is_directory_or_map && found.uid() == 0 {
+        true => owner.chown(open),
         false => Ok(()),
     }
 }
 
-fn pin_directory(bpffs: &Path) -> Result<PathBuf> {
+fn shown(pin_directory: &Path) -> String {
+    format!(
+        "pinned maps in {} (below backends.marker.bpfFsPath)",
+        pin_directory.display()
+    )
+}
+
+fn create_pin_directory(bpffs: &Path) -> Result<PathBuf> {
     let directory = bpffs.join(PIN_DIR);
     DirBuilder::new()
         .recursive(true)
         .mode(0o755)
         .create(&directory)
-        .context(|| format!("{} (below backends.marker.bpfFsPath)", directory.display()))?;
+        .map_err(|e| access_failure(&shown(&directory), e))?;
     Ok(directory)
 }
 
-/// Keeps everybody else from the pinned maps; held by the daemon as long as it runs.
+/// Locks the pinned maps against other processes. The daemon holds the lock as long as it runs.
 pub fn lock(bpffs: &Path) -> Result<Flock<File>> {
-    let directory = pin_directory(bpffs)?;
-    let shown = directory.display();
-    let what = || format!("{shown} (below backends.marker.bpfFsPath)");
-    let file = File::open(&directory).context(what)?;
-    Flock::lock(file, FlockArg::LockExclusiveNonblock).map_err(|(_, errno)| {
-        Error::Failed(format!("{shown} is in use by another flowd-rs ({errno})"))
+    let directory = create_pin_directory(bpffs)?;
+    let resource = shown(&directory);
+    let file = File::open(&directory).map_err(|e| access_failure(&resource, e))?;
+    Flock::lock(file, FlockArg::LockExclusiveNonblock).map_err(|(_, errno)| match errno {
+        Errno::EWOULDBLOCK => Error::Failed(format!("{resource}: in use by another flowd-rs")),
+        errno => access_failure(&resource, errno.into()),
     })
 }
 
-/// One line for the operator, with what is needed.
-fn refused(error: &libbpf_rs::Error) -> Error {
+/// The error of loading the program, with what it needs.
+fn load_failure(error: &libbpf_rs::Error) -> Error {
     let hint = match error.kind() {
         ErrorKind::PermissionDenied => {
             "CAP_BPF and CAP_NET_ADMIN (before Linux 5.8: CAP_SYS_ADMIN) are needed"
         }
         ErrorKind::InvalidInput => {
-            "the kernel's verifier refused it; --log-level trace shows why; Linux 4.18 of RHEL 8, 5.8 or newer is needed"
+            "the kernel's verifier rejected it; --log-level trace shows why; the 4.18 kernel of RHEL 8, or Linux 5.8 or newer, is needed"
         }
-        _ => "--log-level trace shows what libbpf says",
+        _ => "--log-level trace shows the messages of libbpf",
     };
     Error::Failed(format!(
-        "the marker program cannot be loaded: {}: {hint}",
+        "marker program: cannot be loaded: {}; {hint}",
         io_error(error)
     ))
 }

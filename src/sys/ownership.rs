@@ -1,4 +1,4 @@
-//! Files that root makes for an ordinary user, who is not to choose which.
+//! Files that root creates for an unprivileged user, safe against a user who replaces parts of their path.
 
 use std::fs::{self, DirBuilder, File, OpenOptions};
 use std::io;
@@ -10,10 +10,14 @@ use nix::fcntl::AtFlags;
 use nix::libc;
 use nix::unistd::{Gid, Uid, User, fchownat};
 
-/// Symbolic links on the way to a file, at most, as in Linux.
-const LINKS_MOST: usize = 40;
+/// The most symbolic links in a path, as in Linux.
+const MAX_SYMLINKS: usize = 40;
 
-/// A user and the group of that user.
+/// Who may use the files of the service, for errors.
+pub const DENIED: &str =
+    "permission denied, expected root or flowd, the user that the service runs as";
+
+/// A user and the primary group of that user.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Owner {
     /// The user.
@@ -23,7 +27,8 @@ pub struct Owner {
 }
 
 impl Owner {
-    /// By name, or by number, which needs no entry in the user database.
+    /// Looks up a user by name or number. A number does not need an entry in the user database; its group then has the same
+    /// number.
     pub fn find(user: &str) -> io::Result<Owner> {
         let number = user.parse().ok();
         let found = match number {
@@ -43,43 +48,43 @@ impl Owner {
         }
     }
 
-    /// Gives them what is open.
-    pub fn give(&self, open: impl AsFd) -> io::Result<()> {
+    /// Makes this user and group the owner of an open file, which may be open with `O_PATH`.
+    pub fn chown(&self, open: impl AsFd) -> io::Result<()> {
         let (user, group) = (Some(self.user), Some(self.group));
         fchownat(open, "", user, group, AtFlags::AT_EMPTY_PATH)?;
         Ok(())
     }
 
-    /// Gives them a FIFO, with `mode`.
-    pub fn give_fifo(&self, path: &Path, mode: u32) -> io::Result<()> {
+    /// Makes this user and group the owner of a FIFO, and sets its mode.
+    pub fn chown_fifo(&self, path: &Path, mode: u32) -> io::Result<()> {
         let fifo = open_path(path)?;
         if !fifo.metadata()?.file_type().is_fifo() {
-            return Err(io::Error::other("is no FIFO"));
+            return Err(io::Error::other("not a FIFO"));
         }
-        self.give(&fifo)?;
+        self.chown(&fifo)?;
         let open = format!("/proc/self/fd/{}", fifo.as_raw_fd());
         fs::set_permissions(open, PermissionsExt::from_mode(mode))
     }
 }
 
-/// What lies at a path, not what a symbolic link there leads to; for everything but its content.
+/// Opens a path with `O_PATH`, without following a symbolic link: for everything except access to the content.
 fn open_path(path: &Path) -> io::Result<File> {
     let flags = libc::O_PATH | libc::O_NOFOLLOW;
     OpenOptions::new().read(true).custom_flags(flags).open(path)
 }
 
-/// Where a directory is that nobody but root can replace, with all that leads to it; it is made if it is not
-/// there. `None` if others can make files on the way, so that they could have a hand in where it leads.
-pub fn roots_alone(directory: &Path) -> io::Result<Option<PathBuf>> {
-    let mut way: Vec<PathBuf> = vec![std::path::absolute(directory)?];
+/// Resolves the path of a directory, creating missing directories. `None` if users other than root may write to a directory
+/// on the way, because they could change where the path leads.
+pub fn ensure_root_only_directory(directory: &Path) -> io::Result<Option<PathBuf>> {
+    let mut pending: Vec<PathBuf> = vec![std::path::absolute(directory)?];
     let mut at = PathBuf::from("/");
     let mut links = 0;
-    while let Some(rest) = way.pop() {
+    while let Some(rest) = pending.pop() {
         let mut components = rest.components();
         let Some(next) = components.next() else {
             continue;
         };
-        way.push(components.as_path().to_owned());
+        pending.push(components.as_path().to_owned());
         let below = match next {
             Component::RootDir => PathBuf::from("/"),
             Component::ParentDir => at.parent().unwrap_or(&at).to_owned(),
@@ -94,11 +99,11 @@ pub fn roots_alone(directory: &Path) -> io::Result<Option<PathBuf>> {
         };
         if found.is_symlink() {
             links += 1;
-            if links > LINKS_MOST {
+            if links > MAX_SYMLINKS {
                 return Err(io::Error::from_raw_os_error(libc::ELOOP));
             }
-            // It lies in a directory of root's alone.
-            way.push(fs::read_link(&below)?);
+            // Only root can change the link, because only root may write to the directory that contains it.
+            pending.push(fs::read_link(&below)?);
         } else if !found.is_dir() {
             return Err(io::Error::from_raw_os_error(libc::ENOTDIR));
         } else if found.uid() != 0 || found.mode() & 0o022 != 0 {
@@ -122,20 +127,20 @@ mod tests {
     }
 
     #[test]
-    fn what_others_may_change_is_not_roots_alone() {
+    fn a_path_that_other_users_may_change_is_not_root_only() {
         assert_eq!(
-            roots_alone(Path::new("/usr/bin/../lib")).unwrap(),
+            ensure_root_only_directory(Path::new("/usr/bin/../lib")).unwrap(),
             Some("/usr/lib".into())
         );
-        assert_eq!(roots_alone(&std::env::temp_dir()).unwrap(), None);
+        assert_eq!(ensure_root_only_directory(&std::env::temp_dir()).unwrap(), None);
         assert_eq!(
-            roots_alone(&std::env::temp_dir().join("not/there")).unwrap(),
+            ensure_root_only_directory(&std::env::temp_dir().join("not/there")).unwrap(),
             None
         );
     }
 
     #[test]
-    fn only_a_fifo_is_given_away() {
+    fn only_a_fifo_changes_its_owner() {
         let folder = tempfile::tempdir().unwrap();
         let owner = Owner {
             user: nix::unistd::getuid(),
@@ -145,9 +150,9 @@ mod tests {
         nix::unistd::mkfifo(&path("fifo"), nix::sys::stat::Mode::S_IRWXU).unwrap();
         fs::write(path("file"), "").unwrap();
         std::os::unix::fs::symlink(path("fifo"), path("link")).unwrap();
-        owner.give_fifo(&path("fifo"), 0o622).unwrap();
+        owner.chown_fifo(&path("fifo"), 0o622).unwrap();
         assert_eq!(fs::metadata(path("fifo")).unwrap().mode() & 0o777, 0o622);
-        assert!(owner.give_fifo(&path("file"), 0o622).is_err());
-        assert!(owner.give_fifo(&path("link"), 0o666).is_err());
+        assert!(owner.chown_fifo(&path("file"), 0o622).is_err());
+        assert!(owner.chown_fifo(&path("link"), 0o666).is_err());
     }
 }

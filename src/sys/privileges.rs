@@ -1,75 +1,76 @@
-//! Gives up the privileges that are not needed (any more): capabilities(7), no_new_privs.
+//! Drops privileges that are not needed, or no longer needed: capabilities(7), no_new_privs.
 
 use std::collections::HashSet;
 
 use caps::{CapSet, Capability};
 
-use crate::config::Config;
-
-/// What the threads that run may still need, by the configuration: to load and attach programs again, to
-/// read and write their maps. Without CAP_BPF, which came with Linux 5.8, it is CAP_SYS_ADMIN.
-pub fn kept(config: &Config) -> HashSet<Capability> {
-    if config.bpf_users().is_empty() {
+/// The capabilities that running threads need to reload and reattach eBPF programs, and to access their maps. Before Linux
+/// 5.8, which introduced `CAP_BPF`, this includes `CAP_SYS_ADMIN`. Empty without `uses_bpf`.
+pub fn needed(uses_bpf: bool) -> HashSet<Capability> {
+    if !uses_bpf {
         return HashSet::new();
     }
-    let mut kept: HashSet<Capability> = [
+    let mut needed: HashSet<Capability> = [
         Capability::CAP_NET_ADMIN,
         Capability::CAP_BPF,
         Capability::CAP_PERFMON,
     ]
     .into();
     if !caps::runtime::thread_all_supported().contains(&Capability::CAP_BPF) {
-        kept.insert(Capability::CAP_SYS_ADMIN);
+        needed.insert(Capability::CAP_SYS_ADMIN);
     }
-    kept
+    needed
 }
 
-/// Which of them this thread does not have, or has given up; in the order of their names.
-pub fn missing(config: &Config) -> Vec<String> {
+/// The needed capabilities that this thread does not have, or has dropped, sorted by name.
+pub fn missing(uses_bpf: bool) -> Vec<String> {
     let permitted = caps::read(None, CapSet::Permitted).unwrap_or_default();
-    let missing = kept(config).into_iter().filter(|c| !permitted.contains(c));
+    let missing = needed(uses_bpf)
+        .into_iter()
+        .filter(|c| !permitted.contains(c));
     let mut names: Vec<String> = missing.map(|capability| capability.to_string()).collect();
     names.sort();
     names
 }
 
-/// No program that this process could ever start gets more privileges than it has.
+/// Sets `no_new_privs`: no program that this process starts gets more privileges than the process has.
 pub fn no_new_privileges() {
     if let Err(error) = nix::sys::prctl::set_no_new_privs() {
-        log::warn!("no_new_privs: {error}");
+        let error = std::io::Error::from(error);
+        log::warn!("cannot set no_new_privs: {error}");
     }
 }
 
-/// Keeps these capabilities, as far as they are there, and gives up all others: of this thread, and of
-/// those that it starts from now on.
-pub fn keep(wanted: &HashSet<Capability>) {
-    let keep = || {
+/// Drops all capabilities except those `to_keep` that this thread has, for this thread and for threads that it starts from
+/// now on.
+pub fn keep_only(to_keep: &HashSet<Capability>) {
+    let drop_others = || {
         let permitted = caps::read(None, CapSet::Permitted)?;
-        let keep = permitted.intersection(wanted).copied().collect();
-        // Only who may change the bounding set needs to.
+        let kept = permitted.intersection(to_keep).copied().collect();
+        // Only a thread with CAP_SETPCAP may change the bounding set, and only such a thread needs to.
         if permitted.contains(&Capability::CAP_SETPCAP) {
-            for capability in caps::read(None, CapSet::Bounding)?.difference(wanted) {
+            for capability in caps::read(None, CapSet::Bounding)?.difference(to_keep) {
                 caps::drop(None, CapSet::Bounding, *capability)?;
             }
         }
         if caps::runtime::ambient_set_supported().is_ok() {
-            for capability in caps::read(None, CapSet::Ambient)?.difference(wanted) {
+            for capability in caps::read(None, CapSet::Ambient)?.difference(to_keep) {
                 caps::drop(None, CapSet::Ambient, *capability)?;
             }
         }
-        caps::set(None, CapSet::Effective, &keep)?;
-        caps::set(None, CapSet::Permitted, &keep)?;
+        caps::set(None, CapSet::Effective, &kept)?;
+        caps::set(None, CapSet::Permitted, &kept)?;
         let inheritable = caps::read(None, CapSet::Inheritable)?;
-        let inheritable = inheritable.intersection(wanted).copied().collect();
+        let inheritable = inheritable.intersection(to_keep).copied().collect();
         caps::set(None, CapSet::Inheritable, &inheritable)
     };
-    let result: Result<(), caps::errors::CapsError> = keep();
+    let result: Result<(), caps::errors::CapsError> = drop_others();
     if let Err(error) = result {
-        log::warn!("capabilities: {error}: not all that could be were given up");
+        log::warn!("cannot drop all unneeded capabilities: {error}");
     }
 }
 
-/// Gives up all: for threads that need none.
-pub fn keep_none() {
-    keep(&HashSet::new());
+/// Drops all capabilities, for threads that need none.
+pub fn drop_all() {
+    keep_only(&HashSet::new());
 }

@@ -1,4 +1,4 @@
-//! `sock_diag(7)`: all sockets at once, and word of each TCP socket that goes.
+//! `sock_diag(7)`: dumps of all sockets, and notifications of closed TCP sockets.
 
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd, RawFd};
@@ -13,47 +13,47 @@ use nix::sys::socket::{setsockopt, sockopt};
 use crate::flow::{Flow, Protocol};
 use crate::socket::{Messages, Parsed, Socket, request, request_one};
 
-/// Room for a datagram of a dump.
-const DATAGRAM: usize = 64 << 10;
-/// How often a dump that was disturbed is repeated.
-const REPEATS: usize = 3;
-/// Receive buffer of notifications, in bytes: some 10,000 sockets.
-const RECEIVE_BUFFER: usize = 16 << 20;
+/// Size of the buffer for a netlink datagram, in bytes.
+const MAX_DATAGRAM_SIZE: usize = 64 << 10;
+/// How often to request a dump that was interrupted.
+const MAX_DUMP_ATTEMPTS: usize = 3;
+/// Size of the receive buffer for notifications, in bytes: room for about 10,000 sockets.
+const RECEIVE_BUFFER_SIZE: usize = 16 << 20;
 /// `SKNLGRP_INET_TCP_DESTROY` and `SKNLGRP_INET6_TCP_DESTROY`
 const TCP_DESTROYED: [u32; 2] = [1, 3];
 
-/// Asks the kernel for sockets.
+/// Requests sockets from the kernel.
 pub struct Dump {
     netlink: NlSocket,
     buffer: Vec<u8>,
 }
 
 impl Dump {
-    /// Opens the netlink socket. It needs no privileges.
+    /// Opens the netlink socket, which needs no privileges.
     pub fn open() -> io::Result<Dump> {
         let netlink = NlSocket::connect(NlFamily::SockOrInetDiag, None, Groups::empty())?;
         Ok(Dump {
             netlink,
-            buffer: vec![0; DATAGRAM],
+            buffer: vec![0; MAX_DATAGRAM_SIZE],
         })
     }
 
-    /// Hands out every socket of IPv4 and of IPv6 that has two ends and is in one of `states`, as bits of
-    /// the kernel's numbers; `extensions` are bits of `INET_DIAG_*` less one.
+    /// Passes every connected IPv4 and IPv6 socket in one of `states` to `handle`. `states` is a bit mask of the kernel's
+    /// numbers, `extensions` a bit mask of `INET_DIAG_*` minus one.
     ///
-    /// A socket may come twice: a dump that was disturbed is repeated.
+    /// A socket may be passed twice, because an interrupted dump is repeated.
     pub fn sockets(
         &mut self,
         protocol: Protocol,
         states: u32,
         extensions: u8,
-        mut take: impl FnMut(Arc<Socket>),
+        mut handle: impl FnMut(Arc<Socket>),
     ) -> io::Result<()> {
         for family in [libc::AF_INET, libc::AF_INET6] {
             let request = request(family as u8, protocol, states, extensions);
-            for _ in 0..REPEATS {
+            for _ in 0..MAX_DUMP_ATTEMPTS {
                 self.netlink.send(request, Msg::empty())?;
-                if self.receive(protocol, &mut take)? {
+                if self.receive(protocol, &mut handle)? {
                     break;
                 }
             }
@@ -61,7 +61,7 @@ impl Dump {
         Ok(())
     }
 
-    /// The socket of one flow, whose source is the local end, if it is there.
+    /// The socket of a flow whose source is the local end. `None` if there is no such socket.
     pub fn socket(&mut self, flow: &Flow, extensions: u8) -> io::Result<Option<Arc<Socket>>> {
         self.netlink
             .send(request_one(flow, extensions), Msg::empty())?;
@@ -74,107 +74,111 @@ impl Dump {
         }
     }
 
-    /// Reads to the end of a dump; whether it was undisturbed.
+    /// Reads a dump to its end. Returns whether it is complete: it was not interrupted.
     fn receive(
         &mut self,
         protocol: Protocol,
-        take: &mut impl FnMut(Arc<Socket>),
+        handle: &mut impl FnMut(Arc<Socket>),
     ) -> io::Result<bool> {
-        let mut undisturbed = true;
+        let mut is_complete = true;
         loop {
             let (length, _) = self.netlink.recv(&mut self.buffer, Msg::empty())?;
             for parsed in Messages::new(&self.buffer[..length], protocol) {
                 match parsed {
-                    Parsed::Socket(socket) => take(socket),
-                    Parsed::Interrupted => undisturbed = false,
-                    Parsed::Done => return Ok(undisturbed),
+                    Parsed::Socket(socket) => handle(socket),
+                    Parsed::Interrupted => is_complete = false,
+                    Parsed::Done => return Ok(is_complete),
                     Parsed::Error(number) => return Err(io::Error::from_raw_os_error(number)),
-                    Parsed::Nothing => {}
+                    Parsed::Other => {}
                 }
             }
         }
     }
 }
 
-/// What a read of notifications came to.
+/// The result of reading notifications.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Notified {
-    /// There may be more.
-    Some,
-    /// The same, but one or more did not say of which connection they were: those that this end has reset, that
-    /// never came about, or that listened.
-    Nameless,
-    /// Nothing waits.
+pub enum Received {
+    /// Sockets, or an interruption by a signal; more may wait.
+    Sockets,
+    /// Like `Sockets`, but at least one notification does not identify its connection: this end has reset the connection,
+    /// it was never established, or the socket was listening.
+    Unidentified,
+    /// No notification waits.
     Nothing,
-    /// Some were lost: only a scan tells what has gone.
+    /// The kernel lost notifications: only a scan shows which sockets have closed.
     Overrun,
 }
 
-/// Word of each TCP socket of this network namespace that goes, with its last numbers.
-pub struct Destroyed {
+/// Notifications of the closed TCP sockets of this network namespace, with their final statistics.
+pub struct DestroyNotifications {
     netlink: NlSocket,
     buffer: Vec<u8>,
     lookup: Dump,
 }
 
-impl Destroyed {
-    /// Subscribes. Kernels before 4.3 do not have it.
-    pub fn subscribe() -> io::Result<Destroyed> {
+impl DestroyNotifications {
+    /// Subscribes to the notifications.
+    ///
+    /// # Errors
+    ///
+    /// The kernel does not send them: it is older than Linux 4.3.
+    pub fn subscribe() -> io::Result<DestroyNotifications> {
         let netlink = NlSocket::connect(NlFamily::SockOrInetDiag, None, Groups::empty())?;
         netlink.nonblock()?;
         // SAFETY: `netlink` keeps the descriptor open for as long as it is borrowed.
         let fd = unsafe { BorrowedFd::borrow_raw(netlink.as_raw_fd()) };
-        if setsockopt(&fd, sockopt::RcvBufForce, &RECEIVE_BUFFER).is_err() {
-            setsockopt(&fd, sockopt::RcvBuf, &RECEIVE_BUFFER)?;
+        if setsockopt(&fd, sockopt::RcvBufForce, &RECEIVE_BUFFER_SIZE).is_err() {
+            setsockopt(&fd, sockopt::RcvBuf, &RECEIVE_BUFFER_SIZE)?;
         }
         for group in TCP_DESTROYED {
             netlink.add_mcast_membership(Groups::new_groups(&[group]))?;
         }
-        Ok(Destroyed {
+        Ok(DestroyNotifications {
             netlink,
-            buffer: vec![0; DATAGRAM],
+            buffer: vec![0; MAX_DATAGRAM_SIZE],
             lookup: Dump::open()?,
         })
     }
 
-    /// Hands out the sockets of one datagram.
-    pub fn receive(&mut self, mut take: impl FnMut(Arc<Socket>)) -> io::Result<Notified> {
+    /// Reads one datagram without waiting, and passes its sockets to `handle`.
+    pub fn receive(&mut self, mut handle: impl FnMut(Arc<Socket>)) -> io::Result<Received> {
         let length = match self.netlink.recv(&mut self.buffer, Msg::empty()) {
             Ok((length, _)) => length,
             Err(error) => {
                 return match error.raw_os_error() {
-                    Some(libc::ENOBUFS) => Ok(Notified::Overrun),
-                    Some(libc::EAGAIN) => Ok(Notified::Nothing),
-                    Some(libc::EINTR) => Ok(Notified::Some),
+                    Some(libc::ENOBUFS) => Ok(Received::Overrun),
+                    Some(libc::EAGAIN) => Ok(Received::Nothing),
+                    Some(libc::EINTR) => Ok(Received::Sockets),
                     _ => Err(error),
                 };
             }
         };
-        let mut notified = Notified::Some;
+        let mut received = Received::Sockets;
         for parsed in Messages::new(&self.buffer[..length], Protocol::Tcp) {
-            if let Parsed::Nothing = parsed {
-                notified = Notified::Nameless;
+            if let Parsed::Other = parsed {
+                received = Received::Unidentified;
             }
             if let Parsed::Socket(mut socket) = parsed {
-                // The end that closed first leaves a FIN_WAIT2 behind, which becomes a TIME_WAIT with the
-                // other end's FIN; the other end leaves nothing, and has had a FIN.
+                // The end that closes first leaves a FIN_WAIT2 entry, which becomes TIME_WAIT when the remote FIN arrives. The
+                // end that closes second leaves no entry, and has received a FIN.
                 let info = &socket.info;
-                if info.was_established() && info.more_was_acknowledged_than_sent() {
-                    let left = self.lookup.socket(&socket.flow, 0);
-                    let came =
-                        left.is_ok_and(|left| left.is_none_or(|left| left.info.fin_received));
+                if info.was_established() && info.has_acknowledged_more_than_payload() {
+                    let entry = self.lookup.socket(&socket.flow, 0);
+                    let fin_received = entry
+                        .is_ok_and(|entry| entry.is_none_or(|entry| entry.info.fin_received));
                     if let Some(socket) = Arc::get_mut(&mut socket) {
-                        socket.info.fin_received = came;
+                        socket.info.fin_received = fin_received;
                     }
                 }
-                take(socket);
+                handle(socket);
             }
         }
-        Ok(notified)
+        Ok(received)
     }
 }
 
-impl AsRawFd for Destroyed {
+impl AsRawFd for DestroyNotifications {
     fn as_raw_fd(&self) -> RawFd {
         self.netlink.as_raw_fd()
     }

@@ -1,4 +1,4 @@
-//! The state directory and its lock: one daemon a directory.
+//! The state directory, and its lock against a second daemon.
 
 use std::fs::{self, DirBuilder, File, OpenOptions};
 use std::io::{self, Read, Write};
@@ -8,21 +8,26 @@ use std::path::Path;
 use nix::errno::Errno;
 use nix::fcntl::{Flock, FlockArg};
 
+use super::ownership;
 use crate::error::{Context, Error, Result};
 
-/// Held as long as the daemon runs; the kernel releases it however the daemon ends.
+/// The lock. The daemon holds it as long as it runs; the kernel releases it however the daemon ends.
 pub struct Lock {
     _file: Flock<File>,
 }
 
-/// Makes the directory if it is not there and locks it.
+/// Creates the directory if it does not exist, and locks it.
+///
+/// # Errors
+///
+/// Another daemon uses the directory, or the user may not write to it.
 pub fn lock(directory: &Path) -> Result<Lock> {
     let shown = directory.display();
     DirBuilder::new()
         .recursive(true)
         .mode(0o750)
         .create(directory)
-        .context(|| format!("state directory {shown} (stateDir)"))?;
+        .map_err(|error| access_failure(directory, error))?;
     let path = directory.join("lock");
     let mut file = OpenOptions::new()
         .read(true)
@@ -30,9 +35,9 @@ pub fn lock(directory: &Path) -> Result<Lock> {
         .create(true)
         .truncate(false)
         .open(&path)
-        .context(|| path.display().to_string())?;
+        .map_err(|error| access_failure(&path, error))?;
     let mut holder = String::new();
-    // Whatever cannot be read is only missing from the message.
+    // If the process id cannot be read, it is only missing from the message.
     let _ = file.read_to_string(&mut holder);
     let mut file =
         Flock::lock(file, FlockArg::LockExclusiveNonblock).map_err(|(_, errno)| match errno {
@@ -40,19 +45,32 @@ pub fn lock(directory: &Path) -> Result<Lock> {
                 "state directory {shown} (stateDir) is in use by another flowd-rs, process {}",
                 holder.trim()
             )),
-            errno => Error::Resource {
-                what: path.display().to_string(),
-                source: io::Error::from(errno),
-            },
+            errno => access_failure(&path, errno.into()),
         })?;
-    // For the reader of the message above only: a full disk is no reason not to run.
+    // The process id is only for the message above: ignore failures, such as a full disk.
     let _ = file.set_len(0);
     let _ = io::Seek::rewind(&mut *file);
     let _ = writeln!(file, "{}", std::process::id());
     Ok(Lock { _file: file })
 }
 
-/// The key of the entropy bits of flow labels: random, and kept in the state directory so that labels survive restarts.
+/// The error of an access to the state directory. If permission is denied, it says who may access it.
+fn access_failure(path: &Path, error: io::Error) -> Error {
+    let shown = path.display();
+    match error.kind() {
+        io::ErrorKind::PermissionDenied => Error::Failed(format!(
+            "{shown} (stateDir): {}; start the service (systemctl start flowd-rs), run flowd-rs as root (sudo), or set stateDir to a directory of your own",
+            ownership::DENIED
+        )),
+        _ => Error::Resource {
+            resource: format!("{shown} (stateDir)"),
+            source: error,
+        },
+    }
+}
+
+/// The key of the entropy bits of flow labels. It is random, and stored in the state directory so that labels do not change
+/// with a restart.
 pub fn label_key(state_dir: &Path) -> Result<[u8; 16]> {
     let path = state_dir.join("label-key");
     if let Ok(bytes) = fs::read(&path)
@@ -66,7 +84,7 @@ pub fn label_key(state_dir: &Path) -> Result<[u8; 16]> {
         .context(|| "/dev/urandom".to_owned())?;
     if let Err(error) = fs::write(&path, key) {
         log::warn!(
-            "{}: {error}; the entropy bits of labels change with the next start",
+            "{}: {error}; the entropy bits of flow labels will change at the next start",
             path.display()
         );
     }

@@ -1,24 +1,24 @@
-//! The word to stop, for threads that wait in a poll loop and for those that look now and then.
+//! The signal to stop, for threads that wait in a poll loop and for threads that check it regularly.
 
 use std::io::{self, PipeReader, PipeWriter};
 use std::os::fd::{AsRawFd, RawFd};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-/// Held by the daemon.
+/// Sets the signal. The daemon holds it.
 pub struct StopSwitch {
     stopped: Arc<AtomicBool>,
     writer: Option<PipeWriter>,
 }
 
-/// Held by every plugin.
+/// Receives the signal. Every plugin holds one.
 #[derive(Clone)]
 pub struct Stop {
     stopped: Arc<AtomicBool>,
     reader: Arc<PipeReader>,
 }
 
-/// A switch and what it sets.
+/// Creates a switch and the signal that it sets.
 pub fn stop() -> io::Result<(StopSwitch, Stop)> {
     let (reader, writer) = io::pipe()?;
     let stopped = Arc::new(AtomicBool::new(false));
@@ -31,15 +31,15 @@ pub fn stop() -> io::Result<(StopSwitch, Stop)> {
 }
 
 impl StopSwitch {
-    /// Tells every holder of the [`Stop`] to stop.
+    /// Signals every holder of the [`Stop`] to stop.
     pub fn set(&mut self) {
         self.stopped.store(true, Ordering::Release);
-        // The end of the pipe is what wakes all who poll its other end.
+        // Closing the pipe wakes all threads that poll its other end.
         self.writer = None;
     }
 }
 
-/// Who waits for a word that will never come is told to stop.
+/// Sets the signal, so that no thread waits for it forever.
 impl Drop for StopSwitch {
     fn drop(&mut self) {
         self.set();
@@ -47,13 +47,13 @@ impl Drop for StopSwitch {
 }
 
 impl Stop {
-    /// Whether it is time to stop.
+    /// Whether the signal is set.
     pub fn is_set(&self) -> bool {
         self.stopped.load(Ordering::Acquire)
     }
 }
 
-/// Becomes readable when it is time to stop, and stays so.
+/// Becomes readable when the signal is set, and stays readable.
 impl AsRawFd for Stop {
     fn as_raw_fd(&self) -> RawFd {
         self.reader.as_raw_fd()

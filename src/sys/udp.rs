@@ -1,4 +1,4 @@
-//! Sending datagrams in batches: one socket a family, `sendmmsg(2)`.
+//! Sends datagrams in batches: one socket per address family, `sendmmsg(2)`.
 
 use std::io::{self, IoSlice};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, UdpSocket};
@@ -9,15 +9,15 @@ use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::socket::{MsgFlags, MultiHeaders, SockaddrStorage, sendmmsg, setsockopt, sockopt};
 
-/// The most datagrams of one system call.
-pub const BATCH: usize = 128;
-/// Send buffer that is asked for, in bytes: room for the datagrams that wait for the link-layer
-/// address of some twenty silent neighbours.
-const SEND_BUFFER: usize = 4 << 20;
-/// How long a full send buffer is waited for, in milliseconds.
-const PATIENCE_MS: u8 = 10;
+/// The most datagrams in one system call.
+pub const MAX_BATCH_SIZE: usize = 128;
+/// Requested size of the send buffer, in bytes: room for the datagrams that wait for the link-layer addresses of about
+/// twenty neighbours that do not answer.
+const SEND_BUFFER_SIZE: usize = 4 << 20;
+/// How long to wait for space in a full send buffer, in milliseconds.
+const SEND_TIMEOUT_MS: u8 = 10;
 
-/// Datagrams to be sent together.
+/// Datagrams to send together.
 #[derive(Default)]
 pub struct Batch {
     text: String,
@@ -25,13 +25,13 @@ pub struct Batch {
 }
 
 impl Batch {
-    /// Forgets the datagrams and keeps the memory.
+    /// Removes the datagrams and keeps the allocated memory.
     pub fn clear(&mut self) {
         self.text.clear();
         self.datagrams.clear();
     }
 
-    /// Adds what `write` appends, once for each of `destinations`, and returns what it returns.
+    /// Adds a datagram with the text that `write` appends, for each of `destinations`. Returns the result of `write`.
     pub fn push<T>(
         &mut self,
         destinations: impl IntoIterator<Item = SocketAddr>,
@@ -45,12 +45,12 @@ impl Batch {
         result
     }
 
-    /// How many datagrams there are.
+    /// The number of datagrams.
     pub fn len(&self) -> usize {
         self.datagrams.len()
     }
 
-    /// Whether there is no datagram.
+    /// Whether the batch has no datagrams.
     pub fn is_empty(&self) -> bool {
         self.datagrams.is_empty()
     }
@@ -63,8 +63,8 @@ pub struct Sender {
 }
 
 impl Sender {
-    /// Opens a socket a family. A host may lack one family: then sending to it fails, datagram by
-    /// datagram. Lacking both is an error.
+    /// Opens a socket for each address family. If the host lacks one family, sending a datagram of that family fails; if it
+    /// lacks both, this is an error.
     pub fn open() -> io::Result<Sender> {
         let ipv4 = FamilySocket::open(Ipv4Addr::UNSPECIFIED.into());
         let ipv6 = FamilySocket::open(Ipv6Addr::UNSPECIFIED.into());
@@ -74,21 +74,21 @@ impl Sender {
         }
     }
 
-    /// Sends all datagrams of a batch, and tells `failed` which could not be sent and why. One that
-    /// cannot be sent does not keep the others.
-    pub fn send(&mut self, batch: &Batch, mut failed: impl FnMut(SocketAddr, io::Error)) {
+    /// Sends all datagrams of a batch. Calls `on_failure` with the destination and the error of each datagram that cannot be
+    /// sent, and goes on with the others.
+    pub fn send(&mut self, batch: &Batch, mut on_failure: impl FnMut(SocketAddr, io::Error)) {
         for (socket, is_ipv4) in [(&mut self.ipv4, true), (&mut self.ipv6, false)] {
             let of_family: Vec<_> = batch
                 .datagrams
                 .iter()
                 .filter(|(_, to)| to.is_ipv4() == is_ipv4)
                 .collect();
-            for chunk in of_family.chunks(BATCH) {
+            for chunk in of_family.chunks(MAX_BATCH_SIZE) {
                 match socket {
-                    Ok(socket) => socket.send(batch.text.as_bytes(), chunk, &mut failed),
+                    Ok(socket) => socket.send(batch.text.as_bytes(), chunk, &mut on_failure),
                     Err(error) => {
                         for (_, to) in chunk {
-                            failed(*to, io::Error::new(error.kind(), error.to_string()));
+                            on_failure(*to, io::Error::new(error.kind(), error.to_string()));
                         }
                     }
                 }
@@ -99,6 +99,7 @@ impl Sender {
 
 struct FamilySocket {
     socket: UdpSocket,
+    /// The unspecified address of the family.
     any: IpAddr,
 }
 
@@ -106,8 +107,8 @@ impl FamilySocket {
     fn open(any: IpAddr) -> io::Result<FamilySocket> {
         let socket = UdpSocket::bind((any, 0))?;
         socket.set_nonblocking(true)?;
-        if setsockopt(&socket, sockopt::SndBufForce, &SEND_BUFFER).is_err() {
-            setsockopt(&socket, sockopt::SndBuf, &SEND_BUFFER)?;
+        if setsockopt(&socket, sockopt::SndBufForce, &SEND_BUFFER_SIZE).is_err() {
+            setsockopt(&socket, sockopt::SndBuf, &SEND_BUFFER_SIZE)?;
         }
         Ok(FamilySocket { socket, any })
     }
@@ -116,7 +117,7 @@ impl FamilySocket {
         &mut self,
         bytes: &[u8],
         chunk: &[&(Range<usize>, SocketAddr)],
-        failed: &mut impl FnMut(SocketAddr, io::Error),
+        on_failure: &mut impl FnMut(SocketAddr, io::Error),
     ) {
         let slices: Vec<_> = chunk
             .iter()
@@ -142,29 +143,29 @@ impl FamilySocket {
             match sent {
                 Ok(sent) => at += sent,
                 Err(Errno::EINTR) => {}
-                Err(Errno::EAGAIN) if self.wait() => {}
+                Err(Errno::EAGAIN) if self.wait_for_space() => {}
                 Err(Errno::EAGAIN) if !replaced => {
                     replaced = true;
-                    self.replace();
+                    self.replace_socket();
                 }
                 Err(errno) => {
-                    failed(chunk[at].1, errno.into());
+                    on_failure(chunk[at].1, errno.into());
                     at += 1;
                 }
             }
         }
     }
 
-    /// Waits a little for room in the send buffer.
-    fn wait(&self) -> bool {
+    /// Waits for space in the send buffer. Returns whether there is some.
+    fn wait_for_space(&self) -> bool {
         let mut socket = [PollFd::new(self.socket.as_fd(), PollFlags::POLLOUT)];
-        poll(&mut socket, PollTimeout::from(PATIENCE_MS)).is_ok_and(|ready| ready > 0)
+        poll(&mut socket, PollTimeout::from(SEND_TIMEOUT_MS)).is_ok_and(|ready| ready > 0)
     }
 
-    /// Goes on with a new socket. Datagrams to a neighbour that does not answer wait in the kernel for
-    /// seconds and fill the send buffer of their socket; those to others must not wait with them. What
-    /// waits keeps waiting after its socket is closed.
-    fn replace(&mut self) {
+    /// Continues with a new socket. Datagrams to a neighbour that does not answer wait in the kernel for seconds and fill the
+    /// send buffer of their socket; datagrams to other destinations must not wait for them. The kernel keeps the waiting
+    /// datagrams after their socket is closed.
+    fn replace_socket(&mut self) {
         if let Ok(new) = FamilySocket::open(self.any) {
             *self = new;
         }

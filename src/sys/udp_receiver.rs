@@ -1,4 +1,4 @@
-//! Receiving datagrams in batches: `recvmmsg(2)`.
+//! Receives datagrams in batches: `recvmmsg(2)`.
 
 use std::io::{self, IoSliceMut};
 use std::net::{IpAddr, SocketAddr};
@@ -11,46 +11,47 @@ use nix::sys::socket::{
     recvmmsg, setsockopt, socket, sockopt,
 };
 
-/// The most datagrams of one system call.
-const BATCH: usize = 64;
-/// Receive buffer that is asked for, in bytes: a tenth of a second of fireflies at full speed.
-const RECEIVE_BUFFER: usize = 32 << 20;
+/// The most datagrams in one system call.
+const MAX_BATCH_SIZE: usize = 64;
+/// Requested size of the receive buffer, in bytes: a tenth of a second of fireflies at full speed.
+const RECEIVE_BUFFER_SIZE: usize = 32 << 20;
 
 /// A bound UDP socket.
 pub struct Receiver {
     socket: OwnedFd,
-    dropped: u32,
+    /// The kernel's count of dropped datagrams when it was last read.
+    drop_count: u32,
 }
 
-/// Room for the datagrams of one system call; belongs to the thread that receives.
-pub struct Room {
+/// Memory for the datagrams of one system call. It belongs to the thread that receives.
+pub struct ReceiveBuffer {
     headers: MultiHeaders<SockaddrStorage>,
     bytes: Vec<u8>,
-    datagram_max: usize,
+    max_datagram_size: usize,
 }
 
-impl Room {
-    /// For datagrams of up to `datagram_max` bytes.
-    pub fn new(datagram_max: usize) -> Room {
-        Room {
-            headers: MultiHeaders::preallocate(BATCH, None),
-            bytes: vec![0; BATCH * datagram_max],
-            datagram_max,
+impl ReceiveBuffer {
+    /// A buffer for datagrams of up to `max_datagram_size` bytes.
+    pub fn new(max_datagram_size: usize) -> ReceiveBuffer {
+        ReceiveBuffer {
+            headers: MultiHeaders::preallocate(MAX_BATCH_SIZE, None),
+            bytes: vec![0; MAX_BATCH_SIZE * max_datagram_size],
+            max_datagram_size,
         }
     }
 }
 
-/// What was received.
+/// A received datagram.
 pub struct Datagram<'a> {
-    /// The datagram, as far as there was room.
+    /// The content, truncated to the size of the buffer.
     pub bytes: &'a [u8],
-    /// Whether it was longer.
-    pub cut: bool,
+    /// Whether the datagram was longer than the buffer.
+    pub truncated: bool,
     from: Option<SockaddrStorage>,
 }
 
 impl Datagram<'_> {
-    /// Who sent it.
+    /// The address of the sender.
     pub fn from(&self) -> Option<SocketAddr> {
         let from = self.from.as_ref()?;
         let ipv4 = from
@@ -65,7 +66,7 @@ impl Datagram<'_> {
 }
 
 impl Receiver {
-    /// Binds to an address; `::` takes IPv4 as well.
+    /// Binds a socket to an address; `::` receives IPv4, too.
     pub fn bind(address: SocketAddr) -> io::Result<Receiver> {
         let family = match address.ip() {
             IpAddr::V4(_) => AddressFamily::Inet,
@@ -76,19 +77,25 @@ impl Receiver {
         if address.ip().is_unspecified() && address.is_ipv6() {
             setsockopt(&socket, sockopt::Ipv6V6Only, &false)?;
         }
-        if setsockopt(&socket, sockopt::RcvBufForce, &RECEIVE_BUFFER).is_err() {
-            setsockopt(&socket, sockopt::RcvBuf, &RECEIVE_BUFFER)?;
+        if setsockopt(&socket, sockopt::RcvBufForce, &RECEIVE_BUFFER_SIZE).is_err() {
+            setsockopt(&socket, sockopt::RcvBuf, &RECEIVE_BUFFER_SIZE)?;
         }
         bind(socket.as_raw_fd(), &SockaddrStorage::from(address))?;
-        Ok(Receiver { socket, dropped: 0 })
+        Ok(Receiver {
+            socket,
+            drop_count: 0,
+        })
     }
 
     /// Takes over a socket if it is bound to this address.
     pub fn adopt(socket: OwnedFd, address: SocketAddr) -> Option<Receiver> {
         let bound: SockaddrStorage = getsockname(socket.as_raw_fd()).ok()?;
-        let mut receiver = Receiver { socket, dropped: 0 };
-        // What was dropped before is not this process's to count.
-        receiver.dropped();
+        let mut receiver = Receiver {
+            socket,
+            drop_count: 0,
+        };
+        // Earlier drops are not counted: they belong to the predecessor.
+        receiver.take_dropped();
         (bound == SockaddrStorage::from(address)).then_some(receiver)
     }
 
@@ -97,46 +104,46 @@ impl Receiver {
         self.socket.as_fd()
     }
 
-    /// Hands out the datagrams of one system call and returns how many there were: 0 when none waits.
+    /// Passes the datagrams of one system call to `handle`, and returns their number: 0 if none waits.
     pub fn receive(
         &self,
-        room: &mut Room,
-        mut take: impl FnMut(Datagram<'_>),
+        buffer: &mut ReceiveBuffer,
+        mut handle: impl FnMut(Datagram<'_>),
     ) -> io::Result<usize> {
-        let mut slices: Vec<_> = room
+        let mut slices: Vec<_> = buffer
             .bytes
-            .chunks_exact_mut(room.datagram_max)
+            .chunks_exact_mut(buffer.max_datagram_size)
             .map(|chunk| [IoSliceMut::new(chunk)])
             .collect();
         let received = recvmmsg(
             self.socket.as_raw_fd(),
-            &mut room.headers,
+            &mut buffer.headers,
             slices.iter_mut(),
             MsgFlags::MSG_DONTWAIT,
             None,
         );
         let messages = match received {
             Ok(messages) => messages,
-            // An ICMP error of nobody's datagram, or a signal.
+            // No datagram waits, a signal arrived, or an ICMP error, which does not concern a socket that sends nothing.
             Err(Errno::EAGAIN | Errno::EINTR | Errno::ECONNREFUSED) => return Ok(0),
             Err(error) => return Err(error.into()),
         };
         let mut count = 0;
         for message in messages {
             count += 1;
-            take(Datagram {
+            handle(Datagram {
                 bytes: message.iovs().next().unwrap_or_default(),
-                cut: message.flags.contains(MsgFlags::MSG_TRUNC),
+                truncated: message.flags.contains(MsgFlags::MSG_TRUNC),
                 from: message.address,
             });
         }
         Ok(count)
     }
 
-    /// How many datagrams the kernel has dropped since it was last asked, for want of room in the
-    /// receive buffer. This is the count that SO_RXQ_OVFL attaches to the next datagram, also when there
-    /// is no next one.
-    pub fn dropped(&mut self) -> u32 {
+    /// How many datagrams the kernel has dropped since the last call because the receive buffer was full. The count is that
+    /// of SO_RXQ_OVFL, which the kernel attaches only to the next datagram; SO_MEMINFO also gives it without one.
+    pub fn take_dropped(&mut self) -> u32 {
+        // SK_MEMINFO_DROPS
         const DROPS: usize = 8;
         let mut info = [0u32; DROPS + 1];
         let mut length = size_of_val(&info) as libc::socklen_t;
@@ -153,7 +160,7 @@ impl Receiver {
         if result != 0 || (length as usize) < size_of_val(&info) {
             return 0;
         }
-        let before = std::mem::replace(&mut self.dropped, info[DROPS]);
+        let before = std::mem::replace(&mut self.drop_count, info[DROPS]);
         info[DROPS].wrapping_sub(before)
     }
 }

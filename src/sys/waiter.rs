@@ -1,4 +1,4 @@
-//! A poll loop: waits until there is something to read, or for a while.
+//! A poll loop: waits until a file descriptor is readable, with a timeout.
 
 use std::io;
 use std::os::fd::AsRawFd;
@@ -7,14 +7,14 @@ use std::time::Duration;
 use mio::unix::SourceFd;
 use mio::{Events, Interest, Poll, Token};
 
-/// Waits for all that it watches.
+/// Waits for the file descriptors that it watches.
 pub struct Waiter {
     poll: Poll,
     events: Events,
 }
 
 impl Waiter {
-    /// Watches nothing yet.
+    /// A waiter that watches nothing yet.
     pub fn new() -> io::Result<Waiter> {
         Ok(Waiter {
             poll: Poll::new()?,
@@ -22,7 +22,8 @@ impl Waiter {
         })
     }
 
-    /// Wakes up when more has come to read. What was there before and is left unread wakes nobody.
+    /// Watches a file descriptor. It is edge-triggered: [`Waiter::wait`] returns when new data arrives, but not for data that
+    /// was left unread before.
     pub fn watch(&self, source: &impl AsRawFd) -> io::Result<()> {
         self.poll.registry().register(
             &mut SourceFd(&source.as_raw_fd()),
@@ -31,9 +32,9 @@ impl Waiter {
         )
     }
 
-    /// Waits until something wakes, a signal comes, or `patience` is over, if it ever is.
-    pub fn wait(&mut self, patience: Option<Duration>) -> io::Result<()> {
-        match self.poll.poll(&mut self.events, patience) {
+    /// Waits until a file descriptor is readable, a signal arrives, or `timeout` has passed; `None` is no timeout.
+    pub fn wait(&mut self, timeout: Option<Duration>) -> io::Result<()> {
+        match self.poll.poll(&mut self.events, timeout) {
             Err(error) if error.kind() != io::ErrorKind::Interrupted => Err(error),
             _ => Ok(()),
         }

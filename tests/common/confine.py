@@ -1,8 +1,7 @@
 """Runs a command as a systemd unit would: confine.py UNIT COMMAND...
 
-Applied are user (a number stands for the name), capabilities, no_new_privs, the system call filter, address families,
-W^X, a read-only file system with the unit's directories, and what of /proc and /sys is to be seen. Needs root, and
-python3-seccomp.
+Applies the user (as a number), capabilities, no_new_privs, the system call filter, address families, W^X, a read-only
+file system with the directories of the unit, and its restrictions of /proc and /sys. Needs root and python3-seccomp.
 """
 
 import ctypes
@@ -26,7 +25,7 @@ def settings(unit):
 
 
 def calls(group):
-    """The system calls of a group, as systemd has them."""
+    """The system calls of one of systemd's groups."""
     out = subprocess.check_output(["systemd-analyze", "syscall-filter", group], text=True)
     names = set()
     for word in (line.strip() for line in out.splitlines()[1:]):
@@ -55,7 +54,7 @@ def file_system(unit):
         raise OSError(ctypes.get_errno(), "unshare")
     mount("--make-rprivate", "/")
     mount("-t", "tmpfs", "-o", "mode=755", "tmpfs", "/run")
-    # As systemd does.
+    # systemd mounts it for root only.
     mount("-t", "bpf", "-o", "mode=700", "bpf", "/sys/fs/bpf")
     writable = []
     for key, base in [("StateDirectory", "/var/lib"), ("CacheDirectory", "/var/cache"), ("RuntimeDirectory", "/run")]:
@@ -79,12 +78,12 @@ def file_system(unit):
         path = line.split()[1].replace("\\040", " ")
         if path.startswith("/dev") or path == "/proc" or path in writable:
             continue
-        # What is below another mount is not to be had, and not to be written either.
+        # Fails for a mount point hidden below another mount, which cannot be written to either.
         subprocess.run(["mount", "-o", "remount,bind,ro", path], stderr=subprocess.DEVNULL)
 
 
 def prepare(unit):
-    """What comes before, with full privileges."""
+    """Runs ExecStartPre=, with full privileges."""
     (line,) = unit["ExecStartPre"]
     assert line.startswith("+-/usr/bin/flowd-rs prepare -c "), line
     program, config = sys.argv[2], sys.argv[sys.argv.index("-c") + 1]
@@ -97,7 +96,7 @@ def system_calls(unit):
         try:
             filter.add_rule(seccomp.ALLOW, name)
         except (ValueError, RuntimeError):
-            pass  # Of another architecture, or newer than libseccomp.
+            pass  # A call of another architecture, or one newer than libseccomp.
     families = {"AF_UNIX": 1, "AF_INET": 2, "AF_INET6": 10, "AF_NETLINK": 16}
     for family in unit["RestrictAddressFamilies"][0].split():
         filter.add_rule(seccomp.ALLOW, "socket", seccomp.Arg(0, seccomp.EQ, families[family]))

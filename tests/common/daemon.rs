@@ -19,18 +19,18 @@ use super::{DEADLINE, wait_for};
 /// The program under test.
 pub const PROGRAM: &str = env!("CARGO_BIN_EXE_flowd-rs");
 
-/// A folder with configuration, pipe, state and log of a daemon; outlives restarts.
+/// A directory with the configuration, pipe, state and log of a daemon; kept over restarts.
 pub struct Home {
     pub dir: TempDir,
 }
 
 impl Home {
-    /// `firefly` is the YAML of the firefly backend's options, in braces.
+    /// `firefly` is the YAML of the settings of the firefly backend, in braces.
     pub fn new(firefly: &str) -> Home {
         Home::with(&format!("backends:\n  firefly: {firefly}\n"))
     }
 
-    /// `more` is YAML of the top level.
+    /// `more` is YAML at the top level.
     pub fn with(more: &str) -> Home {
         let home = Home {
             dir: tempfile::tempdir().unwrap(),
@@ -39,16 +39,16 @@ impl Home {
         home
     }
 
-    /// Beside the pipe; `more` may go on with plugins.
+    /// Configures the pipe and `more`, which may start with further plugins.
     pub fn configure(&self, more: &str) {
         let pipe = self.path("pipe").display().to_string();
         self.configure_plugins(&format!("  namedPipe:\n    pipePath: {pipe}\n"), more);
     }
 
-    /// `plugins` is YAML of plugins, each line indented by two.
+    /// `plugins` is the YAML of the plugins, each line indented by two spaces.
     pub fn configure_plugins(&self, plugins: &str, more: &str) {
         let path = |name| self.path(name).display().to_string();
-        // No test asks the Internet.
+        // No test uses the Internet.
         let registry = match more.contains("registry:") {
             true => "",
             false => "registry: {url: ''}\n",
@@ -70,7 +70,7 @@ impl Home {
         self.path("pipe")
     }
 
-    /// Opens the pipe as a writer does: it must be there and have a reader.
+    /// Opens the pipe for writing, once it exists and has a reader.
     pub fn writer(&self) -> File {
         let open = || {
             OpenOptions::new()
@@ -106,7 +106,7 @@ impl Home {
         let socket = self.path("notify");
         let _ = fs::remove_file(&socket);
         let notify = UnixDatagram::bind(&socket).unwrap();
-        // Also for a daemon that is not root.
+        // A daemon that does not run as root must be able to send.
         fs::set_permissions(&socket, fs::Permissions::from_mode(0o777)).unwrap();
         let log = OpenOptions::new()
             .create(true)
@@ -140,12 +140,12 @@ impl Home {
         });
     }
 
-    /// Flows that the journal says are open.
+    /// The number of open flows in the journal.
     pub fn journalled(&self) -> usize {
-        let mut table = flowd_rs::flow_table::FlowTable::new(usize::MAX);
+        let mut table = flowd_rs::dispatcher::flow_table::FlowTable::new(usize::MAX);
         let copy = tempfile::tempdir().unwrap();
         fs::copy(self.path("state/journal"), copy.path().join("journal")).unwrap();
-        flowd_rs::journal::Journal::open(
+        flowd_rs::dispatcher::journal::Journal::open(
             copy.path(),
             &mut table,
             &flowd_rs::metrics::Metrics::new(),
@@ -155,7 +155,7 @@ impl Home {
     }
 }
 
-/// A running daemon; killed with the value.
+/// A running daemon. Dropping it kills the process.
 pub struct Daemon<'a> {
     home: &'a Home,
     pub child: Child,
@@ -167,7 +167,7 @@ impl Daemon<'_> {
         kill(Pid::from_raw(self.child.id() as i32), signal).unwrap();
     }
 
-    /// Waits for a line that systemd would get.
+    /// Waits for a line of a notification to systemd.
     pub fn expect_notice(&self, expected: &str) {
         self.notify.set_read_timeout(Some(DEADLINE)).unwrap();
         let mut buffer = [0; 4096];
@@ -187,13 +187,13 @@ impl Daemon<'_> {
         }
     }
 
-    /// Waits for the end and returns the exit code.
+    /// Waits until the process exits and returns the exit code.
     pub fn wait(&mut self) -> i32 {
         let status = wait_for("the daemon's end", || self.child.try_wait().unwrap());
         status.code().unwrap_or(-1)
     }
 
-    /// SIGTERM; the exit must be clean.
+    /// Sends SIGTERM and checks that the exit code is 0.
     pub fn stop(mut self) {
         self.signal(Signal::SIGTERM);
         assert_eq!(self.wait(), 0, "log:\n{}", self.home.log());
@@ -204,7 +204,7 @@ impl Daemon<'_> {
         self.child.wait().unwrap();
     }
 
-    /// The status line that SIGUSR1 asks for.
+    /// The status line that the daemon logs on SIGUSR1.
     pub fn status(&self) -> String {
         let before = self.home.log().len();
         self.signal(Signal::SIGUSR1);
@@ -215,7 +215,7 @@ impl Daemon<'_> {
         })
     }
 
-    /// The status line, once it shows `expected`.
+    /// The status line, once it contains `expected`.
     pub fn expect_status(&self, expected: &str) -> String {
         wait_for(&format!("status with {expected:?}"), || {
             let line = self.status();
@@ -241,7 +241,7 @@ impl Drop for Daemon<'_> {
     }
 }
 
-/// A line of the pipe: flow number `n` of many, from this host to the other.
+/// A line for the pipe: flow number `n`, from this host to the other.
 pub fn line(state: &str, n: usize, tag: &str) -> String {
     let (host, port) = (n / 60_000, 1 + n % 60_000);
     format!(
@@ -265,7 +265,7 @@ pub fn run(arguments: &[&str]) -> (i32, String, String) {
     )
 }
 
-/// Writes a file next to others of a test.
+/// Writes a file, creating it if necessary.
 pub fn write(path: &Path, content: &str) {
     fs::write(path, content).unwrap();
 }

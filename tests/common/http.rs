@@ -1,4 +1,4 @@
-//! A client of the daemon's HTTP routes, on a connection that stays open.
+//! An HTTP client of the daemon, on a connection that is kept open.
 #![allow(dead_code, missing_docs)]
 
 use std::io::{BufRead, BufReader, Read, Write};
@@ -69,7 +69,7 @@ impl Client {
         self.request("POST", path, "", body)
     }
 
-    /// `headers` are whole lines.
+    /// `headers` are complete lines, each with its CRLF.
     pub fn request(&mut self, method: &str, path: &str, headers: &str, body: &str) -> Answer {
         let length = body.len();
         let request = format!(
@@ -79,7 +79,7 @@ impl Client {
         self.answer()
     }
 
-    /// The other side may have said no and gone.
+    /// A write error is ignored: the daemon may have refused the request and closed the connection.
     pub fn raw(&mut self, bytes: &[u8]) {
         let _ = self.stream.get_mut().write_all(bytes);
     }
@@ -88,7 +88,7 @@ impl Client {
         self.try_answer().expect("an answer")
     }
 
-    /// Up to the empty line.
+    /// Reads status line and headers, up to the empty line.
     pub fn headers(&mut self) -> String {
         let mut headers = String::new();
         while !headers.ends_with("\r\n\r\n") {

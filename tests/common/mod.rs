@@ -1,7 +1,7 @@
-//! The harness: two network namespaces joined by a veth, the daemon run in one of them as a user would
-//! run it, and UDP sinks to catch its fireflies.
+//! The test harness: two network namespaces joined by a veth pair, the daemon in one of them, and UDP sinks that
+//! receive its fireflies.
 //!
-//! Every wait is for a condition, with a deadline.
+//! Tests wait for conditions, with a deadline, and never for a fixed time.
 #![allow(dead_code, missing_docs)]
 
 pub mod daemon;
@@ -12,17 +12,17 @@ pub mod wire;
 
 use std::time::{Duration, Instant};
 
-/// How long anything may take before it counts as never.
+/// How long a test waits for a condition before it fails.
 pub const DEADLINE: Duration = Duration::from_secs(20);
 
-/// Waits until `condition` gives something.
+/// Waits until `condition` returns `Some`.
 pub fn wait_for<T>(what: &str, mut condition: impl FnMut() -> Option<T>) -> T {
     let deadline = Instant::now() + DEADLINE;
     loop {
-        if let Some(found) = condition() {
-            return found;
+        if let Some(value) = condition() {
+            return value;
         }
-        assert!(Instant::now() < deadline, "waited in vain for {what}");
+        assert!(Instant::now() < deadline, "timed out waiting for {what}");
         std::thread::sleep(Duration::from_millis(2));
     }
 }

@@ -16,7 +16,7 @@ pub const THERE4: &str = "192.0.2.2";
 pub const HERE6: &str = "2001:db8::1";
 pub const THERE6: &str = "2001:db8::2";
 
-/// A network namespace; gone with the value.
+/// A network namespace. Dropping it deletes the namespace.
 pub struct NetNs {
     pub name: String,
 }
@@ -44,7 +44,7 @@ impl NetNs {
         format!("/run/netns/{}", self.name)
     }
 
-    /// A command that will run in the namespace, in the mount namespace of the test.
+    /// A command that runs in this network namespace and in the mount namespace of the test.
     pub fn command(&self, program: &str) -> Command {
         let mut command = Command::new("nsenter");
         command
@@ -54,7 +54,7 @@ impl NetNs {
         command
     }
 
-    /// Runs `work` on a thread in the namespace; sockets that it opens stay there.
+    /// Runs `work` on a thread in the namespace. Sockets that it opens stay in the namespace.
     pub fn enter<T: Send>(&self, work: impl FnOnce() -> T + Send) -> T {
         let file = File::open(self.path()).unwrap();
         std::thread::scope(|scope| {
@@ -77,7 +77,7 @@ impl Drop for NetNs {
     }
 }
 
-/// A host with the daemon and a host that its flows go to.
+/// A host with the daemon, and a host that is the destination of its flows.
 pub struct Hosts {
     pub here: NetNs,
     pub there: NetNs,
@@ -110,7 +110,7 @@ impl Hosts {
         hosts
     }
 
-    /// Until a datagram arrives: a new link takes a while, and neighbours have to find each other.
+    /// Waits until a datagram arrives: a new link is not up at once, and neighbour discovery takes time.
     fn wait_until_connected(&self, here: IpAddr, there: IpAddr) {
         let from = self.here.enter(|| UdpSocket::bind((here, 0)).unwrap());
         let to = self.there.enter(|| UdpSocket::bind((there, 0)).unwrap());

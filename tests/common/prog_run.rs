@@ -1,4 +1,4 @@
-//! `BPF_PROG_RUN`: the marker's program on frames of our making, without a network.
+//! `BPF_PROG_RUN`: runs the marker program on given frames, without a network.
 
 #![allow(dead_code, missing_docs)]
 
@@ -7,12 +7,12 @@ use std::path::Path;
 use std::process::Command;
 use std::time::Duration;
 
-use flowd_rs::config::{Marker, Strategy};
-use flowd_rs::sys::marker::Program;
+use flowd_rs::scitag::Strategy;
+use flowd_rs::sys::marker::{Program, Settings};
 use libbpf_rs::libbpf_sys;
 use tempfile::TempDir;
 
-/// A bpffs of its own for every test; unmounted with the value.
+/// A bpffs for one test. Dropping it unmounts the file system.
 pub struct BpfFs(pub TempDir);
 
 impl BpfFs {
@@ -20,7 +20,7 @@ impl BpfFs {
         BpfFs::mount(tempfile::tempdir().unwrap())
     }
 
-    /// Where none but root can make files on the way.
+    /// Mounted on a path where only root can create files.
     pub fn of_root() -> BpfFs {
         BpfFs::mount(tempfile::tempdir_in("/run").unwrap())
     }
@@ -45,33 +45,29 @@ impl Drop for BpfFs {
     }
 }
 
-pub fn settings(bpffs: &BpfFs, strategy: Strategy) -> Marker {
-    Marker {
-        interfaces: None,
-        remove_qdisc: true,
+pub fn settings(bpffs: &BpfFs, strategy: Strategy) -> Settings {
+    Settings {
         program_path: None,
         strategy,
         match_all: false,
-        all: None,
         debug: false,
         priority: 10,
-        keep_on_exit: false,
         bpf_fs_path: bpffs.path().to_owned(),
     }
 }
 
-pub fn load(settings: &Marker) -> Program {
+pub fn load(settings: &Settings) -> Program {
     Program::load(settings, 1000, &[7; 16]).unwrap()
 }
 
 pub struct Ran {
     pub frame: Vec<u8>,
     pub verdict: u32,
-    /// Of one run.
+    /// The average of one run.
     pub duration: Duration,
 }
 
-/// Runs a program on a frame, `repeat` times over for the duration; the frame is of the last run.
+/// Runs a program on a frame `repeat` times, to measure the duration. Returns the frame of the last run.
 pub fn run(program: &OwnedFd, frame: &[u8], repeat: i32) -> Ran {
     let mut out = vec![0u8; frame.len() + 256];
     let mut options = libbpf_sys::bpf_test_run_opts {
@@ -83,7 +79,7 @@ pub fn run(program: &OwnedFd, frame: &[u8], repeat: i32) -> Ran {
         repeat,
         ..Default::default()
     };
-    // SAFETY: input and output are as long as said, and live until the call returns.
+    // SAFETY: input and output have the lengths given, and live until the call returns.
     let result = unsafe { libbpf_sys::bpf_prog_test_run_opts(program.as_raw_fd(), &mut options) };
     assert_eq!(result, 0, "BPF_PROG_RUN");
     out.truncate(options.data_size_out as usize);

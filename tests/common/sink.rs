@@ -1,4 +1,4 @@
-//! A UDP socket that catches fireflies, checks them against the schema, and hands them out.
+//! A UDP socket that receives fireflies and checks them against the schema.
 
 use std::collections::HashMap;
 use std::io::ErrorKind;
@@ -6,8 +6,9 @@ use std::net::{SocketAddr, UdpSocket};
 use std::sync::OnceLock;
 use std::time::{Duration, Instant};
 
+use flowd_rs::event::FlowEvent;
 use flowd_rs::firefly;
-use flowd_rs::flow::{Flow, FlowEvent};
+use flowd_rs::flow::Flow;
 use jiff::Timestamp;
 use jsonschema::Validator;
 use nix::sys::socket::{setsockopt, sockopt};
@@ -16,7 +17,7 @@ use serde_json::Value;
 use super::net::NetNs;
 use super::{DEADLINE, wait_for};
 
-/// A firefly as it came over the wire.
+/// A received firefly.
 pub struct Received {
     pub header: String,
     pub json: Value,
@@ -35,12 +36,12 @@ impl Sink {
     }
 
     pub fn bind_here(address: SocketAddr) -> Sink {
-        // A process that another test is just starting holds the former socket until it has begun.
+        // A child that another test has forked holds the previous socket until it calls exec.
         let socket = wait_for("the port of a sink", || match UdpSocket::bind(address) {
             Err(error) if error.kind() == ErrorKind::AddrInUse => None,
             bound => Some(bound.unwrap()),
         });
-        // Without privileges the buffer is as large as it may be.
+        // Fails without privileges; the default size is used then.
         let _ = setsockopt(&socket, sockopt::RcvBufForce, &(512 << 20));
         Sink { socket }
     }
@@ -49,14 +50,14 @@ impl Sink {
         &self.socket
     }
 
-    /// The next datagram, if one comes within `patience`.
-    pub fn datagram(&self, patience: Duration) -> Option<Vec<u8>> {
-        self.socket.set_read_timeout(Some(patience)).unwrap();
+    /// The next datagram, if one arrives within `timeout`.
+    pub fn datagram(&self, timeout: Duration) -> Option<Vec<u8>> {
+        self.socket.set_read_timeout(Some(timeout)).unwrap();
         let mut buffer = [0; 65536];
         loop {
             match self.socket.recv(&mut buffer) {
                 Ok(length) => return Some(buffer[..length].to_vec()),
-                // A process that was stopped and goes on.
+                // The process was stopped and continued.
                 Err(error) if error.kind() == ErrorKind::Interrupted => {}
                 Err(error) if error.kind() == ErrorKind::WouldBlock => return None,
                 Err(error) => panic!("sink: {error}"),
@@ -64,7 +65,7 @@ impl Sink {
         }
     }
 
-    /// The next firefly, checked; there must be one.
+    /// The next firefly, checked. Panics if none arrives.
     pub fn firefly(&self) -> Received {
         let datagram = self
             .datagram(DEADLINE)
@@ -72,27 +73,30 @@ impl Sink {
         check(&datagram)
     }
 
-    /// Fireflies until each flow of `count` had one of `state`; `None` for those that came twice fails.
+    /// Receives until `count` flows had a firefly of `state`. Panics if a flow has two of them.
     pub fn collect(&self, state: &str, count: usize) -> HashMap<Flow, FlowEvent> {
-        let mut found = HashMap::new();
+        let mut events = HashMap::new();
         let deadline = Instant::now() + DEADLINE;
-        while found.len() < count {
+        while events.len() < count {
             let left = deadline.saturating_duration_since(Instant::now());
             let Some(datagram) = self.datagram(left.max(Duration::from_millis(1))) else {
-                panic!("{} of {count} fireflies of state {state} came", found.len());
+                panic!(
+                    "received {} of {count} fireflies of state {state}",
+                    events.len()
+                );
             };
             let event = firefly::decode(&datagram, Timestamp::now()).unwrap();
             if event.state.as_str() == state {
-                let twice = found.insert(event.flow, event);
-                assert!(twice.is_none(), "came twice: {twice:?}");
+                let duplicate = events.insert(event.flow, event);
+                assert!(duplicate.is_none(), "received twice: {duplicate:?}");
             }
         }
-        found
+        events
     }
 
-    /// Everything that is there or comes within `patience` of the one before.
-    pub fn drain(&self, patience: Duration) -> Vec<FlowEvent> {
-        let read = || self.datagram(patience);
+    /// All fireflies, until none arrives for `timeout`.
+    pub fn drain(&self, timeout: Duration) -> Vec<FlowEvent> {
+        let read = || self.datagram(timeout);
         std::iter::from_fn(read)
             .map(|datagram| firefly::decode(&datagram, Timestamp::now()).unwrap())
             .collect()
@@ -108,7 +112,7 @@ impl Sink {
     }
 }
 
-/// Header, schema, size, and both.
+/// Checks size and schema of a firefly, and decodes it.
 pub fn check(datagram: &[u8]) -> Received {
     static SCHEMA: OnceLock<Validator> = OnceLock::new();
     let schema = SCHEMA.get_or_init(|| {

@@ -1,4 +1,4 @@
-//! Frames as they arrive at the far side of the veth.
+//! Captures frames at the far end of the veth pair.
 #![allow(dead_code, missing_docs)]
 
 use std::os::fd::{AsRawFd, OwnedFd};
@@ -13,12 +13,12 @@ use nix::sys::time::{TimeVal, TimeValLike};
 
 use super::net::Hosts;
 
-/// A packet socket at the far side.
+/// A packet socket at the far end.
 pub struct Wire {
     socket: OwnedFd,
 }
 
-/// What a test asks of a frame: an IPv6 packet with the first 1600 bytes of it.
+/// A captured IPv6 packet.
 #[derive(Debug)]
 pub struct Frame {
     pub length: usize,
@@ -28,6 +28,7 @@ pub struct Frame {
     pub headers: Vec<u8>,
     pub source_port: u16,
     pub destination_port: u16,
+    /// The first 1600 bytes.
     pub bytes: Vec<u8>,
 }
 
@@ -47,16 +48,16 @@ impl Wire {
         Wire { socket }
     }
 
-    /// Frames of IPv6 from source ports in question, until `count` came or none comes for a while.
+    /// IPv6 frames that are `wanted`, until `count` have arrived or none arrives for 500 ms.
     pub fn frames(&self, count: usize, wanted: impl Fn(&Frame) -> bool) -> Vec<Frame> {
-        let mut found = Vec::new();
+        let mut frames = Vec::new();
         let mut buffer = vec![0; 1 << 17];
         let mut last = Instant::now();
-        while found.len() < count && last.elapsed() < Duration::from_millis(500) {
+        while frames.len() < count && last.elapsed() < Duration::from_millis(500) {
             match recv(self.socket.as_raw_fd(), &mut buffer, MsgFlags::empty()) {
                 Ok(length) => {
                     if let Some(frame) = parse(&buffer[..length]).filter(&wanted) {
-                        found.push(frame);
+                        frames.push(frame);
                         last = Instant::now();
                     }
                 }
@@ -64,7 +65,7 @@ impl Wire {
                 Err(error) => panic!("{error}"),
             }
         }
-        found
+        frames
     }
 }
 
@@ -92,7 +93,7 @@ fn parse(bytes: &[u8]) -> Option<Frame> {
 }
 
 impl Frame {
-    /// Whether the checksum of the transport header is right; it must be whole.
+    /// Whether the checksum of the transport header is right. The frame must have been captured completely.
     pub fn checksum_is_right(&self) -> bool {
         assert_eq!(self.length, self.bytes.len());
         let transport = 54 + 8 * (self.headers.len() - 1);

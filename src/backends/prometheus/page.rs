@@ -1,25 +1,28 @@
-//! The page of one scrape, made part by part as the client takes it. No I/O.
+//! The page of one scrape, generated in parts as the client reads it. No I/O.
 
 use std::collections::HashMap;
 
 use super::Marks;
 use super::families::{COUNTERS, FAMILIES, Family, options};
 use super::store::{Series, Snapshot, Sums};
-use crate::exposition::{Format, Kind, put_end, put_family, put_gathered, put_label, put_sample};
-use crate::flow::{EndReason, Flow, Tag};
+use crate::backends::prometheus::exposition::{
+    Format, Kind, put_end, put_family, put_gathered, put_label, put_sample,
+};
+use crate::event::EndReason;
+use crate::flow::{Flow, Tag};
 use crate::registry::Registry;
 
-/// Bytes of a part.
-const PART: usize = 64 << 10;
+/// Minimum size of a part, in bytes; the last one may be smaller.
+const PART_SIZE: usize = 64 << 10;
 
-/// Who tells of the sockets of flows on an endpoint.
+/// Where the socket statistics of an endpoint come from.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Source {
-    /// `sock_diag`; what it does not know comes from the sockops program.
+    /// `sock_diag`, or the sockops program for flows that it does not report.
     Any,
-    /// `sock_diag`, in flowd-go's manner: with the label `flavour`.
+    /// `sock_diag`, with the label `flavour` as in flowd-go.
     Netlink,
-    /// The sockops program, in the same manner.
+    /// The sockops program, likewise.
     Skops,
 }
 
@@ -47,13 +50,15 @@ impl Source {
 pub struct Page {
     format: Format,
     source: Source,
-    /// The labels of each flow that has series of its own, and what is known of it.
+    /// Labels and data of each flow that has series of its own.
     shown: Vec<(String, Series)>,
-    /// The labels of each tag with flows that have none.
+    /// Sums of each tag with flows that have none.
     hidden: Vec<Hidden>,
-    /// The families come one by one, and last what is not about single flows.
+    /// Index of the family in progress.
     family: usize,
+    /// Index of the next flow of that family.
     flow: usize,
+    /// The families that are not about single flows; they come last.
     rest: Option<String>,
 }
 
@@ -64,7 +69,7 @@ struct Hidden {
     counters: [f64; COUNTERS],
 }
 
-/// Names and values of labels, as flowd has them.
+/// Labels with the names and values that flowd uses.
 struct Labels<'a> {
     registry: &'a Registry,
     names: HashMap<Tag, (String, String)>,
@@ -101,7 +106,7 @@ impl Labels<'_> {
 }
 
 impl Page {
-    /// The page of a snapshot; `gathered` are the daemon's own families.
+    /// The page of a snapshot; `gathered` holds the daemon's own families.
     pub fn new(
         format: Format,
         source: Source,
@@ -174,12 +179,12 @@ impl Page {
         }
     }
 
-    /// Goes on with the family at hand; whether it is complete.
+    /// Continues a family; returns whether it is complete.
     fn put_family(&mut self, family: &Family, out: &mut String) -> bool {
-        let of_another = |name| FAMILIES.iter().any(|other| other.name == name);
+        let is_family = |name| FAMILIES.iter().any(|other| other.name == name);
         let begin = |out: &mut String, format| {
             let kind = match (format, family.name.strip_suffix("_total")) {
-                (Format::OpenMetrics, Some(name)) if of_another(name) => Kind::Unknown,
+                (Format::OpenMetrics, Some(name)) if is_family(name) => Kind::Unknown,
                 _ => family.kind,
             };
             put_family(out, format, family.name, kind, family.help);
@@ -193,7 +198,7 @@ impl Page {
                 }
                 put_sample(out, family.name, labels, value);
             }
-            if begun && out.len() >= PART {
+            if begun && out.len() >= PART_SIZE {
                 return false;
             }
         }
@@ -231,7 +236,7 @@ impl Page {
                 continue;
             };
             if !std::mem::replace(&mut begun, true) {
-                let help = "TCP options and congestion control as ss -ti spells them, in the label opts (tcp_info, sock_diag).";
+                let help = "TCP options and congestion control as spelled by ss -ti, in the label opts (tcp_info, sock_diag).";
                 put_family(out, self.format, NAME, Kind::Info, help);
             }
             let mut labels = labels.clone();
@@ -245,8 +250,8 @@ impl Iterator for Page {
     type Item = Vec<u8>;
 
     fn next(&mut self) -> Option<Vec<u8>> {
-        let mut out = String::with_capacity(PART + 1024);
-        while out.len() < PART {
+        let mut out = String::with_capacity(PART_SIZE + 1024);
+        while out.len() < PART_SIZE {
             if let Some(family) = FAMILIES.get(self.family) {
                 if self.put_family(family, &mut out) {
                     self.family += 1;
@@ -263,7 +268,7 @@ impl Iterator for Page {
     }
 }
 
-/// One family by tag.
+/// A family with one series per tag.
 struct ByTag {
     name: &'static str,
     kind: Kind,
@@ -275,7 +280,7 @@ const BY_TAG: [ByTag; 7] = [
     ByTag {
         name: "flowd_flows_open",
         kind: Kind::Gauge,
-        help: "Flows that are open now, by experiment and activity.",
+        help: "Open flows, by experiment and activity.",
         value: |sums| sums.open as f64,
     },
     ByTag {
@@ -287,31 +292,31 @@ const BY_TAG: [ByTag; 7] = [
     ByTag {
         name: "flowd_sent_bytes_total",
         kind: Kind::Counter,
-        help: "Payload bytes that this host has sent in flows, by experiment and activity; those sent again count once (tcp_info).",
+        help: "Payload bytes sent by this host in flows, by experiment and activity; retransmitted bytes count once (tcp_info).",
         value: |sums| sums.counts.sent_bytes as f64,
     },
     ByTag {
         name: "flowd_received_bytes_total",
         kind: Kind::Counter,
-        help: "Payload bytes that this host has received in flows, by experiment and activity (tcp_info).",
+        help: "Payload bytes received by this host in flows, by experiment and activity (tcp_info).",
         value: |sums| sums.counts.received_bytes as f64,
     },
     ByTag {
         name: "flowd_sent_packets_total",
         kind: Kind::Counter,
-        help: "Segments that this host has sent in flows, by experiment and activity (tcp_info).",
+        help: "Segments sent by this host in flows, by experiment and activity (tcp_info).",
         value: |sums| sums.counts.sent_packets as f64,
     },
     ByTag {
         name: "flowd_received_packets_total",
         kind: Kind::Counter,
-        help: "Segments that this host has received in flows, by experiment and activity (tcp_info).",
+        help: "Segments received by this host in flows, by experiment and activity (tcp_info).",
         value: |sums| sums.counts.received_packets as f64,
     },
     ByTag {
         name: "flowd_retransmitted_packets_total",
         kind: Kind::Counter,
-        help: "Segments that this host has sent again in flows, by experiment and activity (tcp_info).",
+        help: "Segments retransmitted by this host in flows, by experiment and activity (tcp_info).",
         value: |sums| sums.counts.retransmitted as f64,
     },
 ];
@@ -328,7 +333,7 @@ fn put_sums(out: &mut String, format: Format, labels: &mut Labels<'_>, sums: &[(
         }
     }
     let name = "flowd_flows_ended_total";
-    let help = "Flows ended, by experiment, activity and reason: producer (somebody said so), socket_closed (flows.endOnSocketClose), expired (flows.maxAge), retagged (the flow goes on with another tag).";
+    let help = "Flows ended, by experiment, activity and reason: producer (reported by its producer), socket_closed (flows.endOnSocketClose), expired (flows.maxAge), retagged (the flow continues with another tag).";
     put_family(out, format, name, Kind::Counter, help);
     for (labels, sums) in &sums {
         for (reason, count) in EndReason::ALL.iter().zip(sums.ended) {
@@ -338,7 +343,7 @@ fn put_sums(out: &mut String, format: Format, labels: &mut Labels<'_>, sums: &[(
         }
     }
     let name = "flowd_rtt_seconds";
-    let help = "Smoothed round-trip times of the sockets of flows, one observation a flow and period of the enrichers, by experiment and activity (tcp_info).";
+    let help = "Smoothed round-trip times of the sockets of flows, one observation per flow and enricher period, by experiment and activity (tcp_info).";
     put_family(out, format, name, Kind::Summary, help);
     for (labels, sums) in &sums {
         let (sum, count) = sums.rtt;
@@ -355,19 +360,19 @@ fn put_marks(out: &mut String, format: Format, labels: &mut Labels<'_>, marks: &
         .collect();
     let name = "flowd_marked_packets_total";
     let help =
-        "Packets marked as they go over the wire, by experiment and activity (map of the marker).";
+        "Marked packets as sent over the wire, by experiment and activity (map of the marker).";
     put_family(out, format, name, Kind::Counter, help);
     for (labels, marked) in &by_tag {
         put_sample(out, name, labels, marked.packets as f64);
     }
     let name = "flowd_marked_bytes_total";
-    let help = "Bytes of frames marked, headers of a GSO packet once, by experiment and activity (map of the marker).";
+    let help = "Bytes of marked frames, the headers of a GSO packet counted once, by experiment and activity (map of the marker).";
     put_family(out, format, name, Kind::Counter, help);
     for (labels, marked) in &by_tag {
         put_sample(out, name, labels, marked.bytes as f64);
     }
     let name = "flowd_unmarked_packets_total";
-    let help = "Packets of flows in the marker's map that went out unmarked, by reason.";
+    let help = "Packets of flows in the marker's map that were sent unmarked, by reason.";
     put_family(out, format, name, Kind::Counter, help);
     for (reason, count) in &marks.unmarked {
         let mut labels = String::new();
@@ -382,7 +387,7 @@ fn put_marks(out: &mut String, format: Format, labels: &mut Labels<'_>, marks: &
         ),
         (
             "flowd_marker_map_capacity",
-            "Flows that the marker's map has room for (flows.maxFlows).",
+            "Maximum number of flows in the marker's map (flows.maxFlows).",
             marks.capacity,
         ),
     ] {

@@ -1,5 +1,5 @@
-//! What a scrape shows: the open flows with what is known of their sockets, and sums by tag that outlive
-//! them. No I/O, no clock.
+//! The data behind a scrape: open flows with their socket statistics, and sums by tag that outlive them. No I/O, no
+//! clock.
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -7,40 +7,41 @@ use std::sync::Arc;
 use jiff::Timestamp;
 
 use super::families::{COUNTERS, counters};
-use crate::flow::{Effect, EndReason, Flow, FlowEvent, State, Tag};
+use crate::event::{Effect, EndReason, FlowEvent, State};
+use crate::flow::{Flow, Tag};
 use crate::socket::{Field, Skops, Socket, SocketInfo};
 
-/// Flows that ended while their socket stayed open, at most: another may follow on the same socket.
-const CARRIED: usize = 1 << 16;
+/// Limit of remembered flows that ended while their socket stayed open: another flow may follow on the same socket.
+const MAX_CARRIED: usize = 1 << 16;
 
-/// Tags with sums of their own, at most: whoever may report flows may make up tags.
-pub const TAGS: usize = 4096;
+/// Limit of tags with their own sums: a producer may report made-up tags.
+pub const MAX_TAGS: usize = 4096;
 
 /// An open flow with a socket on this host.
 #[derive(Clone)]
 pub struct Series {
     /// Experiment and activity.
     pub tag: Tag,
-    /// Whether it has series of its own; else it is part of the sums of its tag.
+    /// Whether it has series of its own. If not, it is only part of the sums of its tag.
     pub shown: bool,
-    /// The last word of `sock_diag(7)`.
+    /// The latest report by `sock_diag(7)`.
     pub socket: Option<Arc<Socket>>,
-    /// The last word of the sockops program.
+    /// The latest report by the sockops program.
     pub skops: Option<Arc<Skops>>,
     counted: Counted,
 }
 
-/// What has been added to the sums of a socket.
+/// The counts of a socket that are already in the sums.
 #[derive(Clone, Copy, Default)]
 struct Counted {
     inode: u32,
     counts: Counts,
 }
 
-/// What is counted of a socket, as this host sees it.
+/// The counts of a socket, as seen by this host.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Counts {
-    /// Payload bytes sent, those sent again once.
+    /// Payload bytes sent; retransmitted bytes count once.
     pub sent_bytes: u64,
     /// Payload bytes received.
     pub received_bytes: u64,
@@ -48,13 +49,13 @@ pub struct Counts {
     pub sent_packets: u64,
     /// Segments received.
     pub received_packets: u64,
-    /// Segments sent again.
+    /// Segments retransmitted.
     pub retransmitted: u64,
 }
 
 impl Counts {
-    /// What the kernel tells by an event; what it does not tell is as `before`. What a producer says is not
-    /// counted: it may be the other end's view, or that of hosts elsewhere.
+    /// The kernel's counts in an event, or those of `before` where it has none. Usage reported by a producer is not
+    /// counted: it may be the view of the remote end, or of other hosts.
     fn of(event: &FlowEvent, before: Counts) -> Counts {
         let mut counts = before;
         let info = event.netlink.as_ref().map(|socket| &socket.info);
@@ -87,7 +88,7 @@ impl Counts {
     }
 }
 
-/// Sums over the flows of a tag, open or not.
+/// Sums over the open and ended flows of a tag.
 #[derive(Clone, Default)]
 pub struct Sums {
     /// Flows open now.
@@ -98,26 +99,26 @@ pub struct Sums {
     pub ended: [u64; EndReason::ALL.len()],
     /// Bytes and packets.
     pub counts: Counts,
-    /// Sum of the round-trip times observed, in seconds, and how many they were.
+    /// Sum of the observed round-trip times, in seconds, and their number.
     pub rtt: (f64, u64),
     /// Counters of flows that have no series of their own, by `sock_diag` and by sockops.
     pub hidden: [[f64; COUNTERS]; 2],
 }
 
-/// A copy of all there is, cheap to make.
+/// A cheap copy of the store's data.
 pub struct Snapshot {
     /// Flows with a socket.
     pub flows: Vec<(Flow, Series)>,
-    /// Every tag that has been seen.
+    /// Every tag seen so far.
     pub sums: Vec<(Tag, Sums)>,
 }
 
-/// Everything.
+/// The data that scrapes show.
 pub struct Store {
     /// How many flows may have series of their own.
-    shown_most: usize,
+    max_shown: usize,
     shown: usize,
-    /// A flow that began before has counts that were summed up before, or by nobody.
+    /// When the store was created: earlier counts of a flow that began before are not part of the sums.
     since: Timestamp,
     flows: HashMap<Flow, Series>,
     sums: HashMap<Tag, Sums>,
@@ -125,10 +126,10 @@ pub struct Store {
 }
 
 impl Store {
-    /// Nothing is open. At most `shown_most` flows get series of their own.
-    pub fn new(shown_most: usize, since: Timestamp) -> Store {
+    /// A store without flows. At most `max_shown` flows get series of their own; `since` is the current time.
+    pub fn new(max_shown: usize, since: Timestamp) -> Store {
         Store {
-            shown_most,
+            max_shown,
             shown: 0,
             since,
             flows: HashMap::new(),
@@ -137,12 +138,12 @@ impl Store {
         }
     }
 
-    /// A flow that was open when the daemon was started.
+    /// Adds a flow that is already open.
     pub fn restore(&mut self, tag: Tag) {
         sums_of(&mut self.sums, tag).open += 1;
     }
 
-    /// All there is.
+    /// A copy of all flows and sums.
     pub fn snapshot(&self) -> Snapshot {
         Snapshot {
             flows: self
@@ -159,7 +160,7 @@ impl Store {
     }
 
     /// Applies an event.
-    pub fn take(&mut self, event: &FlowEvent) {
+    pub fn apply(&mut self, event: &FlowEvent) {
         let tag = event.tag();
         if event.netlink.is_some() || event.skops.is_some() {
             self.account(event);
@@ -172,7 +173,7 @@ impl Store {
                 sums.open += 1;
             }
             Effect::Retagged(former) => {
-                self.ended(former, EndReason::Retagged);
+                self.count_end(former, EndReason::Retagged);
                 let sums = sums_of(&mut self.sums, tag);
                 sums.started += 1;
                 sums.open += 1;
@@ -180,14 +181,14 @@ impl Store {
                     series.tag = tag;
                 }
             }
-            Effect::Closed(reason) => self.ended(tag, reason),
+            Effect::Closed(reason) => self.count_end(tag, reason),
         }
         if event.state == State::End {
             self.close(&event.flow);
         }
     }
 
-    fn ended(&mut self, tag: Tag, reason: EndReason) {
+    fn count_end(&mut self, tag: Tag, reason: EndReason) {
         let sums = sums_of(&mut self.sums, tag);
         sums.open = sums.open.saturating_sub(1);
         sums.ended[reason as usize] += 1;
@@ -198,22 +199,22 @@ impl Store {
             return;
         };
         self.shown -= usize::from(series.shown);
-        // A socket that has gone has no inode.
+        // A closed socket has no inode.
         if series.socket.is_some_and(|socket| socket.info.inode != 0) {
-            if self.carried.len() >= CARRIED {
+            if self.carried.len() >= MAX_CARRIED {
                 self.carried.clear();
             }
             self.carried.insert(*flow, series.counted);
         }
     }
 
-    /// Adds to the sums of its tag what is new of a flow's socket.
+    /// Adds the growth of the counts of a flow's socket to the sums of its tag.
     fn account(&mut self, event: &FlowEvent) {
-        let (carried, shown_most, since) = (&mut self.carried, self.shown_most, self.since);
+        let (carried, max_shown, since) = (&mut self.carried, self.max_shown, self.since);
         let shown = &mut self.shown;
         let mut resumed = false;
         let series = self.flows.entry(event.flow).or_insert_with(|| {
-            let show = *shown < shown_most;
+            let show = *shown < max_shown;
             *shown += usize::from(show);
             let former = carried.remove(&event.flow);
             resumed = former.is_some();
@@ -229,7 +230,7 @@ impl Store {
                 counted,
             }
         });
-        // With both ends on this host there are two sockets: that of the source speaks for the flow.
+        // With both ends on this host there are two sockets: the source's takes precedence.
         if let (Some(new), Some(old)) = (&event.netlink, &series.socket)
             && new.flow != old.flow
         {
@@ -244,8 +245,8 @@ impl Store {
         let sums = sums_of(&mut self.sums, series.tag);
         let inode = event.netlink.as_ref().map_or(0, |socket| socket.info.inode);
         if inode != 0 && inode != std::mem::replace(&mut series.counted.inode, inode) {
-            // Another socket of the same flow counts from nothing, and the first one, too, unless its
-            // counts are from before.
+            // A new socket of the same flow counts from 0; so does the first one, unless the flow began before
+            // the store was created.
             if series.socket.is_some() || event.start_time() >= since {
                 series.counted.counts = Counts::default();
             }
@@ -259,7 +260,7 @@ impl Store {
             sums.rtt.0 += micros as f64 / 1e6;
             sums.rtt.1 += 1;
         }
-        // What a socket has counted for the flow before is in already.
+        // The first report of a reused socket includes counts of the former flow, which are already in the sums.
         if !series.shown && !resumed {
             for (index, family) in counters().enumerate() {
                 let socket = |s: &Option<Arc<Socket>>| s.as_ref().and_then(|s| family.of_socket(s));
@@ -280,9 +281,9 @@ impl Store {
     }
 }
 
-/// The sums of a tag; beyond [`TAGS`] all others share those of 0, 0.
+/// The sums of a tag; beyond [`MAX_TAGS`], further tags share those of 0/0.
 fn sums_of(sums: &mut HashMap<Tag, Sums>, tag: Tag) -> &mut Sums {
-    let full = sums.len() >= TAGS && !sums.contains_key(&tag);
+    let full = sums.len() >= MAX_TAGS && !sums.contains_key(&tag);
     let tag = if full { Tag::default() } else { tag };
     sums.entry(tag).or_default()
 }
@@ -303,7 +304,8 @@ fn rtt(event: &FlowEvent) -> Option<u64> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::flow::{Origin, Protocol, Usage};
+    use crate::event::Origin;
+    use crate::flow::{Protocol, Usage};
     use crate::socket::TcpInfo;
 
     fn at(second: i64) -> Timestamp {
@@ -329,7 +331,7 @@ mod tests {
         }
     }
 
-    /// With a socket that has received and sent so much.
+    /// With a socket that has received and sent these bytes.
     fn with_socket(event: FlowEvent, inode: u32, received: u64, sent: u64) -> FlowEvent {
         let mut tcp = [0; 232];
         tcp[68..72].copy_from_slice(&500u32.to_ne_bytes());
@@ -357,7 +359,7 @@ mod tests {
     }
 
     #[test]
-    fn made_up_tags_share_their_sums() {
+    fn tags_beyond_the_limit_share_their_sums() {
         let mut store = Store::new(10, at(0));
         for n in 1..=10_000u16 {
             for (state, effect) in [
@@ -368,25 +370,25 @@ mod tests {
                     experiment: n,
                     activity: 1,
                 };
-                store.take(&FlowEvent {
+                store.apply(&FlowEvent {
                     tag: Some(tag),
                     ..event(state, 1, effect)
                 });
             }
         }
         let sums = store.snapshot().sums;
-        assert_eq!(sums.len(), TAGS + 1);
+        assert_eq!(sums.len(), MAX_TAGS + 1);
         assert!(sums.iter().all(|(_, sums)| sums.open == 0));
         let started: u64 = sums.iter().map(|(_, sums)| sums.started).sum();
         assert_eq!(started, 10_000);
     }
 
     #[test]
-    fn sums_take_what_is_new_and_outlive_the_flow() {
+    fn sums_count_only_growth_and_outlive_the_flow() {
         let mut store = Store::new(10, at(0));
-        store.take(&event(State::Start, 1, Effect::Opened));
+        store.apply(&event(State::Start, 1, Effect::Opened));
         for (received, sent) in [(10, 100), (10, 100), (30, 400)] {
-            store.take(&with_socket(
+            store.apply(&with_socket(
                 event(State::Ongoing, 1, Effect::Nothing),
                 7,
                 received,
@@ -395,7 +397,7 @@ mod tests {
         }
         assert_eq!(bytes(&store), (30, 400));
         let end = event(State::End, 1, Effect::Closed(EndReason::SocketClosed));
-        store.take(&with_socket(end, 0, 31, 500));
+        store.apply(&with_socket(end, 0, 31, 500));
         assert_eq!(bytes(&store), (31, 500));
         assert!(store.flows.is_empty() && store.carried.is_empty() && store.shown == 0);
         let sums = &store.sums[&TAG];
@@ -404,32 +406,32 @@ mod tests {
     }
 
     #[test]
-    fn flows_one_after_the_other_on_one_socket_share_its_bytes() {
+    fn successive_flows_on_one_socket_count_each_byte_once() {
         let mut store = Store::new(10, at(0));
         let end = || event(State::End, 1, Effect::Closed(EndReason::Producer));
-        store.take(&with_socket(
+        store.apply(&with_socket(
             event(State::Ongoing, 1, Effect::Nothing),
             7,
             0,
             100,
         ));
-        store.take(&with_socket(end(), 7, 0, 150));
-        store.take(&with_socket(
+        store.apply(&with_socket(end(), 7, 0, 150));
+        store.apply(&with_socket(
             event(State::Ongoing, 1, Effect::Nothing),
             7,
             0,
             180,
         ));
         assert_eq!(bytes(&store), (0, 180));
-        store.take(&with_socket(end(), 7, 0, 180));
-        // And another socket of the same flow has bytes of its own.
-        store.take(&with_socket(
+        store.apply(&with_socket(end(), 7, 0, 180));
+        // Another socket of the same flow has its own bytes.
+        store.apply(&with_socket(
             event(State::Ongoing, 1, Effect::Nothing),
             8,
             0,
             20,
         ));
-        store.take(&with_socket(
+        store.apply(&with_socket(
             event(State::Ongoing, 1, Effect::Nothing),
             9,
             0,
@@ -439,16 +441,16 @@ mod tests {
     }
 
     #[test]
-    fn what_was_carried_before_the_daemon_began_is_not_counted() {
+    fn bytes_sent_before_the_daemon_started_are_not_counted() {
         let mut store = Store::new(10, at(15));
         store.restore(TAG);
-        store.take(&with_socket(
+        store.apply(&with_socket(
             event(State::Ongoing, 1, Effect::Nothing),
             7,
             0,
             100,
         ));
-        store.take(&with_socket(
+        store.apply(&with_socket(
             event(State::Ongoing, 1, Effect::Nothing),
             7,
             0,
@@ -464,9 +466,9 @@ mod tests {
             experiment: 3,
             activity: 3,
         };
-        store.take(&event(State::Start, 1, Effect::Opened));
+        store.apply(&event(State::Start, 1, Effect::Opened));
         let retag = event(State::Start, 1, Effect::Retagged(TAG));
-        store.take(&FlowEvent {
+        store.apply(&FlowEvent {
             tag: Some(other),
             ..retag
         });
@@ -475,7 +477,7 @@ mod tests {
             sent: None,
         });
         let end = event(State::End, 1, Effect::Closed(EndReason::Producer));
-        store.take(&FlowEvent {
+        store.apply(&FlowEvent {
             tag: Some(other),
             usage,
             ..end
@@ -489,7 +491,7 @@ mod tests {
                 store.sums[&other].open,
                 store.sums[&other].counts.received_bytes
             ),
-            // What producers say is not counted.
+            // Usage reported by producers is not counted.
             (0, 0)
         );
     }
@@ -512,8 +514,8 @@ mod tests {
             event
         };
         for sent in [100, 200, 300] {
-            store.take(&of(false, 7, 0, sent));
-            store.take(&of(true, 8, sent, 0));
+            store.apply(&of(false, 7, 0, sent));
+            store.apply(&of(true, 8, sent, 0));
         }
         assert_eq!(bytes(&store), (0, 300));
     }
@@ -525,7 +527,7 @@ mod tests {
             .position(|f| f.name == "flow_tcp_bytes_sent_total")
             .unwrap();
         for port in 1..=3 {
-            store.take(&with_socket(
+            store.apply(&with_socket(
                 event(State::Ongoing, port, Effect::Nothing),
                 7,
                 0,
@@ -542,15 +544,15 @@ mod tests {
             1
         );
         assert_eq!(store.sums[&TAG].hidden[0][sent], 200.0);
-        store.take(&with_socket(
+        store.apply(&with_socket(
             event(State::End, 2, Effect::Closed(EndReason::SocketClosed)),
             0,
             0,
             120,
         ));
         assert_eq!(store.sums[&TAG].hidden[0][sent], 220.0);
-        store.take(&event(State::End, 1, Effect::Closed(EndReason::Producer)));
-        store.take(&with_socket(
+        store.apply(&event(State::End, 1, Effect::Closed(EndReason::Producer)));
+        store.apply(&with_socket(
             event(State::Ongoing, 9, Effect::Nothing),
             8,
             0,

@@ -3,13 +3,15 @@
 use std::net::IpAddr;
 use std::path::PathBuf;
 
+use super::plugins::bind_address;
 use super::{Result, error, path, range, stun};
-use crate::config::{BPF_FS_PATH, Collector, Firefly, Marker, Prometheus, Relayed, Strategy, raw};
-use crate::enrichment::Mode;
+use crate::config::{BPF_FS_PATH, Collector, Firefly, Marker, Prometheus, Relayed, raw};
 use crate::firefly;
+use crate::firefly::netlink_object::Mode;
 use crate::flow::parse_address;
+use crate::scitag::Strategy;
 
-/// Early, so that filters which end the chain come after; above what tc(8) gives by itself.
+/// Before most filters, as one of them may end the chain; lower than the priorities that tc(8) chooses by itself.
 const MARKER_PRIORITY: i64 = 10;
 
 pub fn firefly(raw: raw::Firefly) -> Result<Firefly> {
@@ -20,7 +22,7 @@ pub fn firefly(raw: raw::Firefly) -> Result<Firefly> {
     let Some(mode) = mode else {
         let word = raw.enrichment_mode.unwrap_or_default();
         let message = format!(
-            "\"{}\" is unknown, expected lean, compatible, flowd, or \"\" for everything",
+            "\"{}\" is not a valid mode, expected lean, compatible, flowd, or \"\" for everything",
             word.escape_debug()
         );
         return error("backends.firefly.enrichmentMode", message);
@@ -39,16 +41,16 @@ pub fn firefly(raw: raw::Firefly) -> Result<Firefly> {
         .unwrap_or(&host);
     if bare.is_empty() || bare.contains(|c: char| c.is_whitespace() || c.is_control()) {
         let message = format!(
-            "\"{}\" is neither an address nor a host name",
+            "\"{}\" is not a valid address or host name",
             host.escape_debug()
         );
         return error("backends.firefly.collectorAddress", message);
     }
-    // The zone of a link-local address is left to the resolver.
+    // The resolver checks the zone of a link-local address.
     let address = bare.split_once('%').map_or(bare, |(address, _)| address);
     if address.contains(':') && address.parse::<IpAddr>().is_err() {
         let message = format!(
-            "\"{}\" is neither an address nor a host name: the port is collectorPort",
+            "\"{}\" is not a valid address or host name; the port belongs in collectorPort",
             host.escape_debug()
         );
         return error("backends.firefly.collectorAddress", message);
@@ -61,7 +63,7 @@ pub fn firefly(raw: raw::Firefly) -> Result<Firefly> {
         let word = raw.relayed.unwrap_or_default();
         let expected = Relayed::ALL.map(Relayed::as_str).join(", ");
         let message = format!(
-            "\"{}\" is unknown, expected one of {expected}",
+            "\"{}\" is not valid, expected one of {expected}",
             word.escape_debug()
         );
         return error("backends.firefly.relayed", message);
@@ -70,7 +72,10 @@ pub fn firefly(raw: raw::Firefly) -> Result<Firefly> {
         let address = text.as_deref().map(|text| {
             let address = parse_address(text).filter(|a| a.is_ipv4() == v4);
             let family = if v4 { "IPv4" } else { "IPv6" };
-            address.ok_or_else(|| format!("\"{}\" is no {family} address", text.escape_debug()))
+            address.ok_or_else(|| format!(
+                    "\"{}\" is not a valid {family} address",
+                    text.escape_debug()
+                ))
         });
         let key = format!("backends.firefly.{key}");
         address.transpose().or_else(|message| error(&key, message))
@@ -93,33 +98,28 @@ pub fn firefly(raw: raw::Firefly) -> Result<Firefly> {
     })
 }
 
-/// flowd-go's ports, unless there is one for everything.
+/// Defaults of flowd-go, unless `port` is set.
 const NETLINK_PORT: i64 = 8080;
 const SKOPS_PORT: i64 = 8081;
 const MAX_SERIES: i64 = 500_000;
 
 pub fn prometheus(
     raw: raw::Prometheus,
-    no_skops: bool,
+    has_skops: bool,
     notes: &mut Vec<String>,
 ) -> Result<Prometheus> {
     if raw.log.is_some() {
-        notes.push("backends.prometheus.log has no effect: logLevel is for all".to_owned());
+        notes.push("backends.prometheus.log has no effect: logLevel applies to the whole daemon".to_owned());
     }
-    let one_for_all = raw.port.is_some_and(|port| port != 0);
+    let has_main_port = raw.port.is_some_and(|port| port != 0);
     let port = |key: &str, value, default| {
         let key = format!("backends.prometheus.{key}");
-        let default = if one_for_all { 0 } else { default };
+        let default = if has_main_port { 0 } else { default };
         let port: u16 = range(&key, value, default, 0, 65535)?;
         Ok((port != 0).then_some(port))
     };
-    let text = raw.bind_address.unwrap_or_else(|| "127.0.0.1".to_owned());
-    let Some(address) = parse_address(&text) else {
-        let message = format!("\"{}\" is no address", text.escape_debug());
-        return error("backends.prometheus.bindAddress", message);
-    };
     let config = Prometheus {
-        address,
+        address: bind_address("backends.prometheus.bindAddress", raw.bind_address)?,
         port: port("port", raw.port, 0)?,
         netlink_port: port("netlinkPort", raw.netlink_port, NETLINK_PORT)?,
         skops_port: port("skopsPort", raw.skops_port, SKOPS_PORT)?,
@@ -132,21 +132,14 @@ pub fn prometheus(
             100_000_000,
         )?,
     };
-    let ports = [config.port, config.netlink_port, config.skops_port];
-    let ports: Vec<u16> = ports.into_iter().flatten().collect();
-    if ports.is_empty() {
-        let message = "no port is set, expected port, netlinkPort or skopsPort";
+    if config.listeners().next().is_none() {
+        let message = "no port is set, expected at least one of port, netlinkPort and skopsPort";
         return error("backends.prometheus", message);
     }
-    let twice = |port: &u16| ports.iter().filter(|p| *p == port).count() > 1;
-    if let Some(port) = ports.iter().find(|port| twice(port)) {
-        let message =
-            format!("{port} is given twice, expected a port of its own for each endpoint");
-        return error("backends.prometheus", message);
-    }
-    if no_skops && config.skops_port.is_some() {
+    if !has_skops && config.skops_port.is_some() {
         notes.push(
-            "backends.prometheus.skopsPort shows no flows: enrichers.skops is off".to_owned(),
+            "backends.prometheus.skopsPort shows no flows: enrichers.skops is not enabled"
+                .to_owned(),
         );
     }
     Ok(config)
@@ -162,22 +155,25 @@ pub fn marker(raw: raw::Marker, notes: &mut Vec<String>) -> Result<Marker> {
     let discover = raw.discover_interfaces.unwrap_or(false);
     if discover && raw.target_interfaces.is_some() {
         notes.push(
-            "backends.marker.targetInterfaces has no effect: discoverInterfaces is on".to_owned(),
+            "backends.marker.targetInterfaces has no effect: discoverInterfaces is true".to_owned(),
         );
     }
     let names = raw
         .target_interfaces
         .unwrap_or_else(|| vec!["lo".to_owned()]);
-    let wrong =
+    let is_wrong =
         |name: &&String| name.is_empty() || name.len() > 15 || name.contains(['/', ' ', '\0']);
-    if let Some(wrong) = names.iter().find(wrong) {
-        let message = format!("\"{}\" is no name of an interface", wrong.escape_debug());
+    if let Some(wrong) = names.iter().find(is_wrong) {
+        let message = format!(
+            "\"{}\" is not a valid interface name, expected 1 to 15 bytes without \"/\" and spaces",
+            wrong.escape_debug()
+        );
         return error("backends.marker.targetInterfaces", message);
     }
     if names.is_empty() && !discover {
         return error(
             "backends.marker.targetInterfaces",
-            "empty, expected names of interfaces, or discoverInterfaces: true",
+            "empty, expected interface names, or discoverInterfaces: true",
         );
     }
     let strategy = match raw.marking_strategy.as_deref() {
@@ -188,7 +184,7 @@ pub fn marker(raw: raw::Marker, notes: &mut Vec<String>) -> Result<Marker> {
         let word = raw.marking_strategy.unwrap_or_default();
         let expected = Strategy::ALL.map(Strategy::as_str).join(", ");
         let message = format!(
-            "\"{}\" is no strategy, expected one of {expected}",
+            "\"{}\" is not a valid strategy, expected one of {expected}",
             word.escape_debug()
         );
         return error("backends.marker.markingStrategy", message);

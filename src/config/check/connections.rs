@@ -1,5 +1,4 @@
-//! Checks of what looks at the sockets of this host: the netlink and netstat plugins, and the netlink
-//! enricher.
+//! Checks of the settings for this host's sockets: the netlink and netstat plugins, and the netlink enricher.
 
 use std::ops::RangeInclusive;
 use std::path::PathBuf;
@@ -11,20 +10,19 @@ use jiff::{Span, SpanRelativeTo};
 
 use super::{Result, error, error_in, range};
 use crate::config::{ConnectionRule, Connections, NetlinkEnricher, raw};
-use crate::connections::Rule;
 use crate::flow::{Protocol, Tag, parse_address};
 use crate::registry::Registry;
 
-/// flowd's, of both plugins.
+/// The default of flowd, for both plugins.
 const SCAN_PERIOD: Duration = Duration::from_secs(2);
-/// flowd-go's.
+/// The default of flowd-go.
 pub const ENRICHER_PERIOD: Duration = Duration::from_secs(1);
-/// flowd-go's: all that the kernel has.
+/// The default of flowd-go: all attributes.
 const EXTENSIONS: i64 = 255;
-/// flowd-go's: all but LISTEN.
+/// The default of flowd-go: all states except LISTEN.
 const STATES: i64 = 3071;
 
-/// The netlink or the netstat plugin; `section` is its key.
+/// The netlink or netstat plugin; `section` is its key.
 pub fn check(section: &str, raw: raw::Connections, registry: &Registry) -> Result<Connections> {
     let key = |key: &str| format!("{section}.{key}");
     let mut rules = Vec::new();
@@ -37,18 +35,14 @@ pub fn check(section: &str, raw: raw::Connections, registry: &Registry) -> Resul
     match (&raw.experiment, &raw.activity) {
         (None, None) if !rules.is_empty() => {}
         (None, None) => {
-            let message = "expected an experiment and an activity, or rules that have them";
+            let message = "no tag is set, expected experiment and activity, or rules";
             return error(section, message);
         }
         (experiment, activity) => {
             let tag = tag(registry, experiment.as_deref(), activity.as_deref());
             let tag = tag.or_else(|(which, why)| error(&key(which), why))?;
-            let rule = Rule {
-                tag,
-                ..Rule::default()
-            };
             rules.push(ConnectionRule {
-                rule,
+                tag,
                 ..ConnectionRule::default()
             });
         }
@@ -64,7 +58,7 @@ pub fn check(section: &str, raw: raw::Connections, registry: &Registry) -> Resul
 }
 
 /// The netlink enricher.
-pub fn enricher(raw: raw::NetlinkEnricher, every: Option<&str>) -> Result<NetlinkEnricher> {
+pub fn enricher(raw: raw::NetlinkEnricher, interval: Option<&str>) -> Result<NetlinkEnricher> {
     let key = |key: &str| format!("enrichers.netlink.{key}");
     let protocol = match raw.protocol {
         None | Some(6) => Protocol::Tcp,
@@ -72,12 +66,12 @@ pub fn enricher(raw: raw::NetlinkEnricher, every: Option<&str>) -> Result<Netlin
         Some(other) => {
             return error(
                 &key("protocol"),
-                format!("{other} is no protocol that flows have, expected 6 (TCP) or 17 (UDP)"),
+                format!("{other} is not a valid protocol, expected 6 (TCP) or 17 (UDP)"),
             );
         }
     };
     Ok(NetlinkEnricher {
-        period: period("enrichers.period", every, ENRICHER_PERIOD)?,
+        period: period("enrichers.period", interval, ENRICHER_PERIOD)?,
         protocol,
         extensions: range(&key("ext"), raw.ext, EXTENSIONS, 0, 255)?,
         states: range(&key("state"), raw.state, STATES, 1, 0x1fff)?,
@@ -91,7 +85,7 @@ pub fn internal_or(
     networks.or_else(|why| error(key, why))
 }
 
-/// Milliseconds, or a number with a unit.
+/// A number of milliseconds, or a number with a unit.
 pub fn period(key: &str, text: Option<&str>, default: Duration) -> Result<Duration> {
     let Some(text) = text else {
         return Ok(default);
@@ -108,7 +102,7 @@ pub fn period(key: &str, text: Option<&str>, default: Duration) -> Result<Durati
         _ => error(
             key,
             format!(
-                "\"{}\" is no period of 10 ms to a day, expected milliseconds, or for example 2s",
+                "\"{}\" is not a valid time, expected 10 ms to 1 day: a number of milliseconds, or for example 2s",
                 text.escape_debug()
             ),
         ),
@@ -116,10 +110,10 @@ pub fn period(key: &str, text: Option<&str>, default: Duration) -> Result<Durati
 }
 
 pub fn network(text: &str) -> std::result::Result<IpNet, String> {
-    let one = parse_address(text).map(IpNet::from);
-    one.or_else(|| text.parse().ok()).ok_or_else(|| {
+    let address = parse_address(text).map(IpNet::from);
+    address.or_else(|| text.parse().ok()).ok_or_else(|| {
         format!(
-            "\"{}\" is neither a network, for example 192.168.0.0/16, nor an address",
+            "\"{}\" is not a valid network or address, expected for example 192.168.0.0/16",
             text.escape_debug()
         )
     })
@@ -130,7 +124,7 @@ fn ports(text: &str) -> std::result::Result<RangeInclusive<u16>, String> {
     match (first.trim().parse::<u16>(), last.trim().parse::<u16>()) {
         (Ok(first @ 1..), Ok(last)) if first <= last => Ok(first..=last),
         _ => Err(format!(
-            "\"{}\" is neither a port nor a range, for example 20000-25000",
+            "\"{}\" is not a valid port or range, expected for example 1094 or 20000-25000",
             text.escape_debug()
         )),
     }
@@ -153,23 +147,23 @@ fn rule(
     }
     let tag = tag(registry, raw.experiment.as_deref(), raw.activity.as_deref());
     let tag = tag.map_err(|(which, why)| format!("{which}: {why}"))?;
-    if raw.uid.as_deref() == Some("") || raw.cgroup.as_deref() == Some("") {
-        return Err("uid or cgroup is empty".to_owned());
+    if raw.uid.as_deref() == Some("") {
+        return Err("uid: empty, expected a user name or id".to_owned());
+    }
+    if raw.cgroup.as_deref() == Some("") {
+        return Err("cgroup: empty, expected a path".to_owned());
     }
     Ok(ConnectionRule {
-        rule: Rule {
-            remote_networks: all("remoteNetworks", raw.remote_networks, network)?,
-            local_ports: all("localPorts", raw.local_ports, ports)?,
-            remote_ports: all("remotePorts", raw.remote_ports, ports)?,
-            tag,
-            ..Rule::default()
-        },
+        remote_networks: all("remoteNetworks", raw.remote_networks, network)?,
+        local_ports: all("localPorts", raw.local_ports, ports)?,
+        remote_ports: all("remotePorts", raw.remote_ports, ports)?,
+        tag,
         user: raw.uid,
         cgroup: raw.cgroup.map(PathBuf::from),
     })
 }
 
-/// By id or name; an error names the key.
+/// A tag by ids or names; an error names the key.
 fn tag(
     registry: &Registry,
     experiment: Option<&str>,
@@ -178,12 +172,12 @@ fn tag(
     let id = |text: &str| text.parse::<u16>().ok();
     let wrong = |which, text: Option<&str>| {
         let found = text.map_or("missing".to_owned(), |text| {
-            format!("\"{}\"", text.escape_debug())
+            format!("\"{}\" is unknown", text.escape_debug())
         });
         (
             which,
             format!(
-                "{found}, expected an id of 0 to 65535 or a name of the registry (flowd-rs registry)"
+                "{found}, expected an id from 0 to 65535 or a name in the registry (see flowd-rs registry)"
             ),
         )
     };
@@ -215,7 +209,7 @@ mod tests {
         let config = parse("{experiment: atlas, activity: 26, internalNetworks: [192.0.2.0/24, '2001:db8::1'], period: 500}").unwrap();
         let netlink = config.netlink.unwrap();
         assert_eq!(
-            (netlink.rules.len(), netlink.rules[0].rule.tag.experiment),
+            (netlink.rules.len(), netlink.rules[0].tag.experiment),
             (1, 2)
         );
         assert_eq!(
@@ -226,10 +220,7 @@ mod tests {
             "{period: 3s, rules: [{localPorts: [1094, 20000-25000], uid: xrootd, experiment: cms, activity: Cache}, {cgroup: /a, remoteNetworks: ['::/0'], experiment: 1, activity: 1}]}",
         );
         let netlink = config.unwrap().netlink.unwrap();
-        assert_eq!(
-            netlink.rules[0].rule.local_ports,
-            [1094..=1094, 20000..=25000]
-        );
+        assert_eq!(netlink.rules[0].local_ports, [1094..=1094, 20000..=25000]);
         assert_eq!(
             (netlink.rules.len(), netlink.rules[1].user.as_deref()),
             (2, None)
@@ -237,35 +228,35 @@ mod tests {
     }
 
     #[test]
-    fn what_is_wrong_is_named() {
+    fn errors_name_key_and_value() {
         for (netlink, expected) in [
             (
                 "{}",
-                "plugins.netlink: expected an experiment and an activity, or rules that have them",
+                "plugins.netlink: no tag is set, expected experiment and activity, or rules",
             ),
             (
                 "{experiment: nobody, activity: 1}",
-                "plugins.netlink.experiment: \"nobody\", expected an id",
+                "plugins.netlink.experiment: \"nobody\" is unknown, expected an id",
             ),
             (
                 "{experiment: 2}",
-                "plugins.netlink.activity: missing, expected an id",
+                "f:2:12: plugins.netlink.activity: missing, expected an id",
             ),
             (
                 "{experiment: 2, activity: 9, internalNetworks: [10/8]}",
-                "plugins.netlink.internalNetworks: \"10/8\" is neither a network",
+                "plugins.netlink.internalNetworks: \"10/8\" is not a valid network",
             ),
             (
                 "{experiment: 2, activity: 9, period: 5}",
-                "plugins.netlink.period: \"5\" is no period of 10 ms to a day",
+                "plugins.netlink.period: \"5\" is not a valid time, expected 10 ms to 1 day",
             ),
             (
                 "{rules: [{experiment: 2, activity: 9}, {localPorts: [5-3], experiment: 2, activity: 9}]}",
-                "plugins.netlink.rules: rule 2: localPorts: \"5-3\" is neither a port",
+                "plugins.netlink.rules: rule 2: localPorts: \"5-3\" is not a valid port",
             ),
             (
                 "{rules: [{experiment: 2, activity: Sleeping}]}",
-                "plugins.netlink.rules: rule 1: activity: \"Sleeping\", expected",
+                "plugins.netlink.rules: rule 1: activity: \"Sleeping\" is unknown, expected",
             ),
         ] {
             let error = parse(netlink).unwrap_err();
@@ -274,7 +265,7 @@ mod tests {
         let text = "plugins:\n  netstat: {rules: [{cgroup: /a, experiment: 2, activity: 9}]}\nbackends:\n  firefly:\n";
         let error = Config::parse(text, Path::new("f")).unwrap_err().to_string();
         assert!(
-            error.contains("plugins.netstat.rules: cgroup /a: /proc/net/tcp does not tell"),
+            error.contains("plugins.netstat.rules: cgroup /a: /proc/net/tcp does not show"),
             "{error}"
         );
     }

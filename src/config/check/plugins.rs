@@ -9,14 +9,14 @@ use crate::flow::{Tag, parse_address};
 use crate::scitag;
 
 const PIPE_MODE: u32 = 0o666;
-/// flowd-go's.
-const FIREFLY_BUFFER: i64 = 4096;
-/// flowd-go's.
+/// The default of flowd-go, in bytes.
+const FIREFLY_BUFFER_SIZE: i64 = 4096;
+/// The default of flowd-go.
 const API_PORT: i64 = 7777;
-/// Of the API's Unix socket: its owner and its group may write.
+/// The default of the API's Unix socket: its owner and group can write.
 const SOCKET_MODE: u32 = 0o660;
-/// The longest UDP datagram.
-const DATAGRAM_MAX: usize = 65536;
+/// More than any UDP datagram has, in bytes.
+const MAX_BUFFER_SIZE: usize = 65536;
 
 pub fn named_pipe(raw: raw::NamedPipe, notes: &mut Vec<String>) -> Result<NamedPipe> {
     for (key, value) in [("maxReaders", raw.max_readers), ("buffSize", raw.buff_size)] {
@@ -24,7 +24,7 @@ pub fn named_pipe(raw: raw::NamedPipe, notes: &mut Vec<String>) -> Result<NamedP
         if value.is_some() {
             let _: u32 = range(&key, value, 1, 1, i64::from(u32::MAX))?;
             notes.push(format!(
-                "{key} has no effect: the pipe is read in large blocks, lines of any number at once"
+                "{key} has no effect: the pipe is read in large blocks"
             ));
         }
     }
@@ -35,7 +35,7 @@ pub fn named_pipe(raw: raw::NamedPipe, notes: &mut Vec<String>) -> Result<NamedP
     if raw.group.as_deref() == Some("") {
         return error(
             "plugins.namedPipe.group",
-            "empty, expected the name or the id of a group",
+            "empty, expected a group name or id",
         );
     }
     Ok(NamedPipe {
@@ -54,26 +54,26 @@ pub fn firefly(raw: raw::FireflyPlugin, notes: &mut Vec<String>) -> Result<Firef
     let buffer: usize = range(
         &key("bufferSize"),
         raw.buffer_size,
-        FIREFLY_BUFFER,
+        FIREFLY_BUFFER_SIZE,
         2049,
         i64::from(i32::MAX),
     )?;
     if raw.deadline.is_some() {
         let _: u32 = range(&key("deadline"), raw.deadline, 0, 0, i64::from(u32::MAX))?;
         notes.push(format!(
-            "{} has no effect: the socket is read whenever something has arrived",
+            "{} has no effect: the socket is read as soon as a datagram arrives",
             key("deadline")
         ));
     }
     if raw.has_syslog_header.is_some() {
         notes.push(format!(
-            "{} has no effect: fireflies with a syslog header and without are both taken",
+            "{} has no effect: fireflies with and without a syslog header are accepted",
             key("hasSyslogHeader")
         ));
     }
     Ok(FireflyPlugin {
         bind: SocketAddr::new(ip, port),
-        buffer_size: buffer.min(DATAGRAM_MAX),
+        buffer_size: buffer.min(MAX_BUFFER_SIZE),
     })
 }
 
@@ -84,8 +84,8 @@ pub fn api(raw: raw::Api) -> Result<Api> {
     let port = range(&key("bindPort"), raw.bind_port, API_PORT, 0, 65535)?;
     if raw.token.is_some() && raw.token_file.is_some() {
         return error(
-            &key("tokenFile"),
-            "there is a token as well, expected one of them",
+            "plugins.api",
+            "set either token or tokenFile, not both",
         );
     }
     if let Some(token) = &raw.token
@@ -100,7 +100,7 @@ pub fn api(raw: raw::Api) -> Result<Api> {
     };
     if port != 0 && !ip.is_loopback() && raw.token.is_none() && token_file.is_none() {
         let message = format!(
-            "{ip} is not loopback: expected a token or a tokenFile, so that not everybody can report flows"
+            "{ip} is not a loopback address: set token or tokenFile, so that not everyone can report flows"
         );
         return error(&key("bindAddress"), message);
     }
@@ -115,7 +115,7 @@ pub fn api(raw: raw::Api) -> Result<Api> {
     if port == 0 && unix_socket.is_none() {
         return error(
             &key("bindPort"),
-            "0 is no port, and there is no unixSocket either",
+            "0 disables TCP, but unixSocket is not set: set one of them",
         );
     }
     Ok(Api {
@@ -128,9 +128,12 @@ pub fn api(raw: raw::Api) -> Result<Api> {
 
 /// The perfSONAR plugin: a tag that packets can carry.
 pub fn perfsonar(raw: raw::Perfsonar) -> Result<Tag> {
-    let id = |key: &str, value, most: u16| {
+    let id = |key: &str, value: Option<i64>, max: u16| {
         let key = format!("plugins.perfsonar.{key}");
-        range(&key, value, 0, 1, most.into())
+        match value {
+            Some(_) => range(&key, value, 0, 1, max.into()),
+            None => error(&key, format!("missing, expected 1 to {max}")),
+        }
     };
     Ok(Tag {
         experiment: id("experimentId", raw.experiment_id, scitag::EXPERIMENT_MAX)?,
@@ -138,8 +141,8 @@ pub fn perfsonar(raw: raw::Perfsonar) -> Result<Tag> {
     })
 }
 
-/// Loopback unless given; no names, which may mean several addresses.
-fn bind_address(key: &str, value: Option<String>) -> Result<IpAddr> {
+/// Loopback by default. A host name is an error, as it may have several addresses.
+pub fn bind_address(key: &str, value: Option<String>) -> Result<IpAddr> {
     let Some(text) = value else {
         return Ok(Ipv4Addr::LOCALHOST.into());
     };
@@ -148,7 +151,7 @@ fn bind_address(key: &str, value: Option<String>) -> Result<IpAddr> {
         None => error(
             key,
             format!(
-                "\"{}\" is no address, expected one of this host, IPv4 or IPv6, or 0.0.0.0 or :: for all",
+                "\"{}\" is not a valid address, expected an IPv4 or IPv6 address of this host, or 0.0.0.0 or :: for all",
                 text.escape_debug()
             ),
         ),

@@ -1,4 +1,4 @@
-//! Checks of what the sockops program is for: the iperf3 plugin and the skops enricher.
+//! Checks of the parts that use the sockops program: the iperf3 plugin and the skops enricher.
 
 use std::ops::RangeInclusive;
 use std::path::PathBuf;
@@ -8,24 +8,24 @@ use super::{Result, error, path, range};
 use crate::config::{Iperf3, Sockops, raw};
 use crate::flow::Tag;
 
-/// flowd-go's.
+/// The default of flowd-go.
 const CGROUP: &str = "/sys/fs/cgroup";
-/// flowd-go's.
+/// The default of flowd-go.
 const IDS: [i64; 3] = [0, 1, 2];
 
 /// The iperf3 plugin.
 pub fn iperf3(raw: raw::Iperf3) -> Result<Iperf3> {
     built_with_bpf("plugins.iperf3")?;
     let key = |key: &str| format!("plugins.iperf3.{key}");
-    let ports = |what: &str, least, most| -> Result<RangeInclusive<u16>> {
+    let ports = |end: &str, min, max| -> Result<RangeInclusive<u16>> {
         let bound =
-            |which: &str, value| range(&key(&format!("{which}{what}Port")), value, 0, 0, 65535);
-        let (least, most): (u16, u16) = (bound("min", least)?, bound("max", most)?);
-        if most != 0 && least > most {
-            let message = format!("{most} is less than min{what}Port, {least}; 0 is no bound");
-            return error(&key(&format!("max{what}Port")), message);
+            |which: &str, value| range(&key(&format!("{which}{end}Port")), value, 0, 0, 65535);
+        let (min, max): (u16, u16) = (bound("min", min)?, bound("max", max)?);
+        if max != 0 && min > max {
+            let message = format!("{max} is less than min{end}Port, {min}; 0 means no limit");
+            return error(&key(&format!("max{end}Port")), message);
         }
-        Ok(least..=most)
+        Ok(min..=max)
     };
     let ids = |name: &str, ids: Option<Vec<i64>>| -> Result<Vec<u16>> {
         let ids = ids.unwrap_or_else(|| IDS.to_vec());
@@ -37,7 +37,7 @@ pub fn iperf3(raw: raw::Iperf3) -> Result<Iperf3> {
     let activities = ids("activityIDs", raw.activity_ids)?;
     if experiments.len() != activities.len() || experiments.is_empty() {
         let message = format!(
-            "{} ids beside {} experimentIDs, expected as many of both, and one at least",
+            "found {} ids here and {} in experimentIDs, expected two lists of the same length that are not empty",
             activities.len(),
             experiments.len()
         );
@@ -75,15 +75,15 @@ pub fn iperf3(raw: raw::Iperf3) -> Result<Iperf3> {
 }
 
 /// The skops enricher.
-pub fn enricher(raw: raw::SkopsEnricher, every: Option<&str>) -> Result<Sockops> {
+pub fn enricher(raw: raw::SkopsEnricher, interval: Option<&str>) -> Result<Sockops> {
     built_with_bpf("enrichers.skops")?;
-    let period = period("enrichers.period", every, ENRICHER_PERIOD)?;
+    let period = period("enrichers.period", interval, ENRICHER_PERIOD)?;
     let transitions = match raw.strategy.as_deref() {
         None | Some("poll") => false,
         Some("transition") => true,
         Some(other) => {
             let message = format!(
-                "\"{}\" is no strategy, expected poll or transition",
+                "\"{}\" is not a valid strategy, expected poll or transition",
                 other.escape_debug()
             );
             return error("enrichers.skops.strategy", message);
@@ -97,7 +97,7 @@ pub fn enricher(raw: raw::SkopsEnricher, every: Option<&str>) -> Result<Sockops>
     })
 }
 
-/// Starts and ends only, of all ports.
+/// The settings that both parts share: reports only starts and ends, of connections with any ports.
 fn program(
     cgroup_key: &str,
     cgroup: Option<String>,

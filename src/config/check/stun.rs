@@ -6,14 +6,14 @@ use super::{Result, error};
 use crate::config::{Stun, raw};
 use crate::flow::parse_address;
 
-/// Of several operators, asked in this order until one answers.
+/// Services of several operators, asked in this order until one answers.
 const HTTP_SERVICES: [&str; 4] = [
     "https://api64.ipify.org",
     "https://icanhazip.com",
     "https://ifconfig.co/ip",
     "https://ident.me",
 ];
-/// flowd-go's.
+/// The default of flowd-go.
 const STUN_SERVERS: [&str; 5] = [
     "stun.l.google.com:3478",
     "stun1.l.google.com:3478",
@@ -21,7 +21,7 @@ const STUN_SERVERS: [&str; 5] = [
     "stun3.l.google.com:3478",
     "stun4.l.google.com:3478",
 ];
-/// Of STUN (RFC 8489).
+/// The default port of STUN (RFC 8489).
 const STUN_PORT: u16 = 3478;
 
 pub fn check(raw: raw::Stun) -> Result<Stun> {
@@ -31,7 +31,10 @@ pub fn check(raw: raw::Stun) -> Result<Stun> {
     let http_services = texts(raw.http_services, &HTTP_SERVICES);
     let is_url = |url: &String| url.starts_with("https://") || url.starts_with("http://");
     if let Some(wrong) = http_services.iter().find(|url| !is_url(url)) {
-        let message = format!("\"{}\" is no URL of http or https", wrong.escape_debug());
+        let message = format!(
+            "\"{}\" is not a valid URL, expected https://… or http://…",
+            wrong.escape_debug()
+        );
         return error(&key("httpServices"), message);
     }
     let servers = texts(raw.stun_servers, &STUN_SERVERS);
@@ -52,13 +55,16 @@ fn manual(texts: BTreeMap<String, String>) -> Result<BTreeMap<std::net::IpAddr, 
         let address = |text: &str| match parse_address(text) {
             Some(address) => Ok(address.to_canonical()),
             None => {
-                let message = format!("\"{}\" is no address", text.escape_debug());
+                let message = format!(
+                    "\"{}\" is not a valid IPv4 or IPv6 address",
+                    text.escape_debug()
+                );
                 error(&key("manualMapping"), message)
             }
         };
         let (from, to) = (address(&from)?, address(&to)?);
         if from.is_ipv4() != to.is_ipv4() {
-            let message = format!("{from} and {to} are not of one address family");
+            let message = format!("{from} and {to} have different address families, expected the same");
             return error(&key("manualMapping"), message);
         }
         manual.insert(from, to);
@@ -67,7 +73,7 @@ fn manual(texts: BTreeMap<String, String>) -> Result<BTreeMap<std::net::IpAddr, 
 }
 
 fn server(text: &str) -> Result<(String, u16)> {
-    // An address of IPv6 has colons, and brackets in front of a port.
+    // An IPv6 address has colons, and is in brackets if a port follows.
     let (host, port) = match text.rsplit_once(':') {
         Some((host, port)) if host.ends_with(']') || !host.contains(':') => {
             (host, port.parse().ok())
@@ -80,7 +86,10 @@ fn server(text: &str) -> Result<(String, u16)> {
             Ok((host.to_owned(), port))
         }
         _ => {
-            let message = format!("\"{}\" is no host:port", text.escape_debug());
+            let message = format!(
+                "\"{}\" is not a valid server, expected HOST or HOST:PORT",
+                text.escape_debug()
+            );
             error(&key("stunServers"), message)
         }
     }

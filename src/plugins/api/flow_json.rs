@@ -1,19 +1,20 @@
-//! A flow event in the JSON of a request: in our spelling, which is a firefly's without its sections, or
-//! in flowd-go's. No I/O.
+//! The JSON of flow events in a request, in one of two formats: that of flowd-rs, with the keys of a firefly without
+//! its sections, or that of flowd-go. No I/O.
 
 use std::net::IpAddr;
 
 use jiff::Timestamp;
 use serde_json::{Map, Value};
 
-use crate::flow::{Flow, FlowEvent, Origin, Protocol, State, Tag, Usage, parse_address};
-use crate::nearest::nearest;
+use crate::config::nearest::nearest;
+use crate::event::{FlowEvent, Origin, State};
+use crate::flow::{Flow, Protocol, Tag, Usage, parse_address};
 use crate::registry::Registry;
 
 type Object = Map<String, Value>;
 type Result<T> = std::result::Result<T, String>;
 
-/// Every key of our spelling.
+/// Every key of flowd-rs's format.
 const KEYS: [&str; 12] = [
     "state",
     "protocol",
@@ -29,9 +30,9 @@ const KEYS: [&str; 12] = [
     "usage",
 ];
 
-/// Reads one event or an array of them; an error names the field and what was expected of it.
+/// Reads one event or an array of events. An error names the field, its value and what was expected.
 pub fn events(document: &Value, registry: &Registry, now: Timestamp) -> Result<Vec<FlowEvent>> {
-    let one = |value: &Value, at: String| {
+    let one = |value: &Value, prefix: String| {
         let event = match value {
             Value::Object(object)
                 if object.keys().any(|key| key.starts_with(char::is_uppercase)) =>
@@ -39,9 +40,12 @@ pub fn events(document: &Value, registry: &Registry, now: Timestamp) -> Result<V
                 go_event(object, registry, now)
             }
             Value::Object(object) => event(object, registry, now),
-            other => Err(format!("a flow is {}, expected an object", kind(other))),
+            other => Err(format!(
+                "a flow is {}, expected an object",
+                json_type(other)
+            )),
         };
-        event.map_err(|error| at + &error)
+        event.map_err(|error| prefix + &error)
     };
     match document {
         Value::Array(array) => {
@@ -57,18 +61,18 @@ pub fn events(document: &Value, registry: &Registry, now: Timestamp) -> Result<V
 fn event(object: &Object, registry: &Registry, now: Timestamp) -> Result<FlowEvent> {
     if let Some(unknown) = object.keys().find(|key| !KEYS.contains(&key.as_str())) {
         let near =
-            nearest(unknown, &KEYS).map_or(String::new(), |key| format!(", is {key} meant?"));
+            nearest(unknown, &KEYS).map_or(String::new(), |key| format!(", did you mean {key}?"));
         return Err(format!("{unknown:?}: unknown field{near}"));
     }
     let state = text(object, "state", "start, ongoing or end", State::from_word)?;
     let protocol = text(object, "protocol", "tcp or udp", Protocol::from_word)?;
     let address = |key| text(object, key, "an IPv4 or IPv6 address", parse_address);
     let port = |key| number(object, key, 1, 65535);
-    let ends = |ip, at| Ok::<_, String>((address(ip)?, port(at)?));
+    let endpoint = |ip, at| Ok::<_, String>((address(ip)?, port(at)?));
     let flow = flow(
         protocol,
-        ends("src-ip", "src-port")?,
-        ends("dst-ip", "dst-port")?,
+        endpoint("src-ip", "src-port")?,
+        endpoint("dst-ip", "dst-port")?,
     )?;
     let experiment = id(object, "experiment-id", |name| registry.experiment_id(name))?;
     let activity = id(object, "activity-id", |name| {
@@ -90,7 +94,7 @@ fn event(object: &Object, registry: &Registry, now: Timestamp) -> Result<FlowEve
     };
     Ok(FlowEvent {
         usage,
-        ..completed(
+        ..build_event(
             state,
             flow,
             tag,
@@ -101,7 +105,7 @@ fn event(object: &Object, registry: &Registry, now: Timestamp) -> Result<FlowEve
     })
 }
 
-/// flowd-go's spelling. What else its structure has says nothing here.
+/// Reads an event in flowd-go's format. The other fields of its structure are ignored.
 fn go_event(object: &Object, registry: &Registry, now: Timestamp) -> Result<FlowEvent> {
     let state = match number(object, "State", 2, 4)? {
         2 => State::Start,
@@ -114,10 +118,10 @@ fn go_event(object: &Object, registry: &Registry, now: Timestamp) -> Result<Flow
     };
     match object.get("Family") {
         None => {}
-        Some(family) if [Some(2), Some(10)].contains(&whole(family)) => {}
+        Some(family) if [Some(2), Some(10)].contains(&whole_number(family)) => {}
         Some(family) => return Err(wrong("Family", family, "2 (IPv4) or 10 (IPv6)")),
     }
-    let end = |key| {
+    let endpoint = |key| {
         text(
             object,
             key,
@@ -125,7 +129,7 @@ fn go_event(object: &Object, registry: &Registry, now: Timestamp) -> Result<Flow
             socket_address,
         )
     };
-    let flow = flow(protocol, end("Src")?, end("Dst")?)?;
+    let flow = flow(protocol, endpoint("Src")?, endpoint("Dst")?)?;
     let experiment = id(object, "Experiment", |name| registry.experiment_id(name))?;
     let activity = id(object, "Activity", |name| {
         registry.activity_id(experiment, name)
@@ -135,7 +139,7 @@ fn go_event(object: &Object, registry: &Registry, now: Timestamp) -> Result<Flow
         activity,
     };
     let times = [time(object, "StartTs")?, time(object, "EndTs")?];
-    Ok(completed(
+    Ok(build_event(
         state,
         flow,
         tag,
@@ -145,7 +149,7 @@ fn go_event(object: &Object, registry: &Registry, now: Timestamp) -> Result<Flow
     ))
 }
 
-fn completed(
+fn build_event(
     state: State,
     flow: Flow,
     tag: Tag,
@@ -153,7 +157,7 @@ fn completed(
     application: Option<&str>,
     now: Timestamp,
 ) -> FlowEvent {
-    let happened = match state {
+    let event_time = match state {
         State::Start => start,
         State::Ongoing => None,
         State::End => end,
@@ -162,7 +166,7 @@ fn completed(
         tag: Some(tag),
         start_time: start,
         application: application.map(Into::into),
-        ..FlowEvent::new(state, flow, happened.unwrap_or(now), Origin::Api)
+        ..FlowEvent::new(state, flow, event_time.unwrap_or(now), Origin::Api)
     }
 }
 
@@ -190,12 +194,12 @@ fn wrong(key: &str, found: &Value, expected: &str) -> String {
             format!("{cut:?}")
         }
         Value::Number(number) => number.to_string(),
-        other => kind(other).to_owned(),
+        other => json_type(other).to_owned(),
     };
     format!("{key} is {found}, expected {expected}")
 }
 
-fn kind(value: &Value) -> &'static str {
+fn json_type(value: &Value) -> &'static str {
     match value {
         Value::Null => "null",
         Value::Bool(_) => "true or false",
@@ -217,18 +221,18 @@ fn text<T>(
     read.ok_or_else(|| wrong(key, value, expected))
 }
 
-/// In JSON 5.0 is a whole number, too.
-fn whole(value: &Value) -> Option<u64> {
-    let whole = |n: &f64| n.fract() == 0.0 && (0.0..=9_007_199_254_740_992.0).contains(n);
-    let float = || value.as_f64().filter(whole).map(|n| n as u64);
+/// JSON does not distinguish 5.0 from 5: both are whole numbers.
+fn whole_number(value: &Value) -> Option<u64> {
+    let is_whole = |n: &f64| n.fract() == 0.0 && (0.0..=9_007_199_254_740_992.0).contains(n);
+    let float = || value.as_f64().filter(is_whole).map(|n| n as u64);
     value.as_u64().or_else(float)
 }
 
-fn number(object: &Object, key: &str, least: u16, most: u16) -> Result<u16> {
+fn number(object: &Object, key: &str, min: u16, max: u16) -> Result<u16> {
     let value = object.get(key).unwrap_or(&Value::Null);
-    let number = whole(value).and_then(|n| u16::try_from(n).ok());
-    let number = number.filter(|n| (least..=most).contains(n));
-    number.ok_or_else(|| wrong(key, value, &format!("a number of {least} to {most}")))
+    let number = whole_number(value).and_then(|n| u16::try_from(n).ok());
+    let number = number.filter(|n| (min..=max).contains(n));
+    number.ok_or_else(|| wrong(key, value, &format!("a number of {min} to {max}")))
 }
 
 fn id(object: &Object, key: &str, by_name: impl Fn(&str) -> Option<u16>) -> Result<u16> {
@@ -248,7 +252,7 @@ fn id(object: &Object, key: &str, by_name: impl Fn(&str) -> Option<u16>) -> Resu
 fn count(usage: &Object, key: &str) -> Result<Option<u64>> {
     match usage.get(key) {
         None | Some(Value::Null) => Ok(None),
-        Some(value) => match whole(value) {
+        Some(value) => match whole_number(value) {
             Some(count) => Ok(Some(count)),
             None => Err(wrong(&format!("usage.{key}"), value, "a number of bytes")),
         },
@@ -264,7 +268,7 @@ fn application<'a>(object: &'a Object, key: &str) -> Result<Option<&'a str>> {
     }
 }
 
-/// The unset time of Go is before 1970.
+/// A time before 1970 counts as absent: Go's unset time is in the year 1.
 fn time(object: &Object, key: &str) -> Result<Option<Timestamp>> {
     match object.get(key) {
         None | Some(Value::Null) => Ok(None),
@@ -272,7 +276,7 @@ fn time(object: &Object, key: &str) -> Result<Option<Timestamp>> {
             let parsed = value
                 .as_str()
                 .and_then(|text| text.parse::<Timestamp>().ok());
-            let parsed = parsed.ok_or_else(|| wrong(key, value, "a time of RFC 3339"))?;
+            let parsed = parsed.ok_or_else(|| wrong(key, value, "an RFC 3339 time"))?;
             let micros = Timestamp::from_microsecond(parsed.as_microsecond()).unwrap_or(parsed);
             Ok((micros > Timestamp::UNIX_EPOCH).then_some(micros))
         }
@@ -288,14 +292,14 @@ mod tests {
         events(document, &Registry::builtin(), Timestamp::UNIX_EPOCH)
     }
 
-    fn ours() -> Value {
+    fn own_format() -> Value {
         json!({
             "state": "start", "protocol": "tcp", "src-ip": "::1", "src-port": 2345, "dst-ip": "::1", "dst-port": 5777,
             "experiment-id": 1, "activity-id": 2,
         })
     }
 
-    fn gos() -> Value {
+    fn go_format() -> Value {
         json!({
             "State": 2, "Protocol": 0, "Family": 10, "Src": "[::1]:2345", "Dst": "[::1]:5777", "Experiment": 1, "Activity": 2,
             "StartTs": "0001-01-01T00:00:00Z", "EndTs": "0001-01-01T00:00:00Z", "Application": "",
@@ -303,15 +307,15 @@ mod tests {
     }
 
     #[test]
-    fn both_spellings_mean_the_same() {
-        assert_eq!(read(&ours()).unwrap(), read(&gos()).unwrap());
-        assert_eq!(read(&json!([ours(), gos()])).unwrap().len(), 2);
+    fn both_formats_mean_the_same() {
+        assert_eq!(read(&own_format()).unwrap(), read(&go_format()).unwrap());
+        assert_eq!(read(&json!([own_format(), go_format()])).unwrap().len(), 2);
         assert_eq!(read(&json!([])).unwrap(), []);
     }
 
     #[test]
     fn names_times_and_counts() {
-        let mut document = ours();
+        let mut document = own_format();
         for (key, value) in [
             ("state", json!("end")),
             ("experiment-id", json!("ATLAS")),
@@ -387,7 +391,7 @@ mod tests {
             (
                 "start-time",
                 json!("soon"),
-                "start-time is \"soon\", expected a time of RFC 3339",
+                "start-time is \"soon\", expected an RFC 3339 time",
             ),
             (
                 "usage",
@@ -407,14 +411,14 @@ mod tests {
             (
                 "protocl",
                 json!("tcp"),
-                "\"protocl\": unknown field, is protocol meant?",
+                "\"protocl\": unknown field, did you mean protocol?",
             ),
         ] {
-            let mut document = ours();
+            let mut document = own_format();
             document[key] = value;
             assert_eq!(read(&document).unwrap_err(), expected);
             assert_eq!(
-                read(&json!([ours(), document])).unwrap_err(),
+                read(&json!([own_format(), document])).unwrap_err(),
                 format!("[1] {expected}")
             );
         }
@@ -446,7 +450,7 @@ mod tests {
                 "Activity is -1, expected a number of 0 to 65535",
             ),
         ] {
-            let mut document = gos();
+            let mut document = go_format();
             document[key] = value;
             assert_eq!(read(&document).unwrap_err(), expected);
         }

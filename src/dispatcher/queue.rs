@@ -1,4 +1,4 @@
-//! Putting flow events into a bounded channel: a start or an end waits for room, news that finds none
+//! Sends flow events into a bounded channel: a start or an end waits for room, an `ongoing` event that finds none
 //! is dropped.
 
 use std::thread;
@@ -6,25 +6,24 @@ use std::time::Duration;
 
 use crossbeam_channel::{Sender, TrySendError};
 
-use crate::flow::State;
+use crate::event::State;
 
-/// How long to wait when a channel is full. Its reader has thousands of events to go, so that being
-/// woken for every single place that gets free, as a blocking send is, would only burn time: half of
-/// all user time under full load, as `make bench` showed.
-const FULL: Duration = Duration::from_micros(500);
+/// How long to sleep when a channel is full. Its reader has thousands of events to process. A blocking send would be
+/// woken for every slot that becomes free, which cost half of all user time under full load in `make bench`.
+const FULL_CHANNEL_RETRY: Duration = Duration::from_micros(500);
 
 /// What became of an event.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Pushed {
-    /// It is in the channel.
+    /// The event is in the channel.
     Done,
-    /// The channel was full, and the event was of the kind that does not wait.
+    /// The channel was full, and an `ongoing` event does not wait.
     Dropped,
-    /// Nobody reads the channel any more.
+    /// The receiver is gone.
     Closed,
 }
 
-/// Puts an event of `state` into `channel`.
+/// Sends an event of `state` into `channel`.
 pub fn push<T>(channel: &Sender<T>, state: State, mut event: T) -> Pushed {
     loop {
         event = match channel.try_send(event) {
@@ -33,7 +32,7 @@ pub fn push<T>(channel: &Sender<T>, state: State, mut event: T) -> Pushed {
             Err(TrySendError::Full(_)) if state == State::Ongoing => return Pushed::Dropped,
             Err(TrySendError::Full(event)) => event,
         };
-        thread::sleep(FULL);
+        thread::sleep(FULL_CHANNEL_RETRY);
     }
 }
 
@@ -42,7 +41,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn news_is_dropped_when_there_is_no_room_and_an_end_waits() {
+    fn an_ongoing_event_is_dropped_when_the_channel_is_full_and_an_end_waits() {
         let (sender, receiver) = crossbeam_channel::bounded(1);
         assert_eq!(push(&sender, State::Ongoing, 1), Pushed::Done);
         assert_eq!(push(&sender, State::Ongoing, 2), Pushed::Dropped);

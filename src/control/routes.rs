@@ -1,11 +1,10 @@
-//! The read-only routes, of the control socket and of the API: what is open, and how the daemon is doing.
+//! The read-only HTTP routes of the control socket and the API: open flows, registry, status and health.
 
 use std::collections::HashSet;
 use std::net::IpAddr;
 use std::sync::{Arc, Weak};
 use std::time::{Duration, Instant};
 
-use arc_swap::ArcSwap;
 use crossbeam_channel::Sender;
 use form_urlencoded as query;
 use ipnet::IpNet;
@@ -13,31 +12,31 @@ use jiff::Timestamp;
 use percent_encoding::percent_decode_str;
 use serde_json::{Map, Value, json};
 
+use crate::context::DaemonContext;
+use crate::dispatcher::flow_table::OpenFlow;
 use crate::dispatcher::{self, Query};
 use crate::flow::{Endpoint, Flow, Protocol, Tag, parse_address};
-use crate::flow_table::OpenFlow;
 use crate::http::{Body, Request, Response, problem};
 use crate::logging;
-use crate::metrics::{Metrics, Sample};
-use crate::public_addresses::Known;
-use crate::registry::{Handle, Registry};
+use crate::metrics::Count;
+use crate::registry::Registry;
 use crate::scitag::{self, Labeller};
 use crate::sys::interfaces;
 
-/// How long the dispatcher may take to answer.
-const PATIENCE: Duration = Duration::from_millis(900);
-/// Listings that may be on their way at once: each holds what it lists.
-const LISTINGS: usize = 8;
-/// Bytes of a part of a listing.
-const PART: usize = 64 << 10;
+/// How long to wait for an answer of the dispatcher.
+const DISPATCHER_TIMEOUT: Duration = Duration::from_millis(900);
+/// Listings in progress at once: each holds a copy of the table of open flows.
+const MAX_LISTINGS: usize = 8;
+/// The smallest part of a listing but the last, in bytes.
+const LISTING_CHUNK_SIZE: usize = 64 << 10;
 
-/// A route, for `GET /`.
+/// Method, path and description of the routes, for `GET /`.
 pub const ROUTES: [(&str, &str, &str); 6] = [
     ("GET", "/", "this list"),
     (
         "GET",
         "/flows",
-        "the open flows; ?experiment= and ?address= select",
+        "the open flows, filtered by ?experiment= and ?address=",
     ),
     ("GET", "/flows/{id}", "one open flow"),
     ("GET", "/registry", "the SciTags registry in use"),
@@ -45,56 +44,28 @@ pub const ROUTES: [(&str, &str, &str); 6] = [
     ("GET", "/healthz", "whether the daemon works"),
 ];
 
-/// What the routes need to know.
-#[derive(Clone)]
-pub struct Sources {
-    /// To the dispatcher.
-    pub queries: Sender<Query>,
-    /// Names of tags.
-    pub registry: Handle,
-    /// Public addresses that were found.
-    pub public: Known,
-    /// Counters.
-    pub metrics: Metrics,
-    /// What a reload may change.
-    pub setup: Arc<ArcSwap<Setup>>,
-    /// When the daemon was started.
-    pub started: Timestamp,
-}
-
-/// What the daemon consists of.
-#[derive(Clone, Default)]
-pub struct Setup {
-    /// Labels of packets, where they are marked with labels.
-    pub labeller: Option<Labeller>,
-    /// Names of the plugins.
-    pub plugins: Vec<&'static str>,
-    /// Names of the enrichers.
-    pub enrichers: Vec<&'static str>,
-    /// Names of the backends.
-    pub backends: Vec<&'static str>,
-}
-
-/// Answers requests.
+/// Answers requests for the [`ROUTES`].
 pub struct Routes {
-    sources: Sources,
-    since: Instant,
+    context: DaemonContext,
+    /// For the uptime, which must not jump with the clock.
+    started: Instant,
+    /// Listings in progress.
     listings: Vec<Weak<Vec<(Flow, OpenFlow)>>>,
 }
 
 impl Routes {
-    /// Nothing is asked yet.
-    pub fn new(sources: Sources) -> Routes {
+    /// The routes of a daemon that starts now.
+    pub fn new(context: DaemonContext) -> Routes {
         Routes {
-            sources,
-            since: Instant::now(),
+            context,
+            started: Instant::now(),
             listings: Vec::new(),
         }
     }
 
     /// The registry in use.
     pub fn registry(&self) -> Arc<Registry> {
-        self.sources.registry.load()
+        self.context.registry.load()
     }
 
     /// The answer to a request for one of the [`ROUTES`]; `None` if the path is not among them.
@@ -102,7 +73,7 @@ impl Routes {
         type Answer = fn(&mut Routes, &Request) -> Response;
         let answer: Answer = match request.path.as_str() {
             "/" => {
-                let list = |(method, path, what): &(&str, &str, &str)| json!({"method": method, "path": path, "description": what});
+                let list = |(method, path, description): &(&str, &str, &str)| json!({"method": method, "path": path, "description": description});
                 let list: Vec<Value> = routes.iter().map(list).collect();
                 return Some(get(request, || {
                     Response::json(200, &json!({ "routes": list }))
@@ -119,7 +90,7 @@ impl Routes {
     }
 
     fn ask<T>(&self, query: impl FnOnce(Sender<T>) -> Query) -> Option<T> {
-        dispatcher::ask(&self.sources.queries, PATIENCE, query)
+        dispatcher::ask(&self.context.queries, DISPATCHER_TIMEOUT, query)
     }
 
     fn health(&self) -> Response {
@@ -165,8 +136,8 @@ impl Routes {
             Err(error) => return problem(400, &error),
         };
         self.listings.retain(|listing| listing.strong_count() > 0);
-        if self.listings.len() >= LISTINGS {
-            return problem(503, "too many listings are on their way, try again");
+        if self.listings.len() >= MAX_LISTINGS {
+            return problem(503, "too many listings in progress, try again later");
         }
         let Some(flows) = self.ask(Query::Flows) else {
             return busy();
@@ -177,7 +148,7 @@ impl Routes {
             describer: self.describer(),
             filter,
             flows,
-            at: 0,
+            position: 0,
             state: ListingState::Begin,
         };
         Response {
@@ -188,25 +159,25 @@ impl Routes {
         }
     }
 
-    /// With the addresses of this host as they are now: a label depends on which end is here.
+    /// With the current addresses of this host: a label depends on which end of the flow is local.
     fn describer(&self) -> Describer {
         let addresses = interfaces::list().map(|(_, addresses)| addresses);
         Describer {
             registry: self.registry(),
-            labeller: self.sources.setup.load().labeller.clone(),
+            labeller: self.context.active.load().labeller.clone(),
             local: addresses.unwrap_or_default(),
             now: Timestamp::now(),
         }
     }
 
     fn status(&self) -> Value {
-        let samples = self.sources.metrics.samples();
-        let of_part = |name: &str, key: &str| {
-            let family = format!("flowd_{key}_events_total");
-            outcomes(&samples, |s| s.name == family && s.label(key) == Some(name))
-        };
-        let parts = |key: &'static str, names: &[&str]| -> Vec<Value> {
-            let part = |name: &&str| json!({"name": name, "events": of_part(name, key)});
+        let samples = self.context.metrics.samples();
+        let counts = |kind, name: &str| counts(self.context.metrics.counts(kind, name));
+        let parts = |kind: &'static str, names: &[&str]| -> Vec<Value> {
+            let part = |name: &&str| {
+                let (events, summary) = counts(kind, name);
+                json!({"name": name, "events": events, "summary": summary})
+            };
             names.iter().map(part).collect()
         };
         let value = |name: &str| samples.iter().find(|s| s.name == name).map(|s| s.value);
@@ -222,44 +193,45 @@ impl Routes {
                 })
             })
             .collect();
-        let complaints: Vec<Value> = logging::complaints()
+        let warnings: Vec<Value> = logging::warnings()
             .iter()
-            .map(|complaint| {
+            .map(|warning| {
                 json!({
-                    "time": format!("{:.3}", complaint.time),
-                    "level": complaint.level.as_str().to_lowercase(),
-                    "message": complaint.message,
+                    "time": format!("{:.3}", warning.time),
+                    "level": warning.level.as_str().to_lowercase(),
+                    "message": warning.message,
                 })
             })
             .collect();
-        let setup = self.sources.setup.load();
+        let [dispatcher, journal, registry] =
+            ["dispatcher", "journal", "registry"].map(|kind| counts(kind, ""));
+        let active = self.context.active.load();
         json!({
             "version": env!("CARGO_PKG_VERSION"),
             "pid": std::process::id(),
-            "started": format!("{:.3}", self.sources.started),
-            "uptime": self.since.elapsed().as_secs(),
+            "started": format!("{:.3}", self.context.started),
+            "uptime": self.started.elapsed().as_secs(),
             "flows-open": value("flowd_flows_open"),
-            "plugins": parts("plugin", &setup.plugins),
-            "backends": parts("backend", &setup.backends),
-            "enrichers": parts("plugin", &setup.enrichers),
-            "dispatcher": outcomes(&samples, |s| s.name == "flowd_dispatcher_events_total"),
-            "journal": outcomes(&samples, |s| s.name == "flowd_journal_writes_total"),
+            "plugins": parts("plugin", &active.plugins),
+            "backends": parts("backend", &active.backends),
+            "enrichers": parts("enricher", &active.enrichers),
+            "dispatcher": {"events": dispatcher.0, "summary": dispatcher.1},
+            "journal": {"events": journal.0, "summary": journal.1},
+            "registry": {"events": registry.0, "summary": registry.1},
             "queues": queues,
             "ongoing-dropped": value("flowd_ongoing_dropped_total"),
-            "complaints": complaints,
+            "warnings": warnings,
         })
     }
 }
 
-/// Outcome to count, of the samples that are wanted.
-fn outcomes(samples: &[Sample], wanted: impl Fn(&Sample) -> bool) -> Map<String, Value> {
-    let wanted = samples.iter().filter(|sample| wanted(sample));
-    wanted
-        .filter_map(|s| Some((s.label("outcome")?.to_owned(), s.value.into())))
-        .collect()
+/// The counts by outcome, and the same as English text.
+fn counts(counts: Vec<Count>) -> (Map<String, Value>, Vec<String>) {
+    let count = |count: Count| ((count.outcome.to_owned(), count.count.into()), count.text);
+    counts.into_iter().map(count).unzip()
 }
 
-/// For what can be read and nothing else.
+/// Answers GET (and HEAD, see [`Request::method`]) only.
 fn get(request: &Request, answer: impl FnOnce() -> Response) -> Response {
     match request.method.as_str() {
         "GET" => answer(),
@@ -267,7 +239,7 @@ fn get(request: &Request, answer: impl FnOnce() -> Response) -> Response {
     }
 }
 
-/// 405, with the methods that are.
+/// 405, with the methods that are allowed: `GET, HEAD`.
 pub fn method_not_allowed(allowed: &str) -> Response {
     let mut response = problem(405, &format!("expected {allowed}"));
     response.headers.push(("Allow", allowed.to_owned()));
@@ -275,10 +247,10 @@ pub fn method_not_allowed(allowed: &str) -> Response {
 }
 
 fn busy() -> Response {
-    problem(503, "the dispatcher does not answer")
+    problem(503, "the dispatcher did not answer in time")
 }
 
-/// Which flows are listed.
+/// Selects the flows of a listing.
 #[derive(Default)]
 struct Filter {
     experiment: Option<u16>,
@@ -329,7 +301,7 @@ impl Filter {
     }
 }
 
-/// Shows flows as JSON.
+/// Describes flows as JSON.
 struct Describer {
     registry: Arc<Registry>,
     labeller: Option<Labeller>,
@@ -365,7 +337,7 @@ impl Describer {
     }
 }
 
-/// What identifies a flow in a path: its 5-tuple by commas.
+/// The id of a flow in a path: its 5-tuple, separated by commas.
 fn id(flow: &Flow) -> String {
     let (source, destination) = (flow.source, flow.destination);
     format!(
@@ -394,12 +366,13 @@ enum ListingState {
     Done,
 }
 
-/// The body of `GET /flows`, part by part.
+/// The body of `GET /flows`, produced in parts.
 struct Listing {
     describer: Describer,
     filter: Filter,
     flows: Arc<Vec<(Flow, OpenFlow)>>,
-    at: usize,
+    /// Index of the next flow.
+    position: usize,
     state: ListingState,
 }
 
@@ -416,8 +389,8 @@ impl Iterator for Listing {
             ListingState::Done => return None,
             _ => {}
         }
-        while let Some((flow, open)) = self.flows.get(self.at) {
-            self.at += 1;
+        while let Some((flow, open)) = self.flows.get(self.position) {
+            self.position += 1;
             if self.filter.admits(flow, open.tag) {
                 part += match std::mem::replace(&mut self.state, ListingState::Later) {
                     ListingState::Later => ",\n",
@@ -425,7 +398,7 @@ impl Iterator for Listing {
                 };
                 part += &self.describer.describe(flow, open).to_string();
             }
-            if part.len() >= PART {
+            if part.len() >= LISTING_CHUNK_SIZE {
                 return Some(part.into_bytes());
             }
         }
@@ -440,7 +413,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn an_id_leads_back_to_its_flow() {
+    fn the_id_of_a_flow_is_parsed_back() {
         for text in [
             "tcp,2001:db8::1,40001,2001:db8::2,443",
             "udp,192.0.2.1,0,192.0.2.2,65535",

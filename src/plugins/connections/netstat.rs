@@ -1,6 +1,6 @@
-//! The netstat plugin: the TCP connections of this host are flows, as `/proc/net/tcp` and
-//! `/proc/net/tcp6` show them. It needs no privileges, and sees what is there when it looks: a
-//! connection shorter than a period may be missed, and an end is as late as the next scan.
+//! The netstat plugin: reports the TCP connections of this host as flows, with `/proc/net/tcp` and `/proc/net/tcp6`. It
+//! needs no privileges, but sees only the connections that are open during a scan: it may miss a connection shorter than
+//! a period, and detects an end only with the next scan.
 
 use std::time::Instant;
 
@@ -10,14 +10,16 @@ use procfs::net::{TcpNetEntry, TcpState};
 use procfs::process::Process;
 use prometheus::Histogram;
 
-use super::{Closed, EventSender, Plugin, now};
+use super::Connection;
+use super::rules;
+use super::tracker::Tracker;
 use crate::config;
-use crate::connections::{Connection, Tracker};
 use crate::error::{Context, Error, Result};
-use crate::flow::{Flow, Origin, Protocol};
-use crate::log_limit::LogLimit;
+use crate::event::Origin;
+use crate::flow::{Flow, Protocol};
+use crate::logging::LogLimit;
 use crate::metrics::{Metrics, Outcomes, outcomes};
-use crate::sys::connection_rules;
+use crate::plugins::{Closed, EventSender, Plugin, now};
 use crate::sys::interfaces::LocalAddresses;
 use crate::sys::stop::Stop;
 use crate::sys::waiter::Waiter;
@@ -26,10 +28,10 @@ const NAME: &str = "netstat";
 
 outcomes! {
     enum Outcome {
-        Started = "started",
-        Ended = "ended",
-        Scanned = "scanned",
-        ScanFailed = "scan_failed",
+        Started = "started": "{connection|connections} started",
+        Ended = "ended": "{connection|connections} ended",
+        Scanned = "scanned": "{scan|scans} done",
+        ScanFailed = "scan_failed": "{scan|scans} failed",
     }
 }
 
@@ -44,9 +46,9 @@ pub struct Netstat {
 }
 
 impl Netstat {
-    /// Looks once, so that an unreadable `/proc` is an error now.
+    /// Scans once, so that an unreadable `/proc` is an error at the start.
     pub fn new(config: &config::Connections, metrics: &Metrics) -> Result<Netstat> {
-        let rules = connection_rules::build(&config.rules)?;
+        let rules = rules::build(&config.rules)?;
         let networks = config.internal_networks.clone();
         connections()?;
         Ok(Netstat {
@@ -61,7 +63,7 @@ impl Netstat {
             local: LocalAddresses::watch().context(|| "addresses of this host".to_owned())?,
             waiter: Waiter::new().context(poll_loop)?,
             counters: metrics.plugin(NAME),
-            scans: metrics.scans(NAME),
+            scans: metrics.scans("plugin netstat"),
         })
     }
 
@@ -72,7 +74,7 @@ impl Netstat {
         self.tracker.begin_scan();
         for connection in &found {
             let local = |address: &_| self.local.contains(address);
-            if let Some(start) = self.tracker.open(connection, time, local) {
+            if let Some(start) = self.tracker.observe_open(connection, time, local) {
                 self.counters.add(Outcome::Started);
                 if events.send(start).is_err() {
                     return Ok(Err(Closed));
@@ -94,14 +96,14 @@ fn poll_loop() -> String {
     "poll loop of the netstat plugin".to_owned()
 }
 
-/// The connections of both families that are established, also those that are half closed.
+/// Lists the connections of both families that are established or half closed.
 fn connections() -> Result<Vec<Connection>> {
-    // Of this process: the unit's /proc has nothing but processes.
+    // /proc/self/net rather than /proc/net: the systemd unit hides everything in /proc but processes.
     let failed = |error| Error::Failed(format!("/proc/self/net: {error}"));
     let process = Process::myself().map_err(failed)?;
     let mut entries = process.tcp().map_err(failed)?;
     match process.tcp6() {
-        // A host without IPv6.
+        // The host has no IPv6.
         Err(procfs::ProcError::NotFound(_)) => {}
         found => entries.extend(found.map_err(failed)?),
     }
@@ -109,7 +111,7 @@ fn connections() -> Result<Vec<Connection>> {
 }
 
 fn connection(entry: &TcpNetEntry) -> Option<Connection> {
-    let open = matches!(
+    let is_open = matches!(
         entry.state,
         TcpState::Established
             | TcpState::FinWait1
@@ -118,13 +120,16 @@ fn connection(entry: &TcpNetEntry) -> Option<Connection> {
             | TcpState::LastAck
             | TcpState::Closing
     );
-    // One without an owner waits for the other end's FIN alone: it is closed here.
-    let orphaned = entry.inode == 0 && entry.state == TcpState::FinWait2;
-    if !open || orphaned {
+    // A socket without an owner only waits for the FIN of the remote end: the local end has closed it.
+    let is_orphaned = entry.inode == 0 && entry.state == TcpState::FinWait2;
+    if !is_open || is_orphaned {
         return None;
     }
-    let end = |address: &std::net::SocketAddr| (address.ip(), address.port());
-    let (local, remote) = (end(&entry.local_address), end(&entry.remote_address));
+    let endpoint = |address: &std::net::SocketAddr| (address.ip(), address.port());
+    let (local, remote) = (
+        endpoint(&entry.local_address),
+        endpoint(&entry.remote_address),
+    );
     Some(Connection {
         flow: Flow::new(Protocol::Tcp, local, remote).ok()?,
         uid: (entry.inode != 0).then_some(entry.uid),
@@ -141,7 +146,7 @@ impl Plugin for Netstat {
 
     fn run(mut self: Box<Self>, events: EventSender, stop: Stop) -> Result<()> {
         self.waiter.watch(&stop).context(poll_loop)?;
-        let mut trouble = LogLimit::new(Level::Error, "netstat: failures");
+        let mut failures = LogLimit::new(Level::Error, "netstat: failures");
         while !stop.is_set() {
             let began = Instant::now();
             match self.scan(&events) {
@@ -149,14 +154,14 @@ impl Plugin for Netstat {
                 Ok(Err(Closed)) => break,
                 Err(error) => {
                     self.counters.add(Outcome::ScanFailed);
-                    trouble.log(began, || format!("netstat: {error}"));
+                    failures.log(began, || format!("netstat: {error}"));
                 }
             }
-            trouble.tick(began);
-            let rest = self.config.period.saturating_sub(began.elapsed());
-            self.waiter.wait(Some(rest)).context(poll_loop)?;
+            failures.tick(began);
+            let timeout = self.config.period.saturating_sub(began.elapsed());
+            self.waiter.wait(Some(timeout)).context(poll_loop)?;
         }
-        trouble.flush();
+        failures.flush();
         Ok(())
     }
 }

@@ -1,36 +1,37 @@
-//! Keeps a repeated message from flooding the log: the first few go out whole, the rest as a count
-//! every few seconds.
+//! Keeps repeated messages from flooding the log: the first few of a period are logged, the rest are only counted.
 
 use std::time::{Duration, Instant};
 
 use log::Level;
 
+/// Messages that are logged within a [`PERIOD`].
 const BURST: u32 = 5;
 const PERIOD: Duration = Duration::from_secs(10);
 
-/// Limits the messages of one kind.
+/// Limits the rate of one kind of message.
 #[derive(Debug)]
 pub struct LogLimit {
     level: Level,
-    what: &'static str,
+    kind: &'static str,
+    /// When the current period started.
     since: Option<Instant>,
     logged: u32,
-    held_back: u64,
+    suppressed: u64,
 }
 
 impl LogLimit {
-    /// `what` names the messages in the count: `named pipe: rejected lines`.
-    pub fn new(level: Level, what: &'static str) -> LogLimit {
+    /// `kind` names the messages where they are only counted: `named pipe: rejected lines`.
+    pub fn new(level: Level, kind: &'static str) -> LogLimit {
         LogLimit {
             level,
-            what,
+            kind,
             since: None,
             logged: 0,
-            held_back: 0,
+            suppressed: 0,
         }
     }
 
-    /// Logs the message, or counts it when enough of its kind went out lately.
+    /// Logs the message, or counts it if the limit of the current period is reached.
     pub fn log(&mut self, now: Instant, message: impl FnOnce() -> String) {
         if self.admits(now) {
             log::log!(self.level, "{}", message());
@@ -44,12 +45,12 @@ impl LogLimit {
         if admitted {
             self.logged += 1;
         } else {
-            self.held_back += 1;
+            self.suppressed += 1;
         }
         admitted
     }
 
-    /// Reports what was held back once the period is over; to be called about once a second.
+    /// Logs how many messages were suppressed, once the period is over. Call about once a second.
     pub fn tick(&mut self, now: Instant) {
         if self
             .since
@@ -59,25 +60,25 @@ impl LogLimit {
         }
     }
 
-    /// Reports what was held back, now.
+    /// Logs now how many messages were suppressed.
     pub fn flush(&mut self) {
-        if self.held_back > 0 {
-            let (what, more) = (self.what, self.held_back);
+        if self.suppressed > 0 {
+            let (kind, more) = (self.kind, self.suppressed);
             let seconds = PERIOD.as_secs();
-            log::log!(self.level, "{what}: {more} more within {seconds} s");
+            log::log!(self.level, "{kind}: {more} more within {seconds} s");
         }
         self.since = None;
         self.logged = 0;
-        self.held_back = 0;
+        self.suppressed = 0;
     }
 }
 
-/// A piece of foreign input as it may stand in a log line: escaped, cut, quoted.
+/// Quotes untrusted input for a log line: escaped, and cut to 100 bytes.
 pub fn quote(input: &[u8]) -> String {
-    const MOST: usize = 100;
-    let shown = &input[..input.len().min(MOST)];
+    const MAX_QUOTED_BYTES: usize = 100;
+    let shown = &input[..input.len().min(MAX_QUOTED_BYTES)];
     let shown = String::from_utf8_lossy(shown);
-    let dots = if input.len() > MOST { "…" } else { "" };
+    let dots = if input.len() > MAX_QUOTED_BYTES { "…" } else { "" };
     format!("\"{}{dots}\"", shown.escape_debug())
 }
 
@@ -86,13 +87,13 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_first_few_of_a_period_are_logged_whole() {
+    fn the_first_messages_of_a_period_are_logged_and_the_rest_counted() {
         let mut limit = LogLimit::new(Level::Warn, "test");
         let start = Instant::now();
         let admitted = (0..1000).filter(|_| limit.admits(start)).count();
-        assert_eq!((admitted, limit.held_back), (BURST as usize, 995));
+        assert_eq!((admitted, limit.suppressed), (BURST as usize, 995));
         assert!(limit.admits(start + PERIOD));
-        assert_eq!(limit.held_back, 0);
+        assert_eq!(limit.suppressed, 0);
     }
 
     #[test]

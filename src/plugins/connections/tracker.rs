@@ -1,206 +1,160 @@
-//! From the connections of this host to flow events: which connections are flows, with which tag, and
-//! which have come and gone since they were last looked at. No I/O, no clock.
+//! Turns the connections of this host into flow events: decides which connections are flows and which tag they get, and
+//! detects which have opened and closed since the last scan. No I/O, no clock.
 
+use std::collections::HashMap;
 use std::collections::hash_map::Entry;
-use std::collections::{HashMap, HashSet};
 use std::net::IpAddr;
-use std::ops::RangeInclusive;
-use std::sync::Arc;
 use std::time::Duration;
 
 use ipnet::IpNet;
 use jiff::{SignedDuration, Timestamp};
 
-use crate::flow::{Flow, FlowEvent, Origin, State, Tag, Usage};
-use crate::recent::Recent;
-use crate::socket::Socket;
-use crate::special_networks::is_public;
+use super::Connection;
+use super::rules::Rule;
+use crate::event::{FlowEvent, Origin, State};
+use crate::flow::recent::RecentFlows;
+use crate::flow::special_networks::is_public;
+use crate::flow::{Flow, Tag};
 
-/// A TCP connection as the kernel shows it; its source is the local end.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Connection {
-    /// From here to there.
-    pub flow: Flow,
-    /// The user who owns the socket, if it still has an owner.
-    pub uid: Option<u32>,
-    /// Id of the cgroup of the socket, where the kernel says it.
-    pub cgroup: Option<u64>,
-    /// Payload bytes so far, where the kernel says it.
-    pub usage: Option<Usage>,
-    /// What else the kernel says.
-    pub socket: Option<Arc<Socket>>,
-}
+/// How long to remember a connection that a scan has ended: its owner may keep the socket open, and the late notification
+/// must not end the connection again. Limited to [`MAX_ENDED`] connections.
+const ENDED_TTL: Duration = Duration::from_secs(600);
+const MAX_ENDED: usize = 1 << 14;
 
-/// Which connections get a tag; what is empty or absent admits all.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Rule {
-    /// Networks of the remote end.
-    pub remote_networks: Vec<IpNet>,
-    /// Ports of the local end.
-    pub local_ports: Vec<RangeInclusive<u16>>,
-    /// Ports of the remote end.
-    pub remote_ports: Vec<RangeInclusive<u16>>,
-    /// Owner of the socket.
-    pub uid: Option<u32>,
-    /// Ids of the cgroup and of those below it.
-    pub cgroups: Option<HashSet<u64>>,
-    /// What they get.
-    pub tag: Tag,
-}
-
-impl Rule {
-    fn admits(&self, connection: &Connection) -> bool {
-        let (local, remote) = (connection.flow.source, connection.flow.destination);
-        let port = |ranges: &[RangeInclusive<u16>], port| {
-            ranges.is_empty() || ranges.iter().any(|range| range.contains(&port))
-        };
-        let networks = &self.remote_networks;
-        (networks.is_empty() || networks.iter().any(|net| net.contains(&remote.address)))
-            && port(&self.local_ports, local.port)
-            && port(&self.remote_ports, remote.port)
-            && self.uid.is_none_or(|uid| connection.uid == Some(uid))
-            && self.cgroups.as_ref().is_none_or(|ids| {
-                connection
-                    .cgroup
-                    .is_some_and(|cgroup| ids.contains(&cgroup))
-            })
-    }
-}
-
-/// How long a connection that was ended without word of its socket, which its owner may keep, is known for the
-/// sake of that word, unless so many others end.
-const ENDED_MEMORY: Duration = Duration::from_secs(600);
-const ENDED_MOST: usize = 1 << 14;
-
-/// What is known of a connection.
-struct Known {
-    /// Whether a start was sent.
+/// The state of a connection.
+struct Tracked {
+    /// Whether its start was sent.
     announced: bool,
     /// The number of the last scan that showed it.
-    scan: u64,
-    /// When a scan first did not.
-    missing: Option<Timestamp>,
+    last_scan: u64,
+    /// The time of the first scan that no longer showed it.
+    missing_since: Option<Timestamp>,
 }
 
-/// Keeps the connections of one host apart: new, open, gone.
+/// Tracks the open connections of this host.
 pub struct Tracker {
     origin: Origin,
-    /// The first that admits a connection gives it its tag.
+    /// The first rule that matches a connection gives it its tag.
     pub rules: Vec<Rule>,
     internal: Vec<IpNet>,
     announce_existing: bool,
-    /// How long word of a socket that has gone may take to come.
-    patience: SignedDuration,
-    known: HashMap<Flow, Known>,
-    ended: Recent<()>,
+    /// How long to wait for the notification of a connection that a scan no longer shows.
+    notification_grace: SignedDuration,
+    tracked: HashMap<Flow, Tracked>,
+    /// Connections that were ended without a notification.
+    ended: RecentFlows<()>,
+    /// The number of scans so far.
     scans: u64,
 }
 
 impl Tracker {
-    /// Connections to `internal` networks are no flows, nor are those to addresses that are nobody's on
-    /// the Internet. Those that the first scan shows are announced only if `announce_existing`. What a
-    /// scan does not show has ended, if [`Tracker::closed`] is not told of it within `patience`, which is
-    /// zero if it never is.
+    /// Connections to `internal` networks and to special-purpose addresses are not flows. Connections that the first
+    /// scan shows are announced only if `announce_existing`. A connection that the scans no longer show is ended after
+    /// `notification_grace`, unless [`Tracker::observe_closed`] has ended it before; without notifications the grace is
+    /// zero.
     pub fn new(
         origin: Origin,
         rules: Vec<Rule>,
         internal: Vec<IpNet>,
         announce_existing: bool,
-        patience: SignedDuration,
+        notification_grace: SignedDuration,
     ) -> Tracker {
         Tracker {
             origin,
             rules,
             internal,
             announce_existing,
-            patience,
-            known: HashMap::new(),
-            ended: Recent::new(ENDED_MEMORY, ENDED_MOST),
+            notification_grace,
+            tracked: HashMap::new(),
+            ended: RecentFlows::new(ENDED_TTL, MAX_ENDED),
             scans: 0,
         }
     }
 
-    /// A connection whose start was sent before, by another.
+    /// Tracks a connection whose start was sent before, by a predecessor.
     pub fn resume(&mut self, flow: Flow) {
-        let known = Known {
+        let tracked = Tracked {
             announced: true,
-            scan: self.scans,
-            missing: None,
+            last_scan: self.scans,
+            missing_since: None,
         };
-        self.known.insert(flow, known);
+        self.tracked.insert(flow, tracked);
     }
 
-    /// A scan begins: to be followed by [`Tracker::open`] for each connection, and
-    /// [`Tracker::end_scan`].
+    /// Begins a scan. Call [`Tracker::observe_open`] for each connection next, then [`Tracker::end_scan`].
     pub fn begin_scan(&mut self) {
         self.scans += 1;
     }
 
-    /// A connection that is open; its start, if it is new. `is_local` knows the addresses of this host.
-    pub fn open(
+    /// Records an open connection. Returns its start if it is new. `is_local` recognizes the addresses of this host.
+    pub fn observe_open(
         &mut self,
         connection: &Connection,
         now: Timestamp,
         is_local: impl Fn(&IpAddr) -> bool,
     ) -> Option<FlowEvent> {
         let scan = self.scans;
-        if let Some(known) = self.known.get_mut(&connection.flow) {
-            known.scan = scan;
-            known.missing = None;
+        if let Some(tracked) = self.tracked.get_mut(&connection.flow) {
+            tracked.last_scan = scan;
+            tracked.missing_since = None;
             return None;
         }
         self.ended.remove(&connection.flow);
         let tag = self.tag(connection, is_local)?;
         let announced = self.announce_existing || scan > 1;
-        let known = Known {
+        let tracked = Tracked {
             announced,
-            scan,
-            missing: None,
+            last_scan: scan,
+            missing_since: None,
         };
-        self.known.insert(connection.flow, known);
+        self.tracked.insert(connection.flow, tracked);
         announced.then(|| self.event(State::Start, connection, tag, now))
     }
 
-    /// The ends of what was not shown and not told of.
+    /// Ends a scan. Returns the ends of the connections whose grace period is over.
     pub fn end_scan(&mut self, now: Timestamp) -> Vec<FlowEvent> {
-        let (scan, patience, origin) = (self.scans, self.patience, self.origin);
-        let gone = self.known.extract_if(|_, known| {
-            // The clock may have been set.
-            known.scan != scan
-                && now.duration_since(*known.missing.get_or_insert(now)).abs() >= patience
+        let (scan, grace, origin) = (self.scans, self.notification_grace, self.origin);
+        let gone = self.tracked.extract_if(|_, tracked| {
+            // `abs`: the clock may have been set back.
+            tracked.last_scan != scan
+                && now
+                    .duration_since(*tracked.missing_since.get_or_insert(now))
+                    .abs()
+                    >= grace
         });
         let mut ends = Vec::new();
-        for (flow, known) in gone {
-            if !patience.is_zero() {
+        for (flow, tracked) in gone {
+            if !grace.is_zero() {
                 self.ended.insert(flow, ());
             }
-            if known.announced {
+            if tracked.announced {
                 ends.push(FlowEvent::new(
                     State::End,
                     flow,
-                    known.missing.unwrap_or(now),
+                    tracked.missing_since.unwrap_or(now),
                     origin,
                 ));
             }
         }
-        self.ended.tend(now);
+        self.ended.expire_old(now);
         ends
     }
 
-    /// Whether it is one of those that are followed.
-    pub fn knows(&self, flow: &Flow) -> bool {
-        self.known.contains_key(flow)
+    /// Whether this connection is tracked.
+    pub fn is_tracked(&self, flow: &Flow) -> bool {
+        self.tracked.contains_key(flow)
     }
 
-    /// Whether a scan has missed connections that it may yet have to end.
-    pub fn misses_some(&self) -> bool {
-        self.known.values().any(|known| known.missing.is_some())
+    /// Whether the last scan no longer showed some connections that are still in their grace period.
+    pub fn has_missing(&self) -> bool {
+        self.tracked
+            .values()
+            .any(|tracked| tracked.missing_since.is_some())
     }
 
-    /// A connection that was closed at `now`: its end, if it was not ended before, and before that its
-    /// start if no scan has shown it. Of those that no scan has shown, one that was never established is not
-    /// to be told.
-    pub fn closed(
+    /// Records that a connection was closed at `now`. Returns its end unless it was ended before, and first its start if
+    /// no scan has shown it. Do not call this for a connection that no scan has shown and that was never established.
+    pub fn observe_closed(
         &mut self,
         connection: &Connection,
         now: Timestamp,
@@ -210,9 +164,9 @@ impl Tracker {
             tag: None,
             ..tracker.event(State::End, connection, Tag::default(), now)
         };
-        if let Entry::Occupied(entry) = self.known.entry(connection.flow) {
-            let known = entry.remove();
-            return match known.announced {
+        if let Entry::Occupied(entry) = self.tracked.entry(connection.flow) {
+            let tracked = entry.remove();
+            return match tracked.announced {
                 true => vec![end(self)],
                 false => Vec::new(),
             };
@@ -220,9 +174,9 @@ impl Tracker {
         if self.ended.remove(&connection.flow).is_some() {
             return Vec::new();
         }
-        // Before the first scan every connection is one that was there before.
-        let short = (self.scans > 0).then(|| self.tag(connection, is_local));
-        match short.flatten() {
+        // Before the first scan, every connection counts as an existing one.
+        let tag = (self.scans > 0).then(|| self.tag(connection, is_local));
+        match tag.flatten() {
             Some(tag) => {
                 vec![self.event(State::Start, connection, tag, now), end(self)]
             }
@@ -244,11 +198,11 @@ impl Tracker {
 
     fn tag(&self, connection: &Connection, is_local: impl Fn(&IpAddr) -> bool) -> Option<Tag> {
         let remote = connection.flow.destination.address;
-        let internal = self.internal.iter().any(|net| net.contains(&remote));
-        if internal || !is_public(remote) || is_local(&remote) {
+        let is_internal = self.internal.iter().any(|net| net.contains(&remote));
+        if is_internal || !is_public(remote) || is_local(&remote) {
             return None;
         }
-        let rule = self.rules.iter().find(|rule| rule.admits(connection))?;
+        let rule = self.rules.iter().find(|rule| rule.matches(connection))?;
         Some(rule.tag)
     }
 }
@@ -256,7 +210,7 @@ impl Tracker {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::flow::Protocol;
+    use crate::flow::{Protocol, Usage};
 
     const TAG: Tag = Tag {
         experiment: 2,
@@ -289,13 +243,13 @@ mod tests {
             ..Rule::default()
         }];
         let internal = vec!["2a01::/16".parse().unwrap()];
-        let patience = SignedDuration::ZERO;
+        let grace = SignedDuration::ZERO;
         Tracker::new(
             Origin::Netlink,
             rules,
             internal,
             announce_existing,
-            patience,
+            grace,
         )
     }
 
@@ -305,7 +259,7 @@ mod tests {
 
     fn scan(tracker: &mut Tracker, second: i64, connections: &[Connection]) -> Vec<(State, u16)> {
         tracker.begin_scan();
-        let opened = |c| tracker.open(c, at(second), |_| false);
+        let opened = |c| tracker.observe_open(c, at(second), |_| false);
         let mut events: Vec<FlowEvent> = connections.iter().filter_map(opened).collect();
         events.extend(tracker.end_scan(at(second)));
         events
@@ -315,7 +269,7 @@ mod tests {
     }
 
     #[test]
-    fn starts_and_ends_between_scans() {
+    fn scans_find_starts_and_ends() {
         let mut tracker = tracker(false);
         let [a, b, c] = [1, 2, 3].map(|port| connection("2a02::1", port));
         assert_eq!(scan(&mut tracker, 0, std::slice::from_ref(&a)), []);
@@ -324,10 +278,10 @@ mod tests {
             [(State::Start, 2)]
         );
         assert_eq!(scan(&mut tracker, 4, &[b.clone(), c]), [(State::Start, 3)]);
-        // The first was there before: its end is nobody's business.
+        // The first connection was not announced, so its end is not reported.
         assert_eq!(scan(&mut tracker, 6, &[b]), [(State::End, 3)]);
         assert_eq!(scan(&mut tracker, 8, &[]), [(State::End, 2)]);
-        assert!(tracker.known.is_empty());
+        assert!(tracker.tracked.is_empty());
     }
 
     #[test]
@@ -337,19 +291,19 @@ mod tests {
     }
 
     #[test]
-    fn a_notification_ends_exactly_and_tells_of_short_ones() {
+    fn a_notification_gives_the_exact_end_and_reports_short_connections() {
         let mut tracker = tracker(false);
         let [a, b] = [1, 2].map(|port| connection("2a02::1", port));
-        assert_eq!(tracker.closed(&a, at(0), |_| false), []);
+        assert_eq!(tracker.observe_closed(&a, at(0), |_| false), []);
         scan(&mut tracker, 0, &[]);
         scan(&mut tracker, 2, std::slice::from_ref(&a));
-        let end = tracker.closed(&a, at(3), |_| false).remove(0);
+        let end = tracker.observe_closed(&a, at(3), |_| false).remove(0);
         assert_eq!(
             (end.state, end.time, end.usage),
             (State::End, at(3), a.usage)
         );
         assert_eq!(scan(&mut tracker, 4, &[]), []);
-        let both = tracker.closed(&b, at(5), |_| false);
+        let both = tracker.observe_closed(&b, at(5), |_| false);
         assert_eq!(
             both.iter().map(|e| e.state).collect::<Vec<_>>(),
             [State::Start, State::End]
@@ -358,41 +312,41 @@ mod tests {
     }
 
     #[test]
-    fn what_was_ended_without_word_of_its_socket_is_not_ended_again_with_it() {
+    fn a_late_notification_does_not_end_a_connection_again() {
         let mut tracker = tracker(false);
-        tracker.patience = SignedDuration::from_secs(1);
+        tracker.notification_grace = SignedDuration::from_secs(1);
         let [a, b, c] = [1, 2, 3].map(|port| connection("2a02::1", port));
         scan(&mut tracker, 0, std::slice::from_ref(&c));
         let all = [a.clone(), b.clone(), c.clone()];
         assert_eq!(scan(&mut tracker, 2, &all).len(), 2);
-        assert!(!tracker.misses_some());
+        assert!(!tracker.has_missing());
         assert_eq!(scan(&mut tracker, 4, &[]), []);
-        assert!(tracker.misses_some());
-        // Word that is late, as it is from a busy kernel, has the counts all the same.
-        let end = tracker.closed(&a, at(4), |_| false);
+        assert!(tracker.has_missing());
+        // A notification within the grace period, as from a busy kernel, still delivers the counts.
+        let end = tracker.observe_closed(&a, at(4), |_| false);
         assert_eq!((end.len(), end[0].usage), (1, a.usage));
         tracker.begin_scan();
         let end = tracker.end_scan(at(5));
         assert_eq!((end.len(), end[0].time), (1, at(4)));
-        assert!(!tracker.misses_some());
-        // The socket of a connection that was reset goes when its owner closes it.
+        assert!(!tracker.has_missing());
+        // The socket of a reset connection is destroyed only when its owner closes it.
         for late in [&b, &c] {
-            assert_eq!(tracker.closed(late, at(60), |_| false), []);
+            assert_eq!(tracker.observe_closed(late, at(60), |_| false), []);
         }
-        assert!(tracker.known.is_empty());
+        assert!(tracker.tracked.is_empty());
     }
 
     #[test]
-    fn the_same_ends_may_be_connected_anew_before_the_word_of_the_old_socket() {
+    fn the_same_5_tuple_may_be_reused_before_the_notification_of_the_old_socket() {
         let mut tracker = tracker(false);
-        tracker.patience = SignedDuration::from_secs(1);
+        tracker.notification_grace = SignedDuration::from_secs(1);
         let a = connection("2a02::1", 1);
         scan(&mut tracker, 0, &[]);
         scan(&mut tracker, 2, std::slice::from_ref(&a));
         scan(&mut tracker, 4, &[]);
         assert_eq!(scan(&mut tracker, 6, &[]), [(State::End, 1)]);
         assert_eq!(scan(&mut tracker, 8, &[a]), [(State::Start, 1)]);
-        assert_eq!(tracker.known.len(), 1);
+        assert_eq!(tracker.tracked.len(), 1);
     }
 
     #[test]
@@ -406,15 +360,15 @@ mod tests {
             ("10.0.0.1", false),
             ("8.8.8.8", true),
         ] {
-            let event = tracker.open(&connection(remote, 1), at(0), |_| false);
+            let event = tracker.observe_open(&connection(remote, 1), at(0), |_| false);
             assert_eq!(event.is_some(), expected, "{remote}");
         }
-        let own = tracker.open(&connection("2a02::2", 1), at(0), |_| true);
+        let own = tracker.observe_open(&connection("2a02::2", 1), at(0), |_| true);
         assert_eq!(own, None);
     }
 
     #[test]
-    fn the_first_rule_that_admits_gives_the_tag() {
+    fn the_first_rule_that_matches_gives_the_tag() {
         let other = |activity| Tag {
             experiment: 3,
             activity,
@@ -462,7 +416,7 @@ mod tests {
             ("2a03::1", 50, Some(2)),
             ("2a03::1", 51, Some(5)),
         ] {
-            let event = tracker.open(&connection(remote, port), at(0), |_| false);
+            let event = tracker.observe_open(&connection(remote, port), at(0), |_| false);
             assert_eq!(
                 event.and_then(|e| e.tag),
                 activity.map(other),
@@ -471,8 +425,8 @@ mod tests {
         }
         let mut foreign = connection("2a03::1", 52);
         foreign.uid = Some(0);
-        assert_eq!(tracker.open(&foreign, at(0), |_| false), None);
+        assert_eq!(tracker.observe_open(&foreign, at(0), |_| false), None);
         foreign.uid = None;
-        assert_eq!(tracker.open(&foreign, at(0), |_| false), None);
+        assert_eq!(tracker.observe_open(&foreign, at(0), |_| false), None);
     }
 }

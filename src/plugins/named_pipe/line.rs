@@ -1,4 +1,4 @@
-//! The line of the named pipe:
+//! The format of a line in the named pipe:
 //! `state protocol src_ip src_port dst_ip dst_port experiment activity`. No I/O.
 
 use std::fmt;
@@ -6,12 +6,13 @@ use std::net::IpAddr;
 
 use jiff::Timestamp;
 
-use crate::flow::{Flow, FlowError, FlowEvent, Origin, Protocol, State, Tag, parse_address};
-use crate::log_limit::quote;
+use crate::event::{FlowEvent, Origin, State};
+use crate::flow::{Flow, FlowError, Protocol, Tag, parse_address};
+use crate::logging::quote;
 use crate::metrics::outcomes;
 use crate::registry::Registry;
 
-/// The fields in their order, as an error names them.
+/// The names of the fields in errors, in the order of the line.
 const FIELDS: [&str; 8] = [
     "state",
     "protocol",
@@ -24,37 +25,37 @@ const FIELDS: [&str; 8] = [
 ];
 
 outcomes! {
-    /// What becomes of a line: accepted, or the reason of its rejection.
+    /// The outcome of a line: accepted, or the reason for its rejection.
     pub enum LineOutcome {
-        /// A flow event.
-        Accepted = "accepted",
-        /// Not UTF-8, or control characters in it.
-        NotText = "not_text",
-        /// Longer than the buffer's limit.
-        TooLong = "too_long",
+        /// The line is a flow event.
+        Accepted = "accepted": "accepted: {line|lines}",
+        /// Not UTF-8, or with control characters.
+        NotText = "rejected_encoding": "rejected: {line|lines} that {is|are} not UTF-8 text",
+        /// Longer than [`MAX_LINE_LENGTH`](super::line_buffer::MAX_LINE_LENGTH).
+        TooLong = "rejected_length": "rejected: {line|lines} over the length limit",
         /// Not eight fields.
-        Fields = "fields",
+        Fields = "rejected_fields": "rejected: {line|lines} with the wrong number of fields",
         /// Neither start nor end.
-        State = "state",
+        State = "rejected_state": "rejected: {line|lines} with an unknown state",
         /// Neither tcp nor udp.
-        Protocol = "protocol",
-        /// No address, or one that is no flow's end.
-        Address = "address",
-        /// No port of 1 to 65535.
-        Port = "port",
-        /// One end is IPv4, the other IPv6.
-        Family = "family",
-        /// Neither an id nor a name of the registry.
-        Experiment = "experiment",
+        Protocol = "rejected_protocol": "rejected: {line|lines} with an unknown protocol",
+        /// Not an IP address, or the unspecified address.
+        Address = "rejected_address": "rejected: {line|lines} with an invalid address",
+        /// Not a port of 1 to 65535.
+        Port = "rejected_port": "rejected: {line|lines} with an invalid port",
+        /// One address is IPv4, the other IPv6.
+        Family = "rejected_family": "rejected: {line|lines} with one IPv4 and one IPv6 address",
+        /// Neither an id nor a name in the registry.
+        Experiment = "rejected_experiment": "rejected: {line|lines} with an unknown experiment",
         /// Neither an id nor a name of the experiment's activities.
-        Activity = "activity",
+        Activity = "rejected_activity": "rejected: {line|lines} with an unknown activity",
     }
 }
 
-/// Why a line was rejected; its `Display` says what was found and what was expected.
+/// Why a line was rejected. The `Display` output says what was found and what was expected.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct LineError {
-    /// The reason, for the counters.
+    /// The reason, as it is counted.
     pub reason: LineOutcome,
     detail: String,
 }
@@ -79,9 +80,9 @@ impl LineError {
     }
 }
 
-/// Reads one line without its newline. A blank line is `None`.
+/// Parses one line without its newline. A blank line is `None`.
 ///
-/// An `end` is matched on the 5-tuple alone, so its experiment and activity may be anything.
+/// The experiment and activity of an `end` may be anything, because an `end` is matched by its 5-tuple alone.
 pub fn parse(
     line: &[u8],
     registry: &Registry,
@@ -100,7 +101,8 @@ pub fn parse(
         return Ok(None);
     }
     if count != FIELDS.len() {
-        let detail = format!("{count} fields, expected 8: {}", FIELDS.join(", "));
+        let fields = if count == 1 { "field" } else { "fields" };
+        let detail = format!("{count} {fields}, expected 8: {}", FIELDS.join(", "));
         return Err(LineError::new(LineOutcome::Fields, detail));
     }
     let state = match State::from_word(fields[0]) {
@@ -139,9 +141,9 @@ pub fn parse(
 fn text(line: &[u8]) -> Result<&str, LineError> {
     let reject = |detail: &str| LineError::new(LineOutcome::NotText, detail.to_owned());
     let text = std::str::from_utf8(line).map_err(|_| reject("not UTF-8, expected plain text"))?;
-    let control = |b: u8| b.is_ascii_control() && !b.is_ascii_whitespace();
-    if text.bytes().any(control) {
-        return Err(reject("control characters in it, expected plain text"));
+    let is_control = |b: u8| b.is_ascii_control() && !b.is_ascii_whitespace();
+    if text.bytes().any(is_control) {
+        return Err(reject("contains control characters, expected plain text"));
     }
     Ok(text)
 }
@@ -173,7 +175,7 @@ fn port(fields: &[&str; 8], index: usize) -> Result<u16, LineError> {
 
 fn tag(fields: &[&str; 8], registry: &Registry) -> Result<Tag, LineError> {
     let expected =
-        |what| format!("{what} id of 0 to 65535 or a name of the registry (flowd-rs registry)");
+        |kind| format!("{kind} id of 0 to 65535 or a name of the registry (flowd-rs registry)");
     let experiment = number(fields[6])
         .or_else(|| registry.experiment_id(fields[6]))
         .ok_or_else(|| {
@@ -200,7 +202,7 @@ fn tag(fields: &[&str; 8], registry: &Registry) -> Result<Tag, LineError> {
     })
 }
 
-/// Decimal digits only: `u16::from_str` would also take a sign.
+/// Decimal digits only: `u16::from_str` would also accept a sign.
 fn number(field: &str) -> Option<u16> {
     field
         .bytes()
@@ -244,7 +246,7 @@ mod tests {
     }
 
     #[test]
-    fn what_real_writers_send() {
+    fn the_forms_that_real_writers_send() {
         let plain = event("start tcp 2001:db8::1 1 2001:db8::2 2 3 3");
         for line in [
             "START\tTCP  2001:DB8::1 1 2001:db8:0::2 2 3 3\r",
@@ -272,13 +274,13 @@ mod tests {
     }
 
     #[test]
-    fn an_end_is_taken_whatever_its_tag_says() {
+    fn an_end_is_accepted_with_any_tag() {
         let event = event("end tcp 192.0.2.1 1 192.0.2.2 2 nonsense 99999");
         assert_eq!((event.state, event.tag), (State::End, None));
     }
 
     #[test]
-    fn each_reason_of_rejection() {
+    fn each_reason_for_rejection() {
         for (line, expected) in [
             ("strat tcp 192.0.2.1 1 192.0.2.2 2 1 2", LineOutcome::State),
             (
@@ -350,12 +352,16 @@ mod tests {
     }
 
     #[test]
-    fn an_error_says_what_where_and_what_was_expected() {
+    fn an_error_names_the_field_its_value_and_what_was_expected() {
         let error = read("start tcp 192.0.2.1 99999 192.0.2.2 2 1 2").unwrap_err();
         assert_eq!(
             error.to_string(),
             "field 4 (source port) is \"99999\", expected a port of 1 to 65535"
         );
+        for (line, count) in [("start", "1 field, "), ("start tcp", "2 fields, ")] {
+            let error = read(line).unwrap_err().to_string();
+            assert!(error.starts_with(count), "{error}");
+        }
     }
 
     fn line_of(event: &FlowEvent, tag: Tag) -> String {
@@ -375,7 +381,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn any_bytes_make_no_panic_and_what_is_accepted_reads_the_same_again(
+        fn any_bytes_cause_no_panic_and_an_accepted_line_reads_the_same_again(
             line in proptest::collection::vec(any::<u8>(), 0..200)
         ) {
             let registry = Registry::builtin();

@@ -1,4 +1,4 @@
-//! The formats in which Prometheus reads metrics: its text format 0.0.4 and OpenMetrics 1.0. No I/O.
+//! The exposition formats: Prometheus' text format 0.0.4 and OpenMetrics 1.0. No I/O.
 
 use std::fmt::Write as _;
 
@@ -14,17 +14,17 @@ pub enum Format {
 }
 
 impl Format {
-    /// The one that a client likes best, by its `Accept` header (RFC 9110, section 12.5.1).
+    /// The format that a client prefers by its `Accept` header (RFC 9110, section 12.5.1).
     pub fn negotiate(accept: &str) -> Format {
         let quality = |wanted: &[&str]| {
-            let of = |range: &str| {
+            let quality_of = |range: &str| {
                 let mut parts = range.split(';').map(str::trim);
                 let name = parts.next().unwrap_or_default();
-                let given = parts.find_map(|p| p.strip_prefix("q="));
-                let known = wanted.iter().any(|w| w.eq_ignore_ascii_case(name));
-                known.then(|| given.map_or(1.0, |q| q.parse::<f32>().unwrap_or(0.0)))
+                let weight = parts.find_map(|p| p.strip_prefix("q="));
+                let matches = wanted.iter().any(|w| w.eq_ignore_ascii_case(name));
+                matches.then(|| weight.map_or(1.0, |q| q.parse::<f32>().unwrap_or(0.0)))
             };
-            accept.split(',').filter_map(of).fold(0.0, f32::max)
+            accept.split(',').filter_map(quality_of).fold(0.0, f32::max)
         };
         let open_metrics = quality(&["application/openmetrics-text"]);
         match open_metrics > 0.0 && open_metrics >= quality(&["text/plain", "text/*"]) {
@@ -45,21 +45,21 @@ impl Format {
 /// The type of a family.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Kind {
-    /// Only grows; its name ends in `_total`.
+    /// Never decreases; its name ends in `_total`.
     Counter,
-    /// A counter whose name without `_total` is another family's, which OpenMetrics does not allow.
+    /// A counter whose name without `_total` is that of another family, which OpenMetrics does not allow.
     Unknown,
-    /// Goes up and down.
+    /// May increase and decrease.
     Gauge,
-    /// Always 1, with labels that say something; its name ends in `_info`.
+    /// Always 1, with the information in its labels; its name ends in `_info`.
     Info,
-    /// Sum and count of what was observed; names end in `_sum` and `_count`.
+    /// Sum and count of observations; names end in `_sum` and `_count`.
     Summary,
-    /// The same, and how many were up to each bound.
+    /// The same, and the number of observations up to each bound.
     Histogram,
 }
 
-/// The lines before the samples of a family.
+/// Appends the `HELP` and `TYPE` lines of a family.
 pub fn put_family(out: &mut String, format: Format, name: &str, kind: Kind, help: &str) {
     let (name, kind) = match (format, kind) {
         (Format::Text, Kind::Info) => (name, "gauge"),
@@ -77,7 +77,7 @@ pub fn put_family(out: &mut String, format: Format, name: &str, kind: Kind, help
     let _ = writeln!(out, "\n# TYPE {name} {kind}");
 }
 
-/// One sample; `labels` is what [`put_label`] made, with commas between.
+/// Appends a sample; `labels` is built by [`put_label`].
 pub fn put_sample(out: &mut String, name: &str, labels: &str, value: f64) {
     out.push_str(name);
     if !labels.is_empty() {
@@ -101,14 +101,14 @@ pub fn put_label(labels: &mut String, name: &str, value: &str) {
     labels.push('"');
 }
 
-/// What ends a page.
+/// Appends the end of a page.
 pub fn put_end(out: &mut String, format: Format) {
     if format == Format::OpenMetrics {
         out.push_str("# EOF\n");
     }
 }
 
-/// A family of the `prometheus` crate.
+/// Appends a family of the `prometheus` crate.
 pub fn put_gathered(out: &mut String, format: Format, family: &MetricFamily) {
     let name = family.name();
     let kind = match family.get_field_type() {
@@ -149,9 +149,9 @@ pub fn put_gathered(out: &mut String, format: Format, family: &MetricFamily) {
 }
 
 fn put_number(out: &mut String, value: f64) {
-    // Up to here an f64 tells whole numbers apart.
-    const WHOLE: f64 = 9_007_199_254_740_992.0;
-    if value.fract() == 0.0 && value.abs() <= WHOLE {
+    // 2^53: an f64 holds every integer up to it exactly.
+    const MAX_EXACT_INT: f64 = 9_007_199_254_740_992.0;
+    if value.fract() == 0.0 && value.abs() <= MAX_EXACT_INT {
         out.push_str(itoa::Buffer::new().format(value as i64));
     } else {
         let _ = write!(out, "{value}");
@@ -179,7 +179,7 @@ mod tests {
     use proptest::prelude::*;
 
     #[test]
-    fn the_format_that_the_client_likes_best() {
+    fn the_format_that_the_client_prefers() {
         for (accept, format) in [
             ("", Format::Text),
             ("*/*", Format::Text),
@@ -204,7 +204,7 @@ mod tests {
     fn families_in_both_formats() {
         let page = |format| {
             let mut out = String::new();
-            put_family(&mut out, format, "a_total", Kind::Counter, "Say \"a\\b\".");
+            put_family(&mut out, format, "a_total", Kind::Counter, "A \"a\\b\".");
             put_sample(&mut out, "a_total", "x=\"y\"", 1.5);
             put_family(&mut out, format, "b_info", Kind::Info, "B.");
             put_sample(&mut out, "b_info", "", 1.0);
@@ -213,17 +213,17 @@ mod tests {
         };
         assert_eq!(
             page(Format::Text),
-            "# HELP a_total Say \"a\\\\b\".\n# TYPE a_total counter\na_total{x=\"y\"} 1.5\n# HELP b_info B.\n# TYPE b_info gauge\nb_info 1\n"
+            "# HELP a_total A \"a\\\\b\".\n# TYPE a_total counter\na_total{x=\"y\"} 1.5\n# HELP b_info B.\n# TYPE b_info gauge\nb_info 1\n"
         );
         assert_eq!(
             page(Format::OpenMetrics),
-            "# HELP a Say \\\"a\\\\b\\\".\n# TYPE a counter\na_total{x=\"y\"} 1.5\n# HELP b B.\n# TYPE b info\nb_info 1\n# EOF\n"
+            "# HELP a A \\\"a\\\\b\\\".\n# TYPE a counter\na_total{x=\"y\"} 1.5\n# HELP b B.\n# TYPE b info\nb_info 1\n# EOF\n"
         );
     }
 
     proptest! {
         #[test]
-        fn a_label_is_one_line_and_comes_back(value in any::<String>()) {
+        fn a_label_is_one_line_and_unescapes_to_the_same_value(value in any::<String>()) {
             let mut labels = String::new();
             put_label(&mut labels, "a", &value);
             let inner = labels.strip_prefix("a=\"").and_then(|l| l.strip_suffix('"')).unwrap();
@@ -244,7 +244,7 @@ mod tests {
         }
 
         #[test]
-        fn a_number_comes_back(value in any::<f64>()) {
+        fn a_number_parses_to_the_same_value(value in any::<f64>()) {
             let mut out = String::new();
             put_number(&mut out, value);
             let read: f64 = out.parse().unwrap();

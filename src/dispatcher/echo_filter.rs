@@ -1,44 +1,44 @@
-//! Keeps fireflies from going round in circles: of daemons that relay to each other, each passes a
-//! firefly on once. No I/O, no clock.
+//! Stops fireflies from looping between daemons that relay to each other: each passes a firefly on once.
+//! No I/O, no clock.
 
 use std::collections::HashSet;
 use std::hash::{BuildHasher, RandomState};
 use std::time::{Duration, Instant};
 
-use crate::flow::{FlowEvent, Origin, State};
+use crate::event::{FlowEvent, Origin, State};
 
-/// How long an event is remembered at least, unless [`MOST`] others come.
-const MEMORY: Duration = Duration::from_secs(30);
-/// How many events are remembered at least: one that goes round is back within milliseconds.
-const MOST: usize = 1 << 18;
+/// How long an event is remembered at least, unless [`MAX_EVENTS`] newer ones push it out.
+const TTL: Duration = Duration::from_secs(30);
+/// How many events a generation remembers: a firefly that loops is back within milliseconds.
+const MAX_EVENTS: usize = 1 << 18;
 
-/// Remembers the events that went by, at up to 16 MiB.
+/// Remembers recent events, in at most 16 MiB.
 #[derive(Default)]
 pub struct EchoFilter {
     hasher: RandomState,
     current: HashSet<u64>,
-    former: HashSet<u64>,
+    previous: HashSet<u64>,
     since: Option<Instant>,
 }
 
 impl EchoFilter {
-    /// Whether this is a firefly of an event that went by before, of whatever origin: same flow, state
-    /// and time, and same tag of a start. If not, it is remembered.
+    /// Whether this is a firefly about an event that was seen before, whatever its origin: same flow, state and time,
+    /// and for a start the same tag. Remembers the event.
     pub fn is_echo(&mut self, event: &FlowEvent, now: Instant) -> bool {
         let since = *self.since.get_or_insert(now);
-        if self.current.len() >= MOST || now.duration_since(since) >= MEMORY {
-            std::mem::swap(&mut self.current, &mut self.former);
+        if self.current.len() >= MAX_EVENTS || now.duration_since(since) >= TTL {
+            std::mem::swap(&mut self.current, &mut self.previous);
             self.current.clear();
             self.since = Some(now);
         }
         let (time, tag) = match event.state {
             State::Start => (event.start_time(), event.tag),
-            // An end may come in with any tag, and goes out with that of the flow.
+            // An end may arrive with any tag, and leaves with the tag of its flow.
             State::Ongoing | State::End => (event.time, None),
         };
-        let what = (event.flow, event.state, time.as_microsecond(), tag);
-        let mark = self.hasher.hash_one(what);
-        let known = !self.current.insert(mark) || self.former.contains(&mark);
+        let identity = (event.flow, event.state, time.as_microsecond(), tag);
+        let hash = self.hasher.hash_one(identity);
+        let known = !self.current.insert(hash) || self.previous.contains(&hash);
         known && event.origin == Origin::Firefly
     }
 }
@@ -56,7 +56,7 @@ mod tests {
     }
 
     #[test]
-    fn a_firefly_of_what_went_by_is_an_echo_and_a_line_never_is() {
+    fn a_repeated_firefly_is_an_echo_and_a_line_never_is() {
         let (mut filter, now) = (EchoFilter::default(), Instant::now());
         for state in [State::Start, State::Ongoing, State::End] {
             let line = event(state, 1, Origin::NamedPipe);
@@ -87,19 +87,19 @@ mod tests {
     }
 
     #[test]
-    fn it_forgets_in_time_and_does_not_grow() {
+    fn events_expire_and_memory_is_bounded() {
         let (mut filter, now) = (EchoFilter::default(), Instant::now());
         let first = event(State::End, 1, Origin::Firefly);
         assert!(!filter.is_echo(&first, now));
-        assert!(filter.is_echo(&first, now + MEMORY));
-        let later = now + 3 * MEMORY;
+        assert!(filter.is_echo(&first, now + TTL));
+        let later = now + 3 * TTL;
         assert!(!filter.is_echo(&event(State::End, 2, Origin::Firefly), later));
-        assert!(!filter.is_echo(&first, later + MEMORY));
+        assert!(!filter.is_echo(&first, later + TTL));
         let mut many = first;
-        for n in 0..3 * MOST as i64 {
+        for n in 0..3 * MAX_EVENTS as i64 {
             many.time = Timestamp::from_microsecond(n).unwrap();
-            filter.is_echo(&many, later + MEMORY);
+            filter.is_echo(&many, later + TTL);
         }
-        assert!(filter.current.len() + filter.former.len() <= 2 * MOST);
+        assert!(filter.current.len() + filter.previous.len() <= 2 * MAX_EVENTS);
     }
 }

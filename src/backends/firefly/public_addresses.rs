@@ -1,5 +1,5 @@
-//! The public addresses that stand for private ones of this host: asked of HTTP services, and of STUN
-//! servers (RFC 8489), in the background.
+//! The public addresses behind which private ones of this host are seen: discovered by HTTP services and STUN servers
+//! (RFC 8489), in the background.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -17,29 +17,29 @@ use stun_types::prelude::*;
 use ureq::config::IpFamily;
 
 use crate::config::Stun;
-use crate::special_networks::is_public;
-use crate::sys::http_client::agent_of;
+use crate::flow::special_networks::is_public;
+use crate::sys::http_client::agent_for_family;
 use crate::sys::{interfaces, privileges};
 
-/// How long an HTTP service may take.
-const HTTP_PATIENCE: Duration = Duration::from_secs(5);
-/// How long a STUN server's answer is waited for: three requests, as some are lost.
-const STUN_PATIENCE: [Duration; 3] = [
+/// How long an HTTP service may take to answer.
+const HTTP_TIMEOUT: Duration = Duration::from_secs(5);
+/// How long to wait for a STUN server's answer, for each of three requests: datagrams may be lost.
+const STUN_TIMEOUTS: [Duration; 3] = [
     Duration::from_millis(500),
     Duration::from_secs(1),
     Duration::from_secs(2),
 ];
-/// How often it is asked again, though nothing has changed here.
-const REFRESH: Duration = Duration::from_secs(3600);
-/// The same, if nobody has answered.
-const RETRY: Duration = Duration::from_secs(600);
-/// How long addresses have to be unchanged.
-const SETTLED: Duration = Duration::from_secs(1);
+/// How often addresses are discovered again, if nothing changes on this host.
+const REFRESH_INTERVAL: Duration = Duration::from_secs(3600);
+/// The same, if no service has answered.
+const RETRY_INTERVAL: Duration = Duration::from_secs(600);
+/// Pause after a change of addresses: they change in groups.
+const SETTLE_DELAY: Duration = Duration::from_secs(1);
 
-/// Addresses of this host, and what stands for them.
+/// Addresses of this host, and the public addresses that they map to.
 pub type Mapping = BTreeMap<IpAddr, IpAddr>;
 
-/// A step of the discovery, for people.
+/// A step of the discovery, as text for people.
 pub struct Step(String);
 
 impl fmt::Display for Step {
@@ -48,26 +48,26 @@ impl fmt::Display for Step {
     }
 }
 
-/// Looks for the public addresses of the default interface's private ones, per address family, until it is
-/// `stopped`. What it does is told; whether nobody has answered for an address comes with the result. Such a
-/// one keeps what was `known` of it.
+/// Discovers the public address of the default interface's private one, for each address family, until `stopped`
+/// returns true. `report` receives each step. Returns the mapping, and whether no service has answered for an address;
+/// such an address keeps its `known` mapping.
 pub fn discover(
     settings: &Stun,
     known: &Mapping,
     stopped: &dyn Fn() -> bool,
-    mut tell: impl FnMut(Step),
+    mut report: impl FnMut(Step),
 ) -> (Mapping, bool) {
     let (mut mapping, mut missing) = (settings.manual.clone(), false);
     for (address, public) in &mapping {
-        tell(Step(format!(
-            "{address}: stands for {public} by manualMapping"
+        report(Step(format!(
+            "{address}: maps to {public} by manualMapping"
         )));
     }
     for (name, family) in [("IPv4", IpFamily::Ipv4Only), ("IPv6", IpFamily::Ipv6Only)] {
         let private = match default_address(family) {
             Ok(address) => address,
             Err(error) => {
-                tell(Step(format!("{name}: no default route: {error}")));
+                report(Step(format!("{name}: no default route: {error}")));
                 continue;
             }
         };
@@ -75,13 +75,13 @@ pub fn discover(
             continue;
         }
         if is_public(private) {
-            tell(Step(format!("{name}: {private} is public")));
+            report(Step(format!("{name}: {private} is public")));
             continue;
         }
-        tell(Step(format!(
-            "{name}: {private} is private, looking for what stands for it"
+        report(Step(format!(
+            "{name}: {private} is not publicly routable; looking up its public address"
         )));
-        let found = ask(settings, private, family, stopped, &mut tell);
+        let found = look_up(settings, private, family, stopped, &mut report);
         missing |= found.is_none();
         let public = found.or_else(|| known.get(&private).copied());
         mapping.extend(public.map(|public| (private, public)));
@@ -89,10 +89,10 @@ pub fn discover(
     (mapping, missing)
 }
 
-/// The address from which packets to the Internet would go.
+/// The source address of packets to the Internet.
 fn default_address(family: IpFamily) -> io::Result<IpAddr> {
-    // Nothing is sent there: the kernel only looks up the route.
-    let (any, far): (IpAddr, IpAddr) = match family {
+    // Nothing is sent: the kernel only looks up the route.
+    let (any, remote): (IpAddr, IpAddr) = match family {
         IpFamily::Ipv6Only => (
             Ipv6Addr::UNSPECIFIED.into(),
             Ipv6Addr::new(0x2606, 0x4700, 0x4700, 0, 0, 0, 0, 0x1111).into(),
@@ -103,58 +103,63 @@ fn default_address(family: IpFamily) -> io::Result<IpAddr> {
         ),
     };
     let socket = UdpSocket::bind((any, 0))?;
-    socket.connect((far, 9))?;
+    socket.connect((remote, 9))?;
     Ok(socket.local_addr()?.ip())
 }
 
-fn ask(
+/// Queries the services in turn until one returns a possible public address.
+fn look_up(
     settings: &Stun,
     private: IpAddr,
     family: IpFamily,
     stopped: &dyn Fn() -> bool,
-    tell: &mut impl FnMut(Step),
+    report: &mut impl FnMut(Step),
 ) -> Option<IpAddr> {
     let http = settings
         .http_services
         .iter()
-        .map(|url| (url.clone(), Ask::Http(url)));
+        .map(|url| (url.clone(), Service::Http(url)));
     let stun = settings.stun_servers.iter();
-    let stun =
-        stun.map(|(host, port)| (format!("STUN {host} port {port}"), Ask::Stun(host, *port)));
-    for (who, how) in http.chain(stun).take_while(|_| !stopped()) {
-        let answer = match how {
-            Ask::Http(url) => over_http(url, family),
-            Ask::Stun(host, port) => over_stun(host, port, private),
+    let stun = stun.map(|(host, port)| {
+        (
+            format!("STUN {host} port {port}"),
+            Service::Stun(host, *port),
+        )
+    });
+    for (name, service) in http.chain(stun).take_while(|_| !stopped()) {
+        let answer = match service {
+            Service::Http(url) => over_http(url, family),
+            Service::Stun(host, port) => over_stun(host, port, private),
         };
-        let could_be = |a: &IpAddr| {
-            let nobodys = a.is_unspecified() || a.is_loopback() || a.is_multicast();
-            a.is_ipv4() == private.is_ipv4() && !nobodys && *a != private
+        let is_possible = |a: &IpAddr| {
+            let is_special = a.is_unspecified() || a.is_loopback() || a.is_multicast();
+            a.is_ipv4() == private.is_ipv4() && !is_special && *a != private
         };
-        let answer = answer.and_then(|address| match Some(address).filter(could_be) {
+        let answer = answer.and_then(|address| match Some(address).filter(is_possible) {
             Some(address) => Ok(address),
             None => Err(format!(
-                "{address} is no address that could stand for {private}"
+                "{address} is not a possible public address of {private}"
             )),
         });
         match answer {
             Ok(public) => {
-                tell(Step(format!("{who}: {private} goes out as {public}")));
+                report(Step(format!("{name}: {private} maps to {public}")));
                 return Some(public);
             }
-            Err(error) => tell(Step(format!("{who}: {error}"))),
+            Err(error) => report(Step(format!("{name}: {error}"))),
         }
     }
     None
 }
 
-enum Ask<'a> {
+enum Service<'a> {
     Http(&'a str),
     Stun(&'a str, u16),
 }
 
-/// A service that answers with the address of who asks, in a line.
+/// Asks a service that answers with the address of its client, in one line.
 fn over_http(url: &str, family: IpFamily) -> Result<IpAddr, String> {
-    let response = agent_of(HTTP_PATIENCE, family).get(url).call();
+    let response = agent_for_family(HTTP_TIMEOUT, family).get(url).call();
     let mut response = response.map_err(|e| e.to_string())?;
     let status = response.status().as_u16();
     if status != 200 {
@@ -169,7 +174,7 @@ fn over_http(url: &str, family: IpFamily) -> Result<IpAddr, String> {
     let address = body.trim().parse::<IpAddr>();
     address.map(|a| a.to_canonical()).map_err(|_| {
         let shown: String = body.chars().take(60).collect();
-        format!("\"{}\" is no address", shown.escape_debug())
+        format!("expected an IP address, got \"{}\"", shown.escape_debug())
     })
 }
 
@@ -190,9 +195,9 @@ fn over_stun(host: &str, port: u16, private: IpAddr) -> Result<IpAddr, String> {
     let transaction = request.transaction_id();
     let request = request.finish();
     let mut buffer = [0; 1500];
-    for patience in STUN_PATIENCE {
+    for timeout in STUN_TIMEOUTS {
         socket.send(&request).map_err(|e| e.to_string())?;
-        let deadline = Instant::now() + patience;
+        let deadline = Instant::now() + timeout;
         loop {
             let rest = deadline.saturating_duration_since(Instant::now());
             if rest.is_zero() {
@@ -207,14 +212,14 @@ fn over_stun(host: &str, port: u16, private: IpAddr) -> Result<IpAddr, String> {
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
                 Err(error) => return Err(error.to_string()),
             };
-            // What is no answer to this request is not for us.
+            // Ignore everything but the answer to this request.
             let Ok(message) = Message::from_bytes(&buffer[..length]) else {
                 continue;
             };
             if message.transaction_id() != transaction || !message.is_response() {
                 continue;
             }
-            return mapped(&message).ok_or_else(|| "an answer without an address".to_owned());
+            return mapped(&message).ok_or_else(|| "the answer has no address".to_owned());
         }
     }
     Err("no answer".to_owned())
@@ -229,48 +234,47 @@ fn mapped(message: &Message<'_>) -> Option<IpAddr> {
 /// A mapping that a thread keeps up to date.
 type Shared = Arc<ArcSwap<Mapping>>;
 
-/// What was found last, and by which settings.
+/// The public addresses last found, by the settings they were found with.
 #[derive(Clone, Default)]
-pub struct Known(Arc<ArcSwap<Vec<(Stun, Shared)>>>);
+pub struct AddressCache(Arc<ArcSwap<Vec<(Stun, Shared)>>>);
 
-/// Settings whose addresses are kept: a reload that is refused goes back to those before.
-const KEPT: usize = 2;
+/// For how many settings addresses are kept: a reload that fails returns to the former settings.
+const MAX_CACHED_SETTINGS: usize = 2;
 
-impl Known {
-    /// What is known by these settings: at first the manual mapping.
-    fn by(&self, settings: &Stun) -> Shared {
-        let known = self.0.load();
-        let found = known.iter().find(|(known, _)| known == settings);
+impl AddressCache {
+    /// The mapping of these settings; at first their manual mapping.
+    fn for_settings(&self, settings: &Stun) -> Shared {
+        let cached = self.0.load();
+        let found = cached.iter().find(|(cached, _)| cached == settings);
         let found = found.map(|(_, mapping)| Arc::clone(mapping));
         let found =
             found.unwrap_or_else(|| Arc::new(ArcSwap::from_pointee(settings.manual.clone())));
-        let others = known.iter().filter(|(known, _)| known != settings);
+        let others = cached.iter().filter(|(cached, _)| cached != settings);
         let this = (settings.clone(), Arc::clone(&found));
-        let kept = std::iter::once(this).chain(others.take(KEPT - 1).cloned());
+        let kept = std::iter::once(this).chain(others.take(MAX_CACHED_SETTINGS - 1).cloned());
         self.0.store(Arc::new(kept.collect()));
         found
     }
 }
 
-/// The mapping, kept up to date by a thread that ends with the value.
+/// The mapping, kept up to date by a thread that ends when this value is dropped.
 pub struct PublicAddresses {
     mapping: Shared,
     _stop: Sender<()>,
 }
 
 impl PublicAddresses {
-    /// Starts looking; until something is found there is the manual mapping, or what is `known` by the same
-    /// settings.
-    pub fn start(settings: Stun, known: &Known) -> io::Result<PublicAddresses> {
+    /// Starts the thread. Until an address is found, the mapping is what `known` has for these settings.
+    pub fn start(settings: Stun, known: &AddressCache) -> io::Result<PublicAddresses> {
         let (stop, stopped) = bounded(0);
         let changes = interfaces::watch()?;
-        let mapping = known.by(&settings);
+        let mapping = known.for_settings(&settings);
         let found = Arc::clone(&mapping);
         thread::Builder::new()
             .name("addresses".to_owned())
             .spawn(move || {
-                privileges::keep_none();
-                keep(&settings, &found, &stopped, &changes);
+                privileges::drop_all();
+                keep_up_to_date(&settings, &found, &stopped, &changes);
             })?;
         Ok(PublicAddresses {
             mapping,
@@ -278,45 +282,53 @@ impl PublicAddresses {
         })
     }
 
-    /// What stands for an address now. Never waits.
+    /// The public address that `address` maps to now. Never blocks.
     pub fn public_of(&self, address: &IpAddr) -> Option<IpAddr> {
         self.mapping.load().get(address).copied()
     }
 }
 
-fn keep(settings: &Stun, found: &Shared, stopped: &Receiver<()>, changes: &interfaces::Changes) {
+fn keep_up_to_date(
+    settings: &Stun,
+    found: &Shared,
+    stopped: &Receiver<()>,
+    changes: &interfaces::Changes,
+) {
     let mut failing = false;
     let is_stopped = || stopped.try_recv() == Err(TryRecvError::Disconnected);
     loop {
         let known = found.load_full();
-        let tell = |step| log::debug!("public address: {step}");
-        let (mapping, missing) = discover(settings, &known, &is_stopped, tell);
+        let report = |step| log::debug!("public address: {step}");
+        let (mapping, missing) = discover(settings, &known, &is_stopped, report);
         if is_stopped() {
             return;
         }
         if missing && !failing {
             log::warn!(
-                "public address: nobody tells it of this host's private one; fireflies go on to say what they said (flowd-rs stun sample shows the steps)"
+                "public address: no service returned one for this host's private address; fireflies report the same address as before (flowd-rs stun sample shows the steps)"
             );
         }
         failing = missing;
         if mapping != *known {
             for (private, public) in &mapping {
-                log::info!("public address: {public} stands for {private}");
+                log::info!("public address: {private} maps to {public}");
             }
             found.store(Arc::new(mapping));
         }
-        let wait = if missing { RETRY } else { REFRESH };
+        let wait = if missing {
+            RETRY_INTERVAL
+        } else {
+            REFRESH_INTERVAL
+        };
         select! {
             recv(stopped) -> _ => return,
             recv(changes.receiver()) -> change => if change.is_err() {
-                // No more word of changes: the clock is left.
-                select! { recv(stopped) -> _ => return, recv(after(RETRY)) -> _ => {} }
+                // Changes are no longer reported: retry periodically.
+                select! { recv(stopped) -> _ => return, recv(after(RETRY_INTERVAL)) -> _ => {} }
             },
             recv(after(wait)) -> _ => {}
         }
-        // Addresses come and go in groups.
-        select! { recv(stopped) -> _ => return, recv(after(SETTLED)) -> _ => {} }
+        select! { recv(stopped) -> _ => return, recv(after(SETTLE_DELAY)) -> _ => {} }
         changes.receiver().try_iter().for_each(drop);
     }
 }
@@ -325,7 +337,7 @@ fn keep(settings: &Stun, found: &Shared, stopped: &Receiver<()>, changes: &inter
 mod tests {
     use super::*;
 
-    /// A STUN server that answers as `answer` says.
+    /// A STUN server that replies to a request with the result of `answer`.
     fn server(answer: fn(&[u8], SocketAddr) -> Vec<u8>) -> u16 {
         let socket = UdpSocket::bind("127.0.0.1:0").unwrap();
         let port = socket.local_addr().unwrap().port();
@@ -348,7 +360,7 @@ mod tests {
     }
 
     #[test]
-    fn a_stun_server_tells_the_address_and_nonsense_is_no_answer() {
+    fn the_address_is_read_from_a_stun_answer_and_other_datagrams_are_ignored() {
         let ask = |port| over_stun("127.0.0.1", port, Ipv4Addr::LOCALHOST.into());
         assert_eq!(ask(server(xor)), Ok(Ipv4Addr::new(9, 8, 7, 6).into()));
         assert_eq!(
@@ -361,7 +373,7 @@ mod tests {
         };
         assert_eq!(
             ask(server(empty)),
-            Err("an answer without an address".to_owned())
+            Err("the answer has no address".to_owned())
         );
         assert_eq!(
             ask(server(|request, _| request.to_vec())),

@@ -1,14 +1,14 @@
-//! The journal of open flows: a text file to which every opened and closed flow is appended, so that
-//! flows that are open stay open over a crash, a kill or an upgrade.
+//! The journal of open flows: a text file to which every opened and closed flow is appended, so that open flows
+//! survive a crash, a kill and an upgrade.
 //!
 //! ```text
 //! flowd-rs journal 1
-//! + <start, µs since 1970> <entered, s since 1970> named_pipe tcp 192.0.2.1 443 192.0.2.2 5000 2 9 "application"
+//! + <start, µs since 1970> <entered, s since 1970> namedPipe tcp 192.0.2.1 443 192.0.2.2 5000 2 9 "application"
 //! - tcp 192.0.2.1 443 192.0.2.2 5000
 //! ```
 //!
-//! The application is a JSON string and may be absent. Appends are not synced to the disk: what the
-//! kernel has survives the daemon, and a host that goes down takes the flows with it.
+//! The application is a JSON string and may be absent. Appends are not synced to the disk: data that the kernel has
+//! survives the daemon, and a host that goes down takes its flows with it.
 
 use std::fmt::Write as _;
 use std::fs::{self, File, OpenOptions};
@@ -21,22 +21,23 @@ use jiff::Timestamp;
 use log::Level;
 use serde_json::Value;
 
-use crate::flow::{Flow, Origin, Protocol, Tag};
-use crate::flow_table::{FlowTable, OpenFlow};
-use crate::log_limit::LogLimit;
+use crate::dispatcher::flow_table::{FlowTable, OpenFlow};
+use crate::event::Origin;
+use crate::flow::{Flow, Protocol, Tag};
+use crate::logging::LogLimit;
 use crate::metrics::{Metrics, Outcomes, outcomes};
 
 const HEADER: &str = "flowd-rs journal 1";
-/// Below this size the journal is never rewritten while the daemon runs.
-const SMALL: u64 = 16 << 20;
-/// How long a journal that could not be written is left alone.
-const RETRY: Duration = Duration::from_secs(5);
+/// A running daemon does not rewrite a journal below this size, in bytes.
+const MIN_COMPACT_SIZE: u64 = 16 << 20;
+/// How long after a failed write the journal is tried again.
+const RETRY_INTERVAL: Duration = Duration::from_secs(5);
 
 outcomes! {
     enum Written {
-        Done = "done",
-        Failed = "failed",
-        Rewritten = "rewritten",
+        Done = "done": "{batch|batches} written",
+        Failed = "failed": "{write|writes} failed",
+        Rewritten = "rewritten": "rewritten {time|times}",
     }
 }
 
@@ -75,7 +76,7 @@ pub fn encode_close(out: &mut String, flow: &Flow) {
     out.push('\n');
 }
 
-/// With a space behind.
+/// Appends a flow and a space.
 fn encode_flow(out: &mut String, flow: &Flow) {
     out.push_str(flow.protocol.as_str());
     for end in [flow.source, flow.destination] {
@@ -86,7 +87,7 @@ fn encode_flow(out: &mut String, flow: &Flow) {
     out.push(' ');
 }
 
-/// With a space behind.
+/// Appends a number and a space.
 fn put_number(out: &mut String, number: impl itoa::Integer) {
     out.push_str(itoa::Buffer::new().format(number));
     out.push(' ');
@@ -100,7 +101,7 @@ pub fn decode(line: &str) -> Option<Record> {
             let mut fields = rest.splitn(11, ' ');
             let start = Timestamp::from_microsecond(fields.next()?.parse().ok()?).ok()?;
             let opened = fields.next()?.parse().ok()?;
-            let origin = Origin::from_word(fields.next()?)?;
+            let origin = origin(fields.next()?)?;
             let flow = decode_flow(&mut fields)?;
             let tag = Tag {
                 experiment: fields.next()?.parse().ok()?,
@@ -124,6 +125,14 @@ pub fn decode(line: &str) -> Option<Record> {
     }
 }
 
+/// Reads the name of a plugin. Older journals call the plugin `namedPipe` `named_pipe`.
+fn origin(word: &str) -> Option<Origin> {
+    Origin::from_word(match word {
+        "named_pipe" => "namedPipe",
+        word => word,
+    })
+}
+
 fn decode_flow<'a>(fields: &mut impl Iterator<Item = &'a str>) -> Option<Flow> {
     let protocol = Protocol::from_word(fields.next()?)?;
     let source = (fields.next()?.parse().ok()?, fields.next()?.parse().ok()?);
@@ -139,8 +148,8 @@ pub struct Journal {
     length: u64,
     /// [`Journal::length`] after the last rewriting.
     compact_length: u64,
-    /// Set while the file lacks events, with the time of the last attempt to rewrite it.
-    failed: Option<Instant>,
+    /// While the file lacks events: when a write last failed.
+    failed_at: Option<Instant>,
     counters: Outcomes<Written>,
     limit: LogLimit,
 }
@@ -148,8 +157,8 @@ pub struct Journal {
 impl Journal {
     /// Reads the journal in `state_dir` into `table`, rewrites it, and opens it for appending.
     ///
-    /// Lines that cannot be read are skipped with a warning. A disk that is full is a warning too; any
-    /// other failure to open the file is an error.
+    /// Unreadable lines are skipped with a warning. A failure to rewrite the file, for example on a full disk, is a
+    /// warning too. Failing to open or read the file is an error.
     pub fn open(state_dir: &Path, table: &mut FlowTable, metrics: &Metrics) -> io::Result<Journal> {
         let path = state_dir.join("journal");
         let length = match File::open(&path) {
@@ -163,27 +172,27 @@ impl Journal {
             file,
             length,
             compact_length: length,
-            failed: None,
+            failed_at: None,
             counters: metrics.journal(),
-            limit: LogLimit::new(Level::Error, "journal: failures"),
+            limit: LogLimit::new(Level::Error, "journal: failed writes"),
         };
         if let Err(error) = journal.rewrite(table) {
             journal.fail(Instant::now(), &error);
-            // What follows the last whole line must not run into the next one.
+            // The next line must not continue a torn one.
             let _ = journal.file.set_len(journal.length);
         }
         Ok(journal)
     }
 
-    /// Where the journal lies.
+    /// The path of the file.
     pub fn path(&self) -> &Path {
         &self.path
     }
 
-    /// Appends whole lines in one write. When the disk is full or broken the lines are not written;
-    /// they are made up for from the table as soon as it can be written again.
+    /// Appends whole lines in one write. If a write fails, the lines are dropped, and the journal is rewritten from the
+    /// table as soon as it can be written again.
     pub fn append(&mut self, lines: &str, now: Instant) {
-        if lines.is_empty() || self.failed.is_some() {
+        if lines.is_empty() || self.failed_at.is_some() {
             return;
         }
         match self.file.write_all(lines.as_bytes()) {
@@ -198,32 +207,32 @@ impl Journal {
         }
     }
 
-    /// Rewrites the journal when more than half of it is of closed flows, or when it lacks events; to
-    /// be called after every batch and about once a second.
-    pub fn tend(&mut self, table: &FlowTable, now: Instant) {
+    /// Rewrites the journal if more than half of it is about closed flows, or if it lacks events; to be called after
+    /// every batch and about once a second.
+    pub fn compact_if_due(&mut self, table: &FlowTable, now: Instant) {
         self.limit.tick(now);
-        let due = match self.failed {
-            Some(last) => now.duration_since(last) >= RETRY,
-            None => self.length > SMALL && self.length > 2 * self.compact_length,
+        let due = match self.failed_at {
+            Some(last) => now.duration_since(last) >= RETRY_INTERVAL,
+            None => self.length > MIN_COMPACT_SIZE && self.length > 2 * self.compact_length,
         };
         if !due {
             return;
         }
-        let had_failed = self.failed.is_some();
+        let had_failed = self.failed_at.is_some();
         match self.rewrite(table) {
             Ok(()) if had_failed => log::info!(
-                "journal {}: written again, nothing is missing",
+                "journal {}: writable again, and complete",
                 self.path.display()
             ),
             Ok(()) => {}
             Err(error) => {
-                // A journal that is only longer than need be is still good.
+                // The old file is longer than necessary, but complete.
                 if had_failed {
                     self.fail(now, &error);
                 } else {
                     self.compact_length = self.length;
                     log::warn!(
-                        "journal {}: cannot be rewritten: {error}",
+                        "journal {}: cannot be compacted: {error}",
                         self.path.display()
                     );
                 }
@@ -243,24 +252,24 @@ impl Journal {
         self.file = file;
         self.length = length;
         self.compact_length = length;
-        self.failed = None;
+        self.failed_at = None;
         self.counters.add(Written::Rewritten);
         Ok(())
     }
 
     fn fail(&mut self, now: Instant, error: &io::Error) {
-        self.failed = Some(now);
+        self.failed_at = Some(now);
         self.counters.add(Written::Failed);
         let path = self.path.display();
         self.limit.log(now, || {
             format!(
-                "journal {path}: {error}; carrying on without it, flows opened now are forgotten if the daemon is killed before it can be written again"
+                "journal {path}: {error}; the daemon continues without it, and forgets flows opened from now on if it is killed before the journal is writable again"
             )
         });
     }
 }
 
-/// Writes a journal of the open flows; what is returned is open for appending, with its length.
+/// Writes a new journal of the open flows. Returns the file, open for appending, and its length.
 fn write_all(path: &Path, table: &FlowTable) -> io::Result<(File, u64)> {
     let file = OpenOptions::new()
         .append(true)
@@ -281,7 +290,7 @@ fn write_all(path: &Path, table: &FlowTable) -> io::Result<(File, u64)> {
     Ok((file, length))
 }
 
-/// Returns the length of the part that ends with a newline.
+/// Reads a journal into `table`. Returns the length of its whole lines, in bytes.
 fn read(path: &Path, file: File, table: &mut FlowTable) -> io::Result<u64> {
     let mut input = BufReader::with_capacity(1 << 20, file);
     let mut line = Vec::new();
@@ -295,7 +304,7 @@ fn read(path: &Path, file: File, table: &mut FlowTable) -> io::Result<u64> {
         }
         number += 1;
         let Some(text) = line.strip_suffix(b"\n") else {
-            log::warn!("journal {shown}: line {number} is torn, skipped");
+            log::warn!("journal {shown}: line {number} is incomplete, skipped");
             break;
         };
         length += n as u64;
@@ -312,23 +321,23 @@ fn read(path: &Path, file: File, table: &mut FlowTable) -> io::Result<u64> {
             None => {
                 skipped += 1;
                 if skipped == 1 {
-                    log::warn!("journal {shown}: line {number} cannot be read, skipped");
+                    log::warn!("journal {shown}: line {number} is not a valid record, skipped");
                 }
             }
         }
     }
     if skipped > 1 {
-        log::warn!("journal {shown}: {skipped} lines in all cannot be read, skipped");
+        log::warn!("journal {shown}: skipped {skipped} lines that are not valid records");
     }
     Ok(length)
 }
 
-/// A file that is no journal of this version is kept under another name.
+/// Keeps a file that is not a journal of this version under another name.
 fn set_aside(path: &Path) -> io::Result<u64> {
     let aside = path.with_extension(format!("unreadable.{}", Timestamp::now().as_second()));
     fs::rename(path, &aside)?;
     log::warn!(
-        "journal {}: does not begin with \"{HEADER}\", kept as {}; starting without open flows",
+        "journal {}: does not begin with \"{HEADER}\"; kept as {}, starting without open flows",
         path.display(),
         aside.display()
     );
@@ -338,7 +347,7 @@ fn set_aside(path: &Path) -> io::Result<u64> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::flow::{FlowEvent, State};
+    use crate::event::{FlowEvent, State};
     use proptest::prelude::*;
 
     fn flow(port: u16) -> Flow {
@@ -364,6 +373,16 @@ mod tests {
         let mut table = FlowTable::new(100);
         let journal = Journal::open(dir, &mut table, &Metrics::new()).unwrap();
         (journal, table)
+    }
+
+    #[test]
+    fn a_journal_of_before_the_plugins_had_the_names_of_the_configuration_is_read() {
+        let mut line = String::new();
+        encode_open(&mut line, &flow(1), &open_flow());
+        let old = line.replace(" namedPipe ", " named_pipe ");
+        assert_ne!(old, line);
+        let expected = Some(Record::Open(flow(1), open_flow()));
+        assert_eq!(decode(old.trim_end()), expected);
     }
 
     #[test]
@@ -431,15 +450,15 @@ mod tests {
         let (mut journal, mut table) = reopen(dir.path());
         let epoch = Timestamp::UNIX_EPOCH;
         let mut event = FlowEvent::new(State::Start, flow(7), epoch, Origin::NamedPipe);
-        table.step(&mut event, Timestamp::UNIX_EPOCH);
+        table.apply(&mut event, Timestamp::UNIX_EPOCH);
         let mut lines = String::new();
         while lines.len() < 1 << 20 {
             encode_close(&mut lines, &flow(1));
         }
-        while journal.length <= SMALL {
+        while journal.length <= MIN_COMPACT_SIZE {
             journal.append(&lines, Instant::now());
             assert!(journal.length > 1 << 20);
-            journal.tend(&table, Instant::now());
+            journal.compact_if_due(&table, Instant::now());
             if journal.length < 1 << 20 {
                 break;
             }

@@ -1,18 +1,17 @@
-//! The `netlink` object of a firefly: what the kernel knows of a socket, in the spellings of flowd and
-//! flowd-go. No I/O.
+//! The `netlink` object of a firefly: socket statistics of the kernel, in the formats of flowd and flowd-go. No I/O.
 
 use std::fmt::{Display, Write as _};
 
 use crate::socket::{Field, SKOPS_NAMES, STATES, Skops, Socket, SocketInfo, TcpInfo};
 
-/// How the object is spelled: `enrichmentMode`.
+/// The format of the object: `enrichmentMode`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Mode {
     /// flowd-go's `lean`: a few fields of `tcpInfo`, and `cong`.
     Lean,
     /// flowd-go's `compatible`: one flat object in snake case, times in ms.
     Compatible,
-    /// flowd's: the same below `tcp_info`, with the socket around it.
+    /// flowd's: the same below `tcp_info`, next to the addresses and attributes of the socket.
     Flowd,
     /// flowd-go's empty mode: everything.
     Full,
@@ -33,8 +32,8 @@ impl Mode {
     }
 }
 
-/// flowd-go's choice, in its order.
-const LEAN: [Field; 11] = [
+/// The fields of `lean`, in flowd-go's order.
+const LEAN_FIELDS: [Field; 11] = [
     Field::Retransmits,
     Field::SndMss,
     Field::Pmtu,
@@ -48,8 +47,8 @@ const LEAN: [Field; 11] = [
     Field::BytesSent,
 ];
 
-/// What flowd writes of `struct tcp_info`, the more telling first.
-const FLOWD: [Field; 42] = [
+/// The fields of `struct tcp_info` that flowd writes, most useful first.
+const FLOWD_FIELDS: [Field; 42] = [
     Field::Rtt,
     Field::RttVar,
     Field::MinRtt,
@@ -94,9 +93,8 @@ const FLOWD: [Field; 42] = [
     Field::Fackets,
 ];
 
-/// Appends the object, in at most `room` bytes, and returns how many fields there was no room for.
-/// Fields are put in as long as they fit, in the order of [`FLOWD`] (`compatible`, `flowd`), or in that
-/// of flowd-go.
+/// Appends the object, in at most `room` bytes, and returns how many fields did not fit.
+/// Fields are added in the order of [`FLOWD_FIELDS`] (`compatible`, `flowd`), or in that of flowd-go.
 pub fn put(mode: Mode, socket: &Socket, room: usize, out: &mut String) -> usize {
     let end = out.len().saturating_add(room);
     let mut object = Object::begin(out, end);
@@ -104,7 +102,7 @@ pub fn put(mode: Mode, socket: &Socket, room: usize, out: &mut String) -> usize 
     match mode {
         Mode::Lean => {
             if let Some(tcp) = info.tcp.as_ref() {
-                object.section("tcpInfo", |object| go_fields(object, tcp, LEAN.into_iter()));
+                object.section("tcpInfo", |object| go_fields(object, tcp, LEAN_FIELDS.into_iter()));
             }
             congestion(&mut object, info);
         }
@@ -126,7 +124,7 @@ pub fn put_skops(skops: &Skops, room: usize, out: &mut String) -> usize {
     let mut object = Object::begin(out, end);
     let numbers = SKOPS_NAMES.iter().zip(skops.numbers);
     for (index, (name, number)) in numbers.enumerate() {
-        // The kernel keeps eight times the smoothed round-trip time.
+        // The kernel stores eight times the smoothed round-trip time.
         object.field(name, if index == 0 { number >> 3 } else { number });
     }
     object.field("bytesReceived", skops.bytes_received);
@@ -156,9 +154,9 @@ fn congestion(object: &mut Object<'_>, info: &SocketInfo) {
     }
 }
 
-/// Times as fractions of ms but `min_rtt`; what the kernel sets before it knows is null.
+/// Times are fractional ms, except `min_rtt`; initial values of the kernel become null.
 fn flowd_fields(object: &mut Object<'_>, tcp: &TcpInfo) {
-    for field in FLOWD {
+    for field in FLOWD_FIELDS {
         let Some(value) = tcp.get(field) else {
             continue;
         };
@@ -173,8 +171,8 @@ fn flowd_fields(object: &mut Object<'_>, tcp: &TcpInfo) {
         }
     }
     let options = tcp.get(Field::Options).unwrap_or(0);
-    let known = [(1, "\"ts\""), (2, "\"sack\""), (8, "\"ecn\"")];
-    let set = known.iter().filter(|(bit, _)| options & bit != 0);
+    let names = [(1, "\"ts\""), (2, "\"sack\""), (8, "\"ecn\"")];
+    let set = names.iter().filter(|(bit, _)| options & bit != 0);
     let set: Vec<&str> = set.map(|(_, name)| *name).collect();
     object.field("opts", format_args!("[{}]", set.join(",")));
     object.optional("snd_wscale", tcp.snd_wscale());
@@ -275,7 +273,7 @@ fn words<const N: usize>(
 struct Object<'a> {
     out: &'a mut String,
     end: usize,
-    /// Braces to be closed.
+    /// Number of open braces.
     depth: usize,
     first: bool,
     left_out: usize,
@@ -312,7 +310,7 @@ impl<'a> Object<'a> {
         }
     }
 
-    /// `text` needs no escaping: it is a word of the kernel's or of ours.
+    /// Drops characters that would need escaping: `text` is a word of the kernel or of this program.
     fn text(&mut self, name: &str, text: &str) {
         let plain = text
             .chars()
@@ -326,7 +324,7 @@ impl<'a> Object<'a> {
         }
     }
 
-    /// One that nothing fits in is left out.
+    /// A section without a fitting field is left out.
     fn section(&mut self, name: &str, fill: impl FnOnce(&mut Object<'_>)) {
         let (before, first) = (self.out.len(), self.first);
         let comma = if first { "" } else { "," };
@@ -402,7 +400,7 @@ mod tests {
     }
 
     #[test]
-    fn lean_is_flowd_gos() {
+    fn lean_has_the_fields_of_flowd_go() {
         let (lean, _, left_out) = object(Mode::Lean, usize::MAX);
         assert_eq!(left_out, 0);
         assert_eq!(
@@ -445,7 +443,7 @@ mod tests {
     }
 
     #[test]
-    fn flowds_has_the_socket_around_it() {
+    fn flowds_format_has_the_socket_attributes() {
         let (flowd, ..) = object(Mode::Flowd, usize::MAX);
         assert_eq!(
             (&flowd["src"], &flowd["dst_port"], &flowd["inode"]),
@@ -484,7 +482,7 @@ mod tests {
     }
 
     #[test]
-    fn in_any_room_it_is_json_and_fits() {
+    fn the_object_is_valid_json_and_fits_in_any_room() {
         for mode in Mode::ALL {
             let (_, whole, _) = object(mode, usize::MAX);
             assert_eq!(object(mode, whole).2, 0);

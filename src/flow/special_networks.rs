@@ -1,4 +1,4 @@
-//! Addresses that are nobody's on the Internet: IANA's special-purpose registries, and multicast.
+//! Addresses that no host on the Internet has: IANA's special-purpose registries, and multicast.
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
@@ -22,7 +22,7 @@ const IPV4: [(Ipv4Addr, u32); 16] = [
     (Ipv4Addr::new(255, 255, 255, 255), 32),
 ];
 
-/// Parts of the above that are globally reachable.
+/// Globally reachable parts of the networks above.
 const IPV4_REACHABLE: [(Ipv4Addr, u32); 2] = [
     (Ipv4Addr::new(192, 0, 0, 9), 32),
     (Ipv4Addr::new(192, 0, 0, 10), 32),
@@ -44,7 +44,7 @@ const IPV6: [(Ipv6Addr, u32); 12] = [
     (Ipv6Addr::new(0xff00, 0, 0, 0, 0, 0, 0, 0), 8),
 ];
 
-/// Parts of the above that are globally reachable.
+/// Globally reachable parts of the networks above.
 const IPV6_REACHABLE: [(Ipv6Addr, u32); 6] = [
     (Ipv6Addr::new(0x2001, 1, 0, 0, 0, 0, 0, 1), 128),
     (Ipv6Addr::new(0x2001, 1, 0, 0, 0, 0, 0, 2), 128),
@@ -54,7 +54,7 @@ const IPV6_REACHABLE: [(Ipv6Addr, u32); 6] = [
     (Ipv6Addr::new(0x2001, 0x30, 0, 0, 0, 0, 0, 0), 28),
 ];
 
-/// Whether an address can be that of a host elsewhere on the Internet.
+/// Whether an address can belong to a host elsewhere on the Internet.
 pub fn is_public(address: IpAddr) -> bool {
     match address.to_canonical() {
         IpAddr::V4(address) => {
@@ -77,7 +77,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_edges_of_each_block() {
+    fn the_edges_of_each_network() {
         for public in [
             "1.1.1.1",
             "9.255.255.255",
