@@ -130,7 +130,10 @@ pub fn main() -> ExitCode {
         eprintln!("flowd-rs: an argument is not UTF-8");
         return ExitCode::from(2);
     };
-    let arguments: Vec<&str> = arguments.iter().flat_map(|word| split_option(word)).collect();
+    let arguments: Vec<&str> = arguments
+        .iter()
+        .flat_map(|word| split_option(word))
+        .collect();
     let parsed = match Arguments::from_args(&["flowd-rs"], &arguments) {
         Ok(parsed) => parsed,
         Err(exit) if exit.status.is_ok() => {

@@ -26,10 +26,7 @@ impl Control {
         match server {
             Ok(server) => Ok(Some(Control { server, routes })),
             Err(error) if !config.given => {
-                log::info!(
-                    "{}: {error}; running without it",
-                    socket_name(&config.path)
-                );
+                log::info!("{}: {error}; running without it", socket_name(&config.path));
                 Ok(None)
             }
             Err(error) => Err(error).context(|| socket_name(&config.path)),

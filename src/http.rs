@@ -154,7 +154,8 @@ fn enforce_buffer_limit(connections: &mut Slab<Connection>) {
         .iter()
         .map(|(_, c)| c.buffered_bytes())
         .sum::<usize>()
-        > MAX_BUFFERED_BYTES {
+        > MAX_BUFFERED_BYTES
+    {
         let largest = connections.iter().max_by_key(|(_, c)| c.buffered_bytes());
         let Some((key, _)) = largest else { return };
         connections.remove(key);

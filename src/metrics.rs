@@ -261,7 +261,7 @@ impl Metrics {
         let counted = self.counted.lock().unwrap_or_else(PoisonError::into_inner);
         let part = counted.get(&(kind, name.to_owned()));
         let count = |(outcome, text, counter): &(&'static str, &str, IntCounter)| Count {
-            outcome: outcome,
+            outcome,
             count: counter.get(),
             text: count_text(text, counter.get()),
         };

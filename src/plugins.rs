@@ -25,8 +25,8 @@ use crate::metrics::Metrics;
 use crate::sys::handover::Handover;
 use crate::sys::stop::Stop;
 
-/// A source of flow events. Its constructor acquires every resource that it needs (socket, pipe, eBPF program), so that a
-/// bad configuration or a missing privilege is an error before the daemon reports that it is ready.
+/// A source of flow events. Its constructor acquires every resource that it needs (socket, pipe, eBPF program), so that
+/// a bad configuration or a missing privilege is an error before the daemon reports that it is ready.
 pub trait Plugin: Send {
     /// The name in the configuration, in logs and metrics, and of the thread.
     fn name(&self) -> &'static str;
@@ -112,8 +112,8 @@ impl EventSender {
         }
     }
 
-    /// Sends an event. A start or an end waits for room in the channel; an `ongoing` event that finds the channel full is
-    /// dropped and counted.
+    /// Sends an event. A start or an end waits for room in the channel; an `ongoing` event that finds the channel full
+    /// is dropped and counted.
     pub fn send(&self, event: FlowEvent) -> std::result::Result<(), Closed> {
         self.push(event.state, event)
     }

@@ -7,9 +7,7 @@ mod builtin;
 mod document;
 mod update;
 
-pub use update::{
-    Settings, SharedRegistry, Update, fetch, keep_updated, load_cached_or_builtin,
-};
+pub use update::{Settings, SharedRegistry, Update, fetch, keep_updated, load_cached_or_builtin};
 
 use serde_json::json;
 

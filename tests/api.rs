@@ -445,7 +445,9 @@ fn prompt(ns: &NetNs) -> Duration {
     let mut client = Client::tcp(ns, API);
     assert_eq!(client.get("/flows").status, 200);
     assert_eq!(
-        client.post("/flow", &flow_json("start", 1).to_string()).status,
+        client
+            .post("/flow", &flow_json("start", 1).to_string())
+            .status,
         200
     );
     began.elapsed()

@@ -3,12 +3,16 @@
 
 mod common;
 
-use std::io::{BufRead, BufReader};
+use std::fs::{self, OpenOptions, Permissions};
+use std::io::{BufRead, BufReader, Write};
+use std::os::unix::fs::{OpenOptionsExt, PermissionsExt, chown};
+use std::path::Path;
 use std::process::{Command, Stdio};
 
 use common::daemon::{Home, PROGRAM, lines, run};
 use common::net::{Hosts, NetNs};
 use common::wait_for;
+use nix::libc::O_NONBLOCK;
 use serde_json::Value;
 
 /// Runs a command with the configuration file of a daemon.
@@ -166,8 +170,8 @@ fn status_shows_the_state_of_the_daemon() {
         "plugin namedPipe     accepted: 1 line; rejected: 1 line with the wrong number of fields\n",
         "plugin firefly       nothing yet\n",
         "plugin api           nothing yet\n",
-        "backend firefly      unreachable 1\n",
-        "dispatcher           started 1\n",
+        "backend firefly      not sent: 1 datagram to unreachable destinations\n",
+        "dispatcher           started: 1 flow\n",
         "queue dispatcher     0 waiting, ",
         "warn: namedPipe: rejected line \"rubbish\": 1 field, expected 8",
     ] {
@@ -185,14 +189,18 @@ fn send_checks_the_line_and_reports_whether_a_daemon_reads_it() {
     let ns = NetNs::new("send");
     let home = Home::new("{}");
     let flow = ["tcp", "2001:db8::1", "40001", "2001:db8::2", "1094"];
-    let send = |state: &str, tag: &[&str]| run_with_config(&home, "send", &[&[state], &flow[..], tag].concat());
+    let send = |state: &str, tag: &[&str]| {
+        run_with_config(&home, "send", &[&[state], &flow[..], tag].concat())
+    };
     let pipe = home.pipe().display().to_string();
     let (code, _, error) = send("end", &[]);
     assert_eq!(
         (code, error),
         (
             1,
-            format!("flowd-rs: there is no named pipe {pipe}: no daemon is running, or it uses another pipe (plugins.namedPipe.pipePath)\n")
+            format!(
+                "flowd-rs: there is no named pipe {pipe}: no daemon is running, or it uses another pipe (plugins.namedPipe.pipePath)\n"
+            )
         )
     );
     let daemon = home.start(&ns);
@@ -200,10 +208,7 @@ fn send_checks_the_line_and_reports_whether_a_daemon_reads_it() {
     let line = "start tcp 2001:db8::1 40001 2001:db8::2 1094 atlas Data_Challenge";
     assert_eq!(
         (code, out),
-        (
-            0,
-            format!("sent to {pipe} (a daemon is reading): {line}\n")
-        )
+        (0, format!("sent to {pipe} (a daemon is reading): {line}\n"))
     );
     daemon.expect_status("flows_open 1");
     for (state, tag, expected) in [
@@ -235,7 +240,9 @@ fn send_checks_the_line_and_reports_whether_a_daemon_reads_it() {
         (code, error),
         (
             1,
-            format!("flowd-rs: nothing reads the named pipe {pipe}: no daemon is running, or it uses another pipe (plugins.namedPipe.pipePath)\n")
+            format!(
+                "flowd-rs: nothing reads the named pipe {pipe}: no daemon is running, or it uses another pipe (plugins.namedPipe.pipePath)\n"
+            )
         )
     );
 }
@@ -313,4 +320,139 @@ fn listen_prints_one_line_per_firefly() {
         "{error}"
     );
     daemon.stop();
+}
+
+#[test]
+fn a_wrong_command_line_is_explained() {
+    let (code, out, error) = run(&[]);
+    assert_eq!((code, out.as_str()), (2, ""));
+    let first = "flowd-rs: missing command, expected one of:\n  run       Run the daemon ";
+    assert!(error.starts_with(first), "{error}");
+    for command in flowd_rs::cli::commands() {
+        let name = command.command;
+        let lines = error.lines().filter(|line| {
+            let mut words = line.split_whitespace();
+            line.starts_with("  ") && words.next() == Some(&name)
+        });
+        let expected = usize::from(!name.is_empty() && !name.contains(' '));
+        assert_eq!(lines.count(), expected, "{name}: {error}");
+    }
+    for (arguments, expected) in [
+        (
+            &["statsu"][..],
+            "flowd-rs: unknown command \"statsu\", did you mean status?\nSee `flowd-rs help`.\n",
+        ),
+        (
+            &["status", "--jsno"],
+            "flowd-rs: unknown option --jsno, did you mean --json?\nSee `flowd-rs help status`.\n",
+        ),
+        (
+            &["listen", "--port=http"],
+            "flowd-rs: --port: \"http\" is not a port, expected 1 to 65535\nSee `flowd-rs help listen`.\n",
+        ),
+    ] {
+        assert_eq!(
+            run(arguments),
+            (2, String::new(), expected.to_owned()),
+            "{arguments:?}"
+        );
+    }
+}
+
+/// Runs the program as a user without any rights.
+fn run_unprivileged(arguments: &[&str]) -> String {
+    let nobody = ["--reuid=65534", "--regid=65534", "--clear-groups", PROGRAM];
+    let mut command = Command::new("setpriv");
+    let output = command.args(nobody).args(arguments).output().unwrap();
+    assert_eq!(output.status.code(), Some(1));
+    String::from_utf8(output.stderr).unwrap()
+}
+
+#[test]
+#[ignore = "needs root"]
+fn without_permission_the_error_says_who_has_it() {
+    let ns = NetNs::new("denied");
+    let home = Home::new("{}");
+    let daemon = home.start(&ns);
+    let (socket, pipe) = (home.path("control.sock"), home.pipe());
+    let [socket, pipe, directory] = [&socket, &pipe, &home.dir.path().to_owned()];
+    let set_mode = |path: &Path, mode| {
+        fs::set_permissions(path, Permissions::from_mode(mode)).unwrap();
+    };
+    let flows = || run_unprivileged(&["flows", "--socket", socket.to_str().unwrap()]);
+    let send = || {
+        let pipe = pipe.to_str().unwrap();
+        let flow = ["end", "tcp", "192.0.2.1", "1", "192.0.2.2", "2"];
+        run_unprivileged(&[&["send", "--pipe", pipe], &flow[..]].concat())
+    };
+    let on_socket = |reason: &str| {
+        let socket = socket.display();
+        format!("flowd-rs: control socket {socket}: permission denied{reason}\n")
+    };
+    let on_pipe = |reason: &str| {
+        let pipe = pipe.display();
+        format!("flowd-rs: named pipe {pipe}: permission denied{reason}\n")
+    };
+
+    set_mode(directory, 0o700);
+    let closed = format!(
+        "; the directory {} is open to root only: use sudo",
+        directory.display()
+    );
+    assert_eq!(flows(), on_socket(&closed));
+    assert_eq!(send(), on_pipe(&closed));
+
+    set_mode(directory, 0o755);
+    set_mode(pipe, 0o620);
+    // Joining the group of root is no good advice.
+    let root = "; it is open to root only: use sudo";
+    assert_eq!(flows(), on_socket(root));
+    assert_eq!(send(), on_pipe(root));
+
+    let daemons = nix::unistd::Group::from_name("daemon").unwrap().unwrap();
+    for path in [socket, pipe] {
+        chown(path, None, Some(daemons.gid.as_raw())).unwrap();
+    }
+    let group = "; it is open to the user root and the group daemon: use sudo, or join the group (`usermod -aG daemon USER`, then log in again)";
+    assert_eq!(flows(), on_socket(group));
+    assert_eq!(send(), on_pipe(group));
+    daemon.stop();
+}
+
+#[test]
+#[ignore = "needs root"]
+fn listen_on_the_port_of_a_daemon_points_to_its_plugin() {
+    let ns = NetNs::new("busy");
+    let home = Home::with("  firefly:\nbackends:\n  firefly: {}\n");
+    let daemon = home.start(&ns);
+    let output = ns.command(PROGRAM).arg("listen").output().unwrap();
+    let error = String::from_utf8(output.stderr).unwrap();
+    assert_eq!(
+        (output.status.code(), error.as_str()),
+        (
+            Some(1),
+            "flowd-rs: UDP [::]:10514: the port is in use, probably by the firefly plugin of a running daemon (plugins.firefly): use --port\n"
+        )
+    );
+    daemon.stop();
+}
+
+#[test]
+fn send_reports_a_pipe_that_is_full() {
+    let folder = tempfile::tempdir().unwrap();
+    let pipe = folder.path().join("pipe");
+    nix::unistd::mkfifo(&pipe, nix::sys::stat::Mode::S_IRWXU).unwrap();
+    let mut options = OpenOptions::new();
+    options.read(true).write(true).custom_flags(O_NONBLOCK);
+    let mut reader = options.open(&pipe).unwrap();
+    while reader.write(&[b'x'; 4096]).is_ok() {}
+    let pipe = pipe.to_str().unwrap();
+    let flow = ["end", "tcp", "192.0.2.1", "1", "192.0.2.2", "2"];
+    let expected = format!(
+        "flowd-rs: named pipe {pipe} is full: the daemon does not read it fast enough; nothing was sent\n"
+    );
+    assert_eq!(
+        run(&[&["send", "--pipe", pipe], &flow[..]].concat()),
+        (1, String::new(), expected)
+    );
 }

@@ -1,4 +1,4 @@
-//! The daemon as its unit confines it: it does all that it is for, and is refused what it should not do.
+//! The daemon as its systemd unit confines it: all of its functions work, and other operations are refused.
 #![cfg(feature = "bpf")]
 #![allow(missing_docs)]
 
@@ -21,7 +21,7 @@ use common::wire::Wire;
 const UNIT: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/conf/flowd-rs.service");
 const CONFINE: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/common/confine.py");
 
-/// A folder that everybody may read, with what the confined user has to.
+/// A directory that everybody may read, with the files that the confined user needs.
 fn folder() -> tempfile::TempDir {
     let folder = tempfile::tempdir().unwrap();
     fs::set_permissions(folder.path(), fs::Permissions::from_mode(0o755)).unwrap();
@@ -36,7 +36,7 @@ fn folder() -> tempfile::TempDir {
 }
 
 fn confined(hosts: &Hosts, folder: &Path) -> Command {
-    // Debian's, which knows python3-seccomp.
+    // Debian's Python, for which python3-seccomp is installed.
     let mut command = hosts.here.command("/usr/bin/python3");
     command.args(["confine.py", "unit"].map(|name| folder.join(name)));
     command
@@ -44,7 +44,7 @@ fn confined(hosts: &Hosts, folder: &Path) -> Command {
 
 #[test]
 #[ignore = "needs root: network namespaces"]
-fn it_does_all_that_it_is_for() {
+fn all_functions_of_the_confined_daemon_work() {
     let hosts = Hosts::new();
     hosts.here.ip(&["link", "set", "lo", "up"]);
     let home = Home::with("");
@@ -136,9 +136,9 @@ fn it_does_all_that_it_is_for() {
 
 #[test]
 #[ignore = "needs root: network namespaces"]
-fn it_is_refused_what_it_should_not_do() {
+fn other_operations_are_refused() {
     let hosts = Hosts::new();
-    // Each prints its name and what came of it.
+    // Each attempt prints its name and its result.
     let probe = r#"
 import ctypes, os, socket
 libc = ctypes.CDLL(None, use_errno=True)
@@ -170,18 +170,18 @@ attempt("kill_init", lambda: os.kill(1, 0))
         .args(["/usr/bin/python3", "-c", probe])
         .output()
         .unwrap();
-    let said = String::from_utf8(output.stdout).unwrap();
+    let printed = String::from_utf8(output.stdout).unwrap();
     assert!(
         output.status.success(),
-        "{said}{}",
+        "{printed}{}",
         String::from_utf8_lossy(&output.stderr)
     );
-    let done: Vec<&str> = said
+    let done: Vec<&str> = printed
         .lines()
         .filter_map(|line| line.strip_suffix(" done"))
         .collect();
-    assert_eq!(done, ["state", "tcp_socket"], "{said}");
-    assert_eq!(said.lines().count(), 14, "{said}");
+    assert_eq!(done, ["state", "tcp_socket"], "{printed}");
+    assert_eq!(printed.lines().count(), 14, "{printed}");
 }
 
 #[test]
@@ -203,16 +203,16 @@ fn the_unit_is_well_formed_and_exposes_little() {
         "--no-pager",
         UNIT,
     ];
-    let Some((good, said)) = run(&threshold) else {
-        // Without root nothing is installed for the tests.
+    let Some((good, printed)) = run(&threshold) else {
+        // Packages for the tests are installed only where they run as root.
         assert!(
             !nix::unistd::geteuid().is_root(),
             "systemd-analyze (systemd) is installed"
         );
         return;
     };
-    assert!(good, "{said}");
-    // The instance is the same but for its name.
+    assert!(good, "{printed}");
+    // The template unit differs only in the name of the instance.
     let [unit, instance] = ["flowd-rs.service", "flowd-rs@.service"].map(|name| {
         fs::read_to_string(format!("{}/conf/{name}", env!("CARGO_MANIFEST_DIR"))).unwrap()
     });

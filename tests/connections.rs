@@ -19,7 +19,7 @@ use flowd_rs::flow::Flow;
 use nix::sys::socket::{setsockopt, sockopt};
 use serde_json::Value;
 
-/// Addresses that look as if they were on the Internet.
+/// Addresses outside all special-purpose networks.
 const HERE4: &str = "42.0.0.1";
 const THERE4: &str = "42.0.0.2";
 const HERE6: &str = "2a00:1::1";
@@ -35,7 +35,7 @@ fn hosts() -> Hosts {
     hosts
 }
 
-/// `plugins` is YAML of plugins, each line indented by two; `firefly` of the firefly backend's options.
+/// `plugins` is the YAML of plugins, each line indented by two spaces; `firefly` is that of the firefly backend's options.
 fn home(plugins: &str, firefly: &str) -> Home {
     Home::with(&format!(
         "{plugins}backends:\n  firefly: {{sendToCollector: true, collectorAddress: '2001:db8::2', collectorPort: 20514, {firefly}}}\n"
@@ -48,7 +48,7 @@ fn listen(hosts: &Hosts, address: &str) -> TcpListener {
     hosts.there.enter(|| TcpListener::bind(address).unwrap())
 }
 
-/// A connection from here to a listener there: both ends.
+/// Connects from here to a listener there, and returns both ends.
 fn connect(hosts: &Hosts, listener: &TcpListener, to: &str) -> (TcpStream, TcpStream) {
     let to: SocketAddr = format!("{to}:{}", listener.local_addr().unwrap().port())
         .parse()
@@ -62,7 +62,7 @@ fn connect(hosts: &Hosts, listener: &TcpListener, to: &str) -> (TcpStream, TcpSt
     (near, far)
 }
 
-/// Sends and receives these numbers of bytes at the near end.
+/// Sends and receives the given numbers of bytes at the near end.
 fn exchange(near: &mut TcpStream, far: &mut TcpStream, sent: usize, received: usize) {
     let copy = |from: &mut TcpStream, to: &mut TcpStream, bytes: usize| {
         std::thread::scope(|scope| {
@@ -75,15 +75,15 @@ fn exchange(near: &mut TcpStream, far: &mut TcpStream, sent: usize, received: us
     copy(far, near, received);
 }
 
-/// The far end first, as a client of a storage service does.
+/// Closes the far end first, as a client of a storage service does.
 fn close(mut near: TcpStream, far: TcpStream) {
     drop(far);
     assert_eq!(near.read_to_end(&mut Vec::new()).unwrap(), 0);
     drop(near);
 }
 
-/// Waits for another scan by `scanner`: `plugin_events netlink`, or `enricher_events netlink`.
-fn scanned(daemon: &Daemon<'_>, scanner: &str) {
+/// Waits for another scan by `scanner`, which is `plugin_events netlink` or `enricher_events netlink`.
+fn wait_for_scan(daemon: &Daemon<'_>, scanner: &str) {
     let scans = || {
         let status = daemon.status();
         let word = status
@@ -106,7 +106,7 @@ fn each_connection_is_announced_and_ends_with_exact_counts() {
     let v6 = listen(&hosts, "[::]:5000");
     let existing = connect(&hosts, &v6, &format!("[{THERE6}]"));
     let daemon = home.start(&hosts.here);
-    scanned(&daemon, "plugin_events netlink");
+    wait_for_scan(&daemon, "plugin_events netlink");
     let v4 = listen(&hosts, "42.0.0.2:5001");
     // IPv6, IPv4, and IPv4 to a listener of both.
     let mut connections = vec![
@@ -130,9 +130,9 @@ fn each_connection_is_announced_and_ends_with_exact_counts() {
         exchange(near, far, sent, received);
         expected.insert(near.local_addr().unwrap(), (sent as u64, received as u64));
     }
-    // One that is half closed is open.
+    // A half-closed connection is still open.
     connections[0].0.shutdown(Shutdown::Write).unwrap();
-    scanned(&daemon, "plugin_events netlink");
+    wait_for_scan(&daemon, "plugin_events netlink");
     assert_eq!(sink.drain(Duration::from_millis(100)), []);
     connections
         .into_iter()
@@ -143,9 +143,9 @@ fn each_connection_is_announced_and_ends_with_exact_counts() {
         assert_eq!(counts, expected[&flow.source.socket_addr()]);
         assert_eq!(end.start_time, starts[&flow].start_time);
     }
-    // What was there before is nobody's business.
+    // A connection that was open before the daemon started is not reported.
     close(existing.0, existing.1);
-    scanned(&daemon, "plugin_events netlink");
+    wait_for_scan(&daemon, "plugin_events netlink");
     assert_eq!(sink.drain(Duration::from_millis(100)), []);
     daemon.expect_status("dispatcher_events ended_socket_closed 3");
     daemon.stop();
@@ -164,7 +164,7 @@ fn private_internal_listening_and_unanswered_ones_are_left_out() {
     let home = home(NETLINK, "");
     let sink = Sink::bind(&hosts.there, SINK);
     let daemon = home.start(&hosts.here);
-    scanned(&daemon, "plugin_events netlink");
+    wait_for_scan(&daemon, "plugin_events netlink");
     let any = listen(&hosts, "[::]:5000");
     let here = hosts.here.enter(|| TcpListener::bind("[::]:5000").unwrap());
     let mut left_out = vec![
@@ -178,17 +178,17 @@ fn private_internal_listening_and_unanswered_ones_are_left_out() {
         let near = hosts.here.enter(|| TcpStream::connect(to).unwrap());
         left_out.push((near, here.accept().unwrap().0));
     }
-    // Nobody answers, and nobody listens.
+    // An address that does not answer, and a port without a listener.
     hosts.here.enter(|| {
         let _ =
             TcpStream::connect_timeout(&"42.0.0.77:1".parse().unwrap(), Duration::from_millis(300));
         let _ = TcpStream::connect_timeout(&"42.0.0.2:1".parse().unwrap(), DEADLINE);
     });
-    scanned(&daemon, "plugin_events netlink");
+    wait_for_scan(&daemon, "plugin_events netlink");
     left_out
         .into_iter()
         .for_each(|(near, far)| close(near, far));
-    scanned(&daemon, "plugin_events netlink");
+    wait_for_scan(&daemon, "plugin_events netlink");
     assert_eq!(sink.drain(Duration::from_millis(100)), []);
     daemon.stop();
 }
@@ -208,7 +208,7 @@ fn a_connection_shorter_than_a_period_has_a_start_and_an_end() {
         exchange(&mut near, &mut far, 1000, 10);
         close(near, far);
     }
-    let events = wait_for("all of them", || {
+    let events = wait_for("the ends of all", || {
         let status = daemon.status();
         status
             .contains(&format!("plugin_events netlink ended {SHORT}"))
@@ -241,7 +241,7 @@ fn existing_connections_are_announced_on_request_and_rules_pick_the_tag() {
     let _open = [
         connect(&hosts, &listeners[0], &format!("[{THERE6}]")),
         connect(&hosts, &listeners[1], THERE4),
-        // No rule of its own.
+        // No rule matches this one.
         connect(&hosts, &listeners[0], THERE4),
     ];
     let daemon = home.start(&hosts.here);
@@ -276,7 +276,7 @@ fn netstat_sees_the_same_without_privileges() {
     )
     .unwrap();
     let daemon = home.start_command(command, &[]);
-    scanned(&daemon, "plugin_events netstat");
+    wait_for_scan(&daemon, "plugin_events netstat");
     let listener = listen(&hosts, "[::]:5000");
     let connections =
         [format!("[{THERE6}]"), THERE4.to_owned()].map(|to| connect(&hosts, &listener, &to));
@@ -289,8 +289,8 @@ fn netstat_sees_the_same_without_privileges() {
     daemon.stop();
 }
 
-/// A connection that the other end resets is gone; its socket stays for as long as its owner keeps it,
-/// and the word of its end comes then.
+/// A connection that the remote end resets has ended, but its socket exists until its owner closes it; the kernel sends the
+/// notification only then.
 #[test]
 #[ignore = "needs root"]
 fn a_connection_that_is_reset_ends_once_however_long_its_socket_is_kept() {
@@ -298,28 +298,28 @@ fn a_connection_that_is_reset_ends_once_however_long_its_socket_is_kept() {
     let home = home(NETLINK, "");
     let sink = Sink::bind(&hosts.there, SINK);
     let daemon = home.start(&hosts.here);
-    scanned(&daemon, "plugin_events netlink");
+    wait_for_scan(&daemon, "plugin_events netlink");
     let listener = listen(&hosts, "[::]:5000");
     let (mut near, far) = connect(&hosts, &listener, THERE4);
     sink.collect("start", 1);
-    // What is not read when a socket is closed resets the connection.
+    // Closing a socket with unread data resets the connection.
     near.write_all(b"unread").unwrap();
     wait_for("the bytes", || {
         (far.peek(&mut [0; 6]).unwrap() == 6).then_some(())
     });
     drop(far);
     sink.collect("end", 1);
-    scanned(&daemon, "plugin_events netlink");
+    wait_for_scan(&daemon, "plugin_events netlink");
     drop(near);
     sink.assert_silent();
     daemon.expect_status("plugin_events netlink ended 1");
     daemon.stop();
 }
 
-/// Closed here first: what waits for the other end's FIN is no connection.
+/// Closed by the local end first: a socket that only waits for the remote FIN is not a connection.
 #[test]
 #[ignore = "needs root"]
-fn a_connection_that_is_closed_here_alone_is_one_flow() {
+fn a_connection_that_only_the_local_end_has_closed_is_one_flow() {
     let hosts = hosts();
     for plugin in [NETLINK.to_owned(), NETLINK.replace("netlink", "netstat")] {
         let home = home(&plugin, "");
@@ -330,23 +330,23 @@ fn a_connection_that_is_closed_here_alone_is_one_flow() {
         } else {
             "netstat"
         };
-        scanned(&daemon, &format!("plugin_events {name}"));
+        wait_for_scan(&daemon, &format!("plugin_events {name}"));
         let listener = listen(&hosts, "[::]:5000");
         let (near, far) = connect(&hosts, &listener, THERE4);
         sink.collect("start", 1);
         drop(near);
         sink.collect("end", 1);
-        scanned(&daemon, &format!("plugin_events {name}"));
+        wait_for_scan(&daemon, &format!("plugin_events {name}"));
         sink.assert_silent();
         drop(far);
         daemon.stop();
     }
 }
 
-/// The kernel forgets the counts of a connection that this end resets.
+/// The kernel discards the counts of a connection that the local end resets.
 #[test]
 #[ignore = "needs root"]
-fn a_connection_that_is_reset_here_ends_whoever_reported_it() {
+fn a_connection_that_the_local_end_resets_ends_whichever_source_reported_it() {
     let hosts = hosts();
     for plugin in ["", NETLINK] {
         let home = home(plugin, "");
@@ -356,8 +356,8 @@ fn a_connection_that_is_reset_here_ends_whoever_reported_it() {
         let sink = Sink::bind(&hosts.there, SINK);
         let daemon = home.start(&hosts.here);
         if !plugin.is_empty() {
-            // What is there at the first scan is not announced.
-            scanned(&daemon, "plugin_events netlink");
+            // Connections that are open at the first scan are not announced.
+            wait_for_scan(&daemon, "plugin_events netlink");
         }
         let listener = listen(&hosts, "[::]:5000");
         let (mut near, mut far) = connect(&hosts, &listener, THERE4);
@@ -367,7 +367,7 @@ fn a_connection_that_is_reset_here_ends_whoever_reported_it() {
         }
         sink.collect("start", 1);
         exchange(&mut near, &mut far, 1000, 10);
-        scanned(&daemon, "enricher_events netlink");
+        wait_for_scan(&daemon, "enricher_events netlink");
         let linger = nix::libc::linger {
             l_onoff: 1,
             l_linger: 0,
@@ -379,10 +379,10 @@ fn a_connection_that_is_reset_here_ends_whoever_reported_it() {
     }
 }
 
-/// The owner of a socket that has gone is not known any more.
+/// The owner of a closed socket is unknown.
 #[test]
 #[ignore = "needs root"]
-fn rules_by_owner_do_not_take_connections_without_one() {
+fn a_rule_with_an_owner_does_not_match_connections_without_one() {
     let hosts = hosts();
     let rules = "rules: [{uid: 0, experiment: 3, activity: 3}]";
     let plugin = NETLINK.replace("period: 200", &format!("period: 60000, {rules}"));
@@ -406,7 +406,7 @@ fn five_thousand_connections_at_once() {
     let home = home(NETLINK, "");
     let sink = Sink::bind(&hosts.there, SINK);
     let daemon = home.start(&hosts.here);
-    scanned(&daemon, "plugin_events netlink");
+    wait_for_scan(&daemon, "plugin_events netlink");
     let listener = listen(&hosts, "[::]:5000");
     let open: Vec<_> = (0..MANY)
         .map(|_| connect(&hosts, &listener, &format!("[{THERE6}]")))
@@ -420,7 +420,7 @@ fn five_thousand_connections_at_once() {
 
 #[test]
 #[ignore = "needs root"]
-fn a_flow_ends_with_its_socket_whoever_reported_it() {
+fn a_flow_ends_with_its_socket_whichever_source_reported_it() {
     let hosts = hosts();
     let sink = Sink::bind(&hosts.there, SINK);
     for end in [true, false] {
@@ -432,7 +432,7 @@ fn a_flow_ends_with_its_socket_whoever_reported_it() {
         let listener = listen(&hosts, "[::]:5000");
         let (mut near, mut far) = connect(&hosts, &listener, THERE4);
         let (source, port) = (near.local_addr().unwrap(), near.peer_addr().unwrap().port());
-        // Seen from the other side, as dCache does.
+        // In the direction from the remote end, as dCache reports it.
         let line = |state: &str| {
             format!(
                 "{state} tcp {THERE4} {port} {HERE4} {} 2 9\n",
@@ -442,7 +442,7 @@ fn a_flow_ends_with_its_socket_whoever_reported_it() {
         home.write(&line("start"));
         sink.collect("start", 1);
         exchange(&mut near, &mut far, 5000, 700);
-        // A service that is killed says no more.
+        // A killed service does not report the end.
         close(near, far);
         if end {
             let ended = sink.collect("end", 1).into_values().next().unwrap();
@@ -492,7 +492,7 @@ fn an_end_that_comes_before_the_socket_closes_has_the_counts_so_far() {
     daemon.stop();
 }
 
-/// As after a transfer whose client has hung up: the service says so, and closes.
+/// As after a transfer whose client has closed: the service reports the end, and closes its socket.
 #[test]
 #[ignore = "needs root"]
 fn an_end_with_its_socket_has_the_last_counts_whichever_comes_first() {
@@ -530,12 +530,12 @@ fn an_end_with_its_socket_has_the_last_counts_whichever_comes_first() {
 
 #[test]
 #[ignore = "needs root"]
-fn a_connection_that_goes_while_the_daemon_is_down_is_ended_by_the_next() {
+fn a_connection_that_closes_while_the_daemon_is_down_is_ended_by_the_next() {
     let hosts = hosts();
     let home = home(NETLINK, "");
     let sink = Sink::bind(&hosts.there, SINK);
     let daemon = home.start(&hosts.here);
-    scanned(&daemon, "plugin_events netlink");
+    wait_for_scan(&daemon, "plugin_events netlink");
     let listener = listen(&hosts, "[::]:5000");
     let (gone, stays) = (
         connect(&hosts, &listener, THERE4),
@@ -549,13 +549,13 @@ fn a_connection_that_goes_while_the_daemon_is_down_is_ended_by_the_next() {
     let end = sink.collect("end", 1).into_values().next().unwrap();
     assert_eq!(end.flow.source.socket_addr(), source);
     assert_eq!(end.start_time, starts[&end.flow].start_time);
-    // The other one ends as it should, although this daemon has not announced it.
+    // The other connection ends normally, although this daemon has not announced it.
     close(stays.0, stays.1);
     assert_eq!(sink.collect("end", 1).len(), 1);
     daemon.stop();
 }
 
-/// What `ss` says of the socket, after its first line.
+/// The output of `ss` for the socket with this local address.
 fn ss(hosts: &Hosts, source: SocketAddr) -> String {
     let filter = format!("sport = :{}", source.port());
     let output = hosts
@@ -569,7 +569,7 @@ fn ss(hosts: &Hosts, source: SocketAddr) -> String {
 
 #[test]
 #[ignore = "needs root"]
-fn enriched_fireflies_say_what_ss_says() {
+fn enriched_fireflies_agree_with_ss() {
     let hosts = hosts();
     let listener = listen(&hosts, "[::]:5000");
     for mode in ["lean", "compatible", "flowd", "''"] {
@@ -601,15 +601,15 @@ fn enriched_fireflies_say_what_ss_says() {
         };
         let start = datagram("start");
         assert!(start["netlink"].is_object(), "{start}");
-        // By the second one, what was acknowledged last is in the numbers of both.
+        // By the second report, the numbers of both include the last acknowledgement.
         datagram("ongoing");
         let ongoing = datagram("ongoing");
-        let said = ss(&hosts, source);
+        let output = ss(&hosts, source);
         let value = |key: &str| -> f64 {
-            let word = said
+            let word = output
                 .split_whitespace()
                 .find_map(|w| w.strip_prefix(&format!("{key}:")));
-            let word = word.unwrap_or_else(|| panic!("{key} is not in {said}"));
+            let word = word.unwrap_or_else(|| panic!("{key} is not in {output}"));
             word.split('/').next().unwrap().parse().unwrap()
         };
         let netlink = &ongoing["netlink"];
@@ -638,8 +638,8 @@ fn enriched_fireflies_say_what_ss_says() {
             _ => &Value::Null,
         };
         assert!(
-            algorithm.is_null() || said.contains(&format!(" {} ", algorithm.as_str().unwrap())),
-            "{said}"
+            algorithm.is_null() || output.contains(&format!(" {} ", algorithm.as_str().unwrap())),
+            "{output}"
         );
         if mode == "compatible" {
             assert_eq!(netlink["state"], "established");
@@ -657,7 +657,7 @@ fn enriched_fireflies_say_what_ss_says() {
     }
 }
 
-/// Whether every subscription to word of sockets that go has lost some, by the kernel's count.
+/// Whether every subscription to notifications of closed sockets has lost some, by the kernel's count.
 fn has_lost_notifications(daemon: &Daemon<'_>) -> bool {
     let table = format!("/proc/{}/net/netlink", daemon.child.id());
     let table = std::fs::read_to_string(table).unwrap();
@@ -671,7 +671,7 @@ fn has_lost_notifications(daemon: &Daemon<'_>) -> bool {
 
 #[test]
 #[ignore = "needs root"]
-fn notifications_that_are_lost_are_made_up_for_by_a_scan() {
+fn a_scan_makes_up_for_lost_notifications() {
     const OPEN: usize = 200;
     let hosts = hosts();
     let listener = listen(&hosts, "[::]:5000");
@@ -705,7 +705,7 @@ fn notifications_that_are_lost_are_made_up_for_by_a_scan() {
             home.write(&open.iter().map(line).collect::<String>());
         }
         sink.collect("start", OPEN);
-        scanned(&daemon, "enricher_events netlink");
+        wait_for_scan(&daemon, "enricher_events netlink");
         daemon.signal(nix::sys::signal::Signal::SIGSTOP);
         while !has_lost_notifications(&daemon) {
             for _ in 0..500 {
@@ -737,12 +737,12 @@ fn notifications_that_are_lost_are_made_up_for_by_a_scan() {
 
 #[test]
 #[ignore = "needs root"]
-fn a_service_that_is_killed_has_its_flows_ended_whatever_the_congestion_control() {
+fn the_flows_of_a_killed_service_end_with_any_congestion_control() {
     let hosts = hosts();
     let home = home(NETLINK, "enrich: true, enrichmentMode: ''");
     let sink = Sink::bind(&hosts.there, SINK);
     let daemon = home.start(&hosts.here);
-    scanned(&daemon, "plugin_events netlink");
+    wait_for_scan(&daemon, "plugin_events netlink");
     let listener = listen(&hosts, "[::]:5000");
     let available = std::fs::read_to_string("/proc/sys/net/ipv4/tcp_available_congestion_control");
     let available = available.unwrap();
@@ -754,7 +754,7 @@ fn a_service_that_is_killed_has_its_flows_ended_whatever_the_congestion_control(
         let name = std::ffi::OsString::from(algorithm);
         nix::sys::socket::setsockopt(&near, nix::sys::socket::sockopt::TcpCongestion, &name)
             .unwrap();
-        // The socket is that of a service from here on.
+        // From here on, the socket belongs to a service.
         exchange(&mut near, &mut far, 70_000, 10);
         // The command holds the socket, too, until it is dropped.
         let mut service = {
@@ -770,12 +770,12 @@ fn a_service_that_is_killed_has_its_flows_ended_whatever_the_congestion_control(
                 (json["flow-lifecycle"]["state"] == state).then_some(json)
             })
         };
-        let news = json("ongoing");
-        assert_eq!(news["netlink"]["cong"]["algorithm"], algorithm);
+        let ongoing = json("ongoing");
+        assert_eq!(ongoing["netlink"]["cong"]["algorithm"], algorithm);
         assert_eq!(
-            news["netlink"]["bbr"].is_object(),
+            ongoing["netlink"]["bbr"].is_object(),
             algorithm == "bbr",
-            "{news}"
+            "{ongoing}"
         );
         service.kill().unwrap();
         service.wait().unwrap();

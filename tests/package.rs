@@ -1,4 +1,4 @@
-//! The RPM that `make rpm` has built: what is in it, and that what is in it works.
+//! The RPM that `make rpm` has built: its content is complete, and works.
 #![allow(missing_docs)]
 
 mod common;
@@ -94,7 +94,7 @@ fn files_modes_owners_and_dependencies_are_as_listed() {
     .into_iter()
     .map(|(path, mode)| root(path, mode))
     .collect();
-    // Configuration that an upgrade leaves alone, documentation, licence.
+    // Configuration that an upgrade does not replace, documentation, licence.
     expected.insert(root("/etc/flowd/flowd.cfg", "-rw-r--r--") + " cn");
     for page in [
         "man5/flowd.cfg.5",
@@ -138,7 +138,7 @@ fn files_modes_owners_and_dependencies_are_as_listed() {
             "{needed}: {requires:?}"
         );
     }
-    // Nothing of a compiler, and nothing that is linked by accident.
+    // No libraries of a compiler, and none that are linked by accident.
     let libraries = requires
         .iter()
         .filter_map(|r| r.split_once(".so").map(|(name, _)| name));
@@ -184,7 +184,7 @@ fn scriptlets_are_shell_and_an_upgrade_hands_over() {
     }
     let postun = query(&["--qf", "%{POSTUN}"]);
     assert!(postun.contains("--signal=SIGUSR2"), "{postun}");
-    // Run as on an upgrade, with a systemctl that tells what it was asked.
+    // Run the scriptlet as on an upgrade, with a systemctl that records its arguments.
     let folder = tempfile::tempdir().unwrap();
     let (log, systemctl) = (folder.path().join("log"), folder.path().join("systemctl"));
     fs::write(
@@ -207,16 +207,16 @@ fn scriptlets_are_shell_and_an_upgrade_hands_over() {
         assert!(status.unwrap().success());
         fs::read_to_string(&log).unwrap_or_default()
     };
-    let asked = run("1");
+    let calls = run("1");
     assert!(
-        asked.contains("daemon-reload") && asked.contains("SIGUSR2 flowd-rs.service"),
-        "{asked}"
+        calls.contains("daemon-reload") && calls.contains("SIGUSR2 flowd-rs.service"),
+        "{calls}"
     );
     assert!(!run("0").contains("SIGUSR2"));
 }
 
 #[test]
-fn rpmlint_finds_nothing_that_is_not_explained() {
+fn rpmlint_finds_nothing_unexplained() {
     let config = concat!(env!("CARGO_MANIFEST_DIR"), "/rpm/rpmlint.toml");
     let spec = concat!(env!("CARGO_MANIFEST_DIR"), "/rpm/flowd-rs.spec");
     let output = Command::new("rpmlint")
@@ -225,13 +225,13 @@ fn rpmlint_finds_nothing_that_is_not_explained() {
         .arg(built("SRPMS"))
         .output();
     let output = output.expect("rpmlint is installed");
-    let said = String::from_utf8_lossy(&output.stdout).into_owned();
-    assert!(said.contains(" 0 errors, 0 warnings"), "{said}");
+    let output_text = String::from_utf8_lossy(&output.stdout).into_owned();
+    assert!(output_text.contains(" 0 errors, 0 warnings"), "{output_text}");
 }
 
 #[test]
 #[ignore = "needs root: rpm --root, namespaces"]
-fn what_is_installed_runs_as_it_is() {
+fn the_installed_package_runs_unchanged() {
     let root = tempfile::tempdir().unwrap();
     let rpm = |arguments: &[&str]| {
         let output = Command::new("rpm")
@@ -242,7 +242,7 @@ fn what_is_installed_runs_as_it_is() {
         text(output.unwrap())
     };
     rpm(&["--initdb"]);
-    // Nothing in that root could run the scriptlets.
+    // That root has no shell to run the scriptlets.
     rpm(&["-i", "--nodeps", "--noscripts", package().to_str().unwrap()]);
     let verified = Command::new("rpm")
         .arg("--root")
@@ -251,7 +251,7 @@ fn what_is_installed_runs_as_it_is() {
         .output();
     assert_eq!(text(verified.unwrap()), "");
     let at = |path: &str| root.path().join(path);
-    // User, pipe and directories, as systemd makes them of the package's files.
+    // The user, the pipe and the directories, as systemd creates them from the package's files.
     fs::create_dir_all(at("sys/fs/bpf")).unwrap();
     for (program, arguments) in [
         ("systemd-sysusers", vec![]),
@@ -288,12 +288,12 @@ fn what_is_installed_runs_as_it_is() {
         .arg(root.path())
         .arg("flowd-rs.service")
         .output();
-    let said = String::from_utf8(output.unwrap().stderr).unwrap();
-    // What systemd and util-linux would have brought.
-    let others = |line: &&str| !line.contains("sysinit.target") && !line.contains("/bin/kill");
-    let ours = said.lines().filter(|line| line.contains("flowd-rs"));
-    let ours: Vec<&str> = ours.filter(others).collect();
-    assert!(ours.is_empty(), "{said}");
+    let output_text = String::from_utf8(output.unwrap().stderr).unwrap();
+    // Ignore missing files of systemd and util-linux.
+    let is_own = |line: &&str| !line.contains("sysinit.target") && !line.contains("/bin/kill");
+    let ours = output_text.lines().filter(|line| line.contains("flowd-rs"));
+    let ours: Vec<&str> = ours.filter(is_own).collect();
+    assert!(ours.is_empty(), "{output_text}");
     for page in [
         "man8/flowd-rs.8",
         "man8/flowd.8",
@@ -311,7 +311,7 @@ fn what_is_installed_runs_as_it_is() {
         assert!(there, "{}", page.display());
     }
 
-    // The daemon with the configuration as it is: pipe, and fireflies to destinations.
+    // The daemon with the packaged configuration: the pipe, and fireflies to destinations.
     let hosts = Hosts::new();
     let sink = Sink::bind(&hosts.there, &format!("[{THERE6}]:10514"));
     let home = Home::with("");

@@ -111,9 +111,9 @@ fn a_line_split_at_every_byte_is_one_line() {
         let line = line("start", 1 + at % 9, &format!("2 {at}"));
         let (first, second) = line.split_at(at.min(line.len()));
         writer.write_all(first.as_bytes()).unwrap();
-        // The daemon has taken the first half before the second is there.
+        // Write the second half only after the daemon has read the first.
         wait_for("an empty pipe", || {
-            (!ready(&home, PollFlags::POLLIN)).then_some(())
+            (!is_ready(&home, PollFlags::POLLIN)).then_some(())
         });
         writer.write_all(second.as_bytes()).unwrap();
         let start = sink.firefly();
@@ -123,12 +123,11 @@ fn a_line_split_at_every_byte_is_one_line() {
     assert!(!home.log().contains("rejected"), "{}", home.log());
 }
 
-/// Whether the pipe is ready for `what` right now: `POLLIN` is a pipe that has bytes in it, no
-/// `POLLOUT` is a full one.
-fn ready(home: &Home, what: PollFlags) -> bool {
+/// Whether the pipe is ready for `events` now. `POLLIN` means that the pipe contains bytes; without `POLLOUT` it is full.
+fn is_ready(home: &Home, events: PollFlags) -> bool {
     let mut options = fs::OpenOptions::new();
     let pipe = options.read(true).write(true).open(home.pipe()).unwrap();
-    poll(&mut [PollFd::new(pipe.as_fd(), what)], PollTimeout::ZERO).unwrap() > 0
+    poll(&mut [PollFd::new(pipe.as_fd(), events)], PollTimeout::ZERO).unwrap() > 0
 }
 
 #[test]
@@ -144,7 +143,7 @@ fn twenty_writers_at_once_lose_nothing() {
             let home = &home;
             scope.spawn(move || {
                 for n in 0..EACH {
-                    // Some hold the pipe open, some open it for every line.
+                    // Opens the pipe for every line.
                     home.write(&line("start", writer * EACH + n, "2 9"));
                 }
             });
@@ -157,7 +156,7 @@ fn twenty_writers_at_once_lose_nothing() {
 
 #[test]
 #[ignore = "needs root"]
-fn every_kind_of_bad_input_is_counted_and_the_good_lines_among_it_pass() {
+fn every_kind_of_bad_input_is_counted_and_good_lines_in_between_are_accepted() {
     let bad: &[(&[u8], &str)] = &[
         (b"strat tcp 2001:db8::1 1 2001:db8::2 2 1 2", "state"),
         (b"ongoing tcp 2001:db8::1 1 2001:db8::2 2 1 2", "state"),
@@ -204,13 +203,13 @@ fn every_kind_of_bad_input_is_counted_and_the_good_lines_among_it_pass() {
             "plugin_events namedPipe rejected_{reason} {count}"
         ));
     }
-    // Half a line: its writer left.
+    // A partial line whose writer has closed the pipe.
     writer.write_all(b"start tcp 2001:db8::1 1 2001:").unwrap();
     drop(writer);
     daemon.expect_status("plugin_events namedPipe rejected_fields 3");
     home.write(&line("start", 100, "2 9").replace('\n', "\r\n\r\n \t\n"));
     assert_eq!(sink.firefly().json["flow-id"]["src-port"], 101);
-    // A good line whose writer forgot the newline counts once it has been quiet.
+    // A good line without a newline is accepted after a timeout.
     home.write(line("start", 101, "2 9").trim_end());
     assert_eq!(sink.firefly().json["flow-id"]["src-port"], 102);
     daemon.stop();
@@ -255,7 +254,7 @@ fn a_million_garbage_lines_neither_stop_the_good_ones_nor_flood_the_log() {
 
 #[test]
 #[ignore = "needs root"]
-fn a_deleted_pipe_is_made_again_and_writers_of_the_old_one_are_heard() {
+fn a_deleted_pipe_is_recreated_and_the_old_one_is_still_read() {
     let hosts = Hosts::new();
     let home = Home::new("{}");
     let daemon = home.start(&hosts.here);
@@ -268,7 +267,7 @@ fn a_deleted_pipe_is_made_again_and_writers_of_the_old_one_are_heard() {
     assert_eq!(sink.firefly().json["flow-id"]["src-port"], 3);
     let mode = fs::metadata(home.pipe()).unwrap().permissions().mode();
     assert_eq!(mode & 0o777, 0o666);
-    // Somebody's shell redirection was quicker: the file is kept, the pipe comes back.
+    // A shell redirection creates a regular file first: the file is renamed, and the pipe recreated.
     fs::remove_file(home.pipe()).unwrap();
     fs::write(home.pipe(), "start of something\n").unwrap();
     home.write(&line("start", 3, "2 9"));
@@ -286,7 +285,7 @@ fn a_deleted_pipe_is_made_again_and_writers_of_the_old_one_are_heard() {
 
 #[test]
 #[ignore = "needs root"]
-fn a_pipe_that_was_there_is_adopted_and_stays() {
+fn an_existing_pipe_is_adopted_and_not_removed() {
     let hosts = Hosts::new();
     let home = Home::new("{}");
     nix::unistd::mkfifo(
@@ -304,7 +303,7 @@ fn a_pipe_that_was_there_is_adopted_and_stays() {
 
 #[test]
 #[ignore = "needs root"]
-fn a_full_pipe_holds_its_writers_back_and_loses_nothing() {
+fn a_full_pipe_blocks_its_writers_and_loses_nothing() {
     let hosts = Hosts::new();
     let home = Home::new("{}");
     let daemon = home.start(&hosts.here);
@@ -315,7 +314,7 @@ fn a_full_pipe_holds_its_writers_back_and_loses_nothing() {
     std::thread::scope(|scope| {
         scope.spawn(|| home.writer().write_all(text.as_bytes()).unwrap());
         wait_for("a full pipe", || {
-            (!ready(&home, PollFlags::POLLOUT)).then_some(())
+            (!is_ready(&home, PollFlags::POLLOUT)).then_some(())
         });
         daemon.signal(Signal::SIGCONT);
         assert_eq!(sink.collect("start", count).len(), count);
@@ -362,6 +361,6 @@ fn a_stop_under_load_sends_everything_that_was_accepted() {
         "{}: {last}",
         seen.len()
     );
-    // What the stop left open is open for the next daemon.
+    // The next daemon restores the flows that were open at the stop.
     assert_eq!(home.journalled(), seen.len());
 }

@@ -78,7 +78,7 @@ const NEW: &str = "start tcp 2001:db8::1 1 2001:db8::2 2 newexp Testing_\"\\\n";
 #[ignore = "needs root: network namespaces"]
 fn a_new_name_is_known_after_a_fetch_and_after_a_restart_from_the_cache() {
     let hosts = Hosts::new();
-    let (at, asked) = web_server(
+    let (at, heads) = web_server(
         &hosts.there,
         &format!("[{THERE6}]:0"),
         Box::new(
@@ -90,7 +90,7 @@ fn a_new_name_is_known_after_a_fetch_and_after_a_restart_from_the_cache() {
     );
     let home = home(&format!("http://{at}/api.json"));
     let daemon = home.start(&hosts.here);
-    asked.recv_timeout(DEADLINE).unwrap();
+    heads.recv_timeout(DEADLINE).unwrap();
     daemon.expect_status("registry_updates updated 1");
     home.wait_for_log("registry: 1 experiment fetched from http://");
     home.write(NEW);
@@ -105,7 +105,7 @@ fn a_new_name_is_known_after_a_fetch_and_after_a_restart_from_the_cache() {
     let expected = r#"flowd_flows_open{act="Testing \"\\",exp="newexp"} 1"#;
     assert!(page.contains(expected), "{page}");
     daemon.signal(Signal::SIGHUP);
-    let head = asked.recv_timeout(DEADLINE).unwrap();
+    let head = heads.recv_timeout(DEADLINE).unwrap();
     assert!(head.contains("if-none-match: \"v1\""), "{head}");
     daemon.expect_status("registry_updates unchanged 1");
     daemon.stop();
@@ -119,8 +119,8 @@ fn a_new_name_is_known_after_a_fetch_and_after_a_restart_from_the_cache() {
             .replace(&url, "http://[2001:db8::9]/"),
     )
     .unwrap();
-    let (_, said, _) = run(&["registry", "-c", config.to_str().unwrap()]);
-    assert!(said.contains("atlas"), "cache of another URL: {said}");
+    let (_, stdout, _) = run(&["registry", "-c", config.to_str().unwrap()]);
+    assert!(stdout.contains("atlas"), "cache of another URL: {stdout}");
     fs::write(
         &config,
         fs::read_to_string(&config)
@@ -128,19 +128,19 @@ fn a_new_name_is_known_after_a_fetch_and_after_a_restart_from_the_cache() {
             .replace("http://[2001:db8::9]/", &url),
     )
     .unwrap();
-    let (code, said, _) = run(&["registry", "-c", config.to_str().unwrap(), "lookup", "77"]);
+    let (code, stdout, _) = run(&["registry", "-c", config.to_str().unwrap(), "lookup", "77"]);
     assert_eq!(
-        (code, said.lines().nth(1)),
+        (code, stdout.lines().nth(1)),
         (0, Some("        77  newexp             7  Testing \"\\"))
     );
-    let (code, _, said) = run(&[
+    let (code, _, stderr) = run(&[
         "registry",
         "-c",
         config.to_str().unwrap(),
         "lookup",
         "atlas",
     ]);
-    assert!(code == 1 && said.contains("(cached)"), "{said}");
+    assert!(code == 1 && stderr.contains("(cached)"), "{stderr}");
     let daemon = home.start(&hosts.here);
     home.write(&NEW.replace("start", "end"));
     daemon.expect_status("dispatcher_events ended 1");
@@ -181,7 +181,7 @@ fn start_up_does_not_wait_for_the_registry_and_an_invalid_one_is_ignored() {
         ),
     ];
     for (expected, answer) in answers {
-        let (at, asked) = web_server(&hosts.there, &format!("[{THERE6}]:0"), answer);
+        let (at, heads) = web_server(&hosts.there, &format!("[{THERE6}]:0"), answer);
         let home = home(&format!("http://{at}/api.json"));
         let began = Instant::now();
         let daemon = home.start(&hosts.here);
@@ -189,7 +189,7 @@ fn start_up_does_not_wait_for_the_registry_and_an_invalid_one_is_ignored() {
         home.write("start tcp 2001:db8::1 1 2001:db8::2 2 cms Cache\n");
         daemon.expect_status("flows_open 1");
         if !expected.is_empty() {
-            asked.recv_timeout(DEADLINE).unwrap();
+            heads.recv_timeout(DEADLINE).unwrap();
             home.wait_for_log(expected);
             daemon.expect_status("registry_updates failed 1");
         }
@@ -208,7 +208,7 @@ fn a_registry_fetched_by_another_process_is_used_by_a_reload_and_by_the_configur
     ns.ip(&["link", "set", "lo", "up"]);
     let version = Arc::new(AtomicUsize::new(1));
     let current = Arc::clone(&version);
-    let (at, asked) = web_server(
+    let (at, heads) = web_server(
         &ns,
         "127.0.0.1:0",
         Box::new(move |head, stream| {
@@ -232,11 +232,11 @@ fn a_registry_fetched_by_another_process_is_used_by_a_reload_and_by_the_configur
         let mut command = ns.command(PROGRAM);
         command.args(["registry", "-c"]).arg(&config).arg("update");
         let output = command.output().unwrap();
-        let said = String::from_utf8_lossy(&output.stderr).into_owned();
-        assert!(output.status.success(), "{said}");
+        let stderr = String::from_utf8_lossy(&output.stderr).into_owned();
+        assert!(output.status.success(), "{stderr}");
     };
     let daemon = home.start(&ns);
-    asked.recv_timeout(DEADLINE).unwrap();
+    heads.recv_timeout(DEADLINE).unwrap();
     home.wait_for_log("registry: 1 experiment fetched");
     version.store(2, Ordering::Relaxed);
     update();
@@ -266,11 +266,11 @@ fn the_registry_can_be_a_local_file() {
         "backends: {{dummy: {{}}}}\nregistry: {{url: '{url}'}}\n"
     ));
     let config = home.path("flowd.cfg");
-    let (code, said, _) = run(&["registry", "-c", config.to_str().unwrap(), "list"]);
-    assert!(code == 0 && said.contains("77  ours"), "{said}");
-    let (code, said, _) = run(&["registry", "-c", config.to_str().unwrap(), "update"]);
-    assert!(code == 0 && said.contains("1 experiments"), "{said}");
-    let (code, _, said) = run(&[
+    let (code, stdout, _) = run(&["registry", "-c", config.to_str().unwrap(), "list"]);
+    assert!(code == 0 && stdout.contains("77  ours"), "{stdout}");
+    let (code, stdout, _) = run(&["registry", "-c", config.to_str().unwrap(), "update"]);
+    assert!(code == 0 && stdout.contains("1 experiments"), "{stdout}");
+    let (code, _, stderr) = run(&[
         "registry",
         "-c",
         config.to_str().unwrap(),
@@ -278,14 +278,14 @@ fn the_registry_can_be_a_local_file() {
         "atlas",
     ]);
     assert!(
-        code == 1 && said.contains("no experiment or activity is named \"atlas\""),
-        "{said}"
+        code == 1 && stderr.contains("no experiment or activity is named \"atlas\""),
+        "{stderr}"
     );
     write(&home.path("registry.json"), "{}");
-    let (code, _, said) = run(&["registry", "-c", config.to_str().unwrap(), "update"]);
+    let (code, _, stderr) = run(&["registry", "-c", config.to_str().unwrap(), "update"]);
     assert!(
-        code == 1 && said.contains("missing field `experiments`"),
-        "{said}"
+        code == 1 && stderr.contains("missing field `experiments`"),
+        "{stderr}"
     );
 }
 
@@ -427,8 +427,8 @@ fn fireflies_have_the_public_address_of_the_local_end() {
         daemon.stop();
         let config = home.path("flowd.cfg");
         let output = nat.inside.command(PROGRAM).args(["stun", "sample", "-c"]).arg(config).output().unwrap();
-        let said = String::from_utf8(output.stdout).unwrap();
-        assert!(output.status.success() && said.contains(&format!("10.0.0.2 -> {public4}")), "{said}");
+        let stdout = String::from_utf8(output.stdout).unwrap();
+        assert!(output.status.success() && stdout.contains(&format!("10.0.0.2 -> {public4}")), "{stdout}");
     }
 }
 

@@ -197,7 +197,7 @@ fn invalid_fireflies_are_rejected_by_reason() {
     socket.send(long.as_bytes()).unwrap();
     for reason in [
         "json", "version", "state", "time", "protocol", "address", "port", "family", "tag",
-        "too_long",
+        "length",
     ] {
         daemon.expect_status(&format!("plugin_events firefly rejected_{reason} 1"));
     }

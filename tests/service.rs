@@ -12,7 +12,7 @@ use common::net::{Hosts, NetNs};
 use nix::sys::signal::Signal;
 
 #[test]
-fn usage_errors_are_2_and_questions_are_0() {
+fn usage_errors_exit_with_2_and_help_with_0() {
     for arguments in [
         &["version"][..],
         &["--version"],
@@ -56,14 +56,14 @@ fn the_registry_lists_every_activity() {
 }
 
 #[test]
-fn config_check_says_good_or_where_it_is_not() {
+fn config_check_prints_good_or_the_place_of_the_error() {
     let home = Home::new("{}");
     let file = home.path("flowd.cfg");
     let name = file.to_str().unwrap();
     let (code, out, _) = run(&["config", "check", "-c", name]);
     assert_eq!(
         (code, out.lines().next()),
-        (0, Some(&*format!("{name}: good")))
+        (0, Some(&*format!("{name}: valid")))
     );
     for line in [
         "plugins:    namedPipe",
@@ -89,7 +89,7 @@ fn config_check_says_good_or_where_it_is_not() {
         ] {
             let (code, out, error) = run(arguments);
             assert_eq!((code, out.as_str()), (2, ""));
-            // The check shows the place before it says what is wrong.
+            // The check prints the place before the error.
             let last = error.lines().last().unwrap();
             assert_eq!(last, format!("flowd-rs: {name}{expected}"));
             assert_eq!(error.contains(" | "), arguments[0] == "config", "{error}");
@@ -105,7 +105,7 @@ fn config_check_says_good_or_where_it_is_not() {
 }
 
 #[test]
-fn what_cannot_be_had_is_one_line_and_nothing_is_left_behind() {
+fn an_unavailable_resource_is_one_line_and_nothing_is_left_behind() {
     let home = Home::new("{}");
     fs::create_dir(home.pipe()).unwrap();
     let file = home.path("flowd.cfg");
@@ -123,7 +123,7 @@ fn what_cannot_be_had_is_one_line_and_nothing_is_left_behind() {
 
 #[test]
 #[ignore = "needs root"]
-fn systemd_is_told_and_fed() {
+fn systemd_gets_notifications_and_watchdog_pings() {
     let ns = NetNs::new("service");
     let home = Home::new("{}");
     let mut command = ns.command("sh");
@@ -144,7 +144,7 @@ fn systemd_is_told_and_fed() {
 
 #[test]
 #[ignore = "needs root"]
-fn a_second_daemon_on_the_same_state_is_refused_and_a_stale_pid_file_is_not_in_the_way() {
+fn a_second_daemon_with_the_same_state_directory_is_refused_and_a_stale_pid_file_is_ignored() {
     let ns = NetNs::new("service");
     let home = Home::new("{}");
     write(&home.path("pid"), "1\n");
@@ -168,7 +168,48 @@ fn a_second_daemon_on_the_same_state_is_refused_and_a_stale_pid_file_is_not_in_t
 
 #[test]
 #[ignore = "needs root"]
-fn hangup_and_usr1_do_not_end_it() {
+fn without_permission_the_error_says_who_may_use_the_files_of_the_service() {
+    let home = Home::new("{}");
+    let mode = |path: &std::path::Path, mode| {
+        fs::set_permissions(path, fs::Permissions::from_mode(mode)).unwrap();
+    };
+    let (config, state) = (home.path("flowd.cfg"), home.path("state"));
+    let maps = home.path("flowd-rs/v1");
+    mode(home.dir.path(), 0o755);
+    for directory in [&state, &maps] {
+        fs::create_dir_all(directory).unwrap();
+        mode(directory, 0o700);
+    }
+    let unprivileged = |arguments: &[&str]| {
+        let mut command = Command::new("setpriv");
+        command.args(["--reuid=65534", "--regid=65534", "--clear-groups", PROGRAM]);
+        let output = command.args(arguments).output().unwrap();
+        (
+            output.status.code(),
+            String::from_utf8(output.stderr).unwrap(),
+        )
+    };
+    let denied = "permission denied, expected root or flowd, the user that the service runs as";
+    let (code, error) = unprivileged(&["run", "-c", config.to_str().unwrap()]);
+    let expected = format!(
+        "flowd-rs: {}/lock (stateDir): {denied}; start the service (systemctl start flowd-rs), run flowd-rs as root (sudo), or set stateDir to a directory of your own\n",
+        state.display()
+    );
+    assert_eq!((code, error), (Some(1), expected));
+    if cfg!(feature = "bpf") {
+        let bpffs = home.dir.path().to_str().unwrap();
+        let (code, error) = unprivileged(&["marker", "--bpf-fs-path", bpffs, "show"]);
+        let expected = format!(
+            "flowd-rs: pinned maps in {}: {denied}; run flowd-rs as root (sudo)\n",
+            maps.display()
+        );
+        assert_eq!((code, error), (Some(1), expected));
+    }
+}
+
+#[test]
+#[ignore = "needs root"]
+fn hangup_and_usr1_do_not_stop_the_daemon() {
     let hosts = Hosts::new();
     let home = Home::new("{}");
     let daemon = home.start(&hosts.here);
@@ -222,7 +263,7 @@ fn log_lines_have_priorities_for_the_journal_and_times_only_on_demand() {
 
 #[test]
 #[ignore = "needs root"]
-fn a_flow_is_a_line_in_the_log_only_at_debug() {
+fn a_flow_is_logged_only_at_debug() {
     let hosts = Hosts::new();
     for (arguments, expected) in [(&["--log-level", "info"][..], false), (&["--debug"], true)] {
         let home = Home::new("{}");
@@ -240,7 +281,7 @@ fn a_flow_is_a_line_in_the_log_only_at_debug() {
 }
 
 #[test]
-fn listen_prints_what_arrives() {
+fn listen_prints_received_fireflies() {
     let probe = std::net::UdpSocket::bind("127.0.0.1:0").unwrap();
     let port = probe.local_addr().unwrap().port().to_string();
     drop(probe);

@@ -1,4 +1,4 @@
-//! The iperf3 plugin and the skops enricher: connections of a cgroup, told by an eBPF program.
+//! The iperf3 plugin and the skops enricher: connections of a cgroup, as an eBPF program reports them.
 #![cfg(feature = "bpf")]
 #![allow(missing_docs)]
 
@@ -19,7 +19,7 @@ use serde_json::Value;
 
 const SINK: &str = "[2001:db8::2]:20514";
 
-/// A cgroup of version 2 of the test's own; gone with the value.
+/// A cgroup v2 for one test. Dropping the value removes it.
 struct Cgroup(PathBuf);
 
 impl Cgroup {
@@ -83,7 +83,7 @@ fn client(cgroup: &Cgroup, hosts: &Hosts, to: &str, listener: &TcpListener) {
 
 #[test]
 #[ignore = "needs root"]
-fn connections_get_the_tags_of_the_list_in_turns() {
+fn connections_get_the_tags_of_the_list_in_turn() {
     let hosts = Hosts::new();
     let cgroup = Cgroup::new();
     let home = home(
@@ -121,7 +121,7 @@ fn connections_get_the_tags_of_the_list_in_turns() {
         let usage = end.usage.unwrap();
         assert_eq!((usage.sent, usage.received), (Some(1000), Some(500)));
     }
-    // Processes of other cgroups are nobody's business.
+    // Connections of processes in other cgroups are not reported.
     let near = hosts
         .here
         .enter(|| std::net::TcpStream::connect("192.0.2.2:5201").unwrap());
@@ -179,7 +179,7 @@ fn ports_out_of_range_are_left_out_and_iperf3_itself_is_seen() {
 
 #[test]
 #[ignore = "needs root"]
-fn the_skops_enricher_tells_of_open_flows_beside_another_program() {
+fn the_skops_enricher_reports_open_flows_next_to_another_program() {
     let hosts = Hosts::new();
     let cgroup = Cgroup::new();
     let path = cgroup.0.display();
@@ -203,7 +203,7 @@ fn the_skops_enricher_tells_of_open_flows_beside_another_program() {
         let (far, _) = listener.accept().unwrap();
         let mut input = child.stdin.take().unwrap();
         sink.collect("start", 1);
-        let news = wait_for("news of the connection", || {
+        let ongoing = wait_for("a report on the connection", || {
             let _ = input.write_all(b"more\n");
             if strategy == "transition" {
                 far.shutdown(std::net::Shutdown::Write).unwrap();
@@ -213,8 +213,8 @@ fn the_skops_enricher_tells_of_open_flows_beside_another_program() {
             let json: Value = serde_json::from_str(&text[text.find('{').unwrap()..]).unwrap();
             (json["skOps"].is_object()).then_some(json)
         });
-        let skops = &news["skOps"];
-        assert_eq!(news["flow-lifecycle"]["state"], "ongoing");
+        let skops = &ongoing["skOps"];
+        assert_eq!(ongoing["flow-lifecycle"]["state"], "ongoing");
         assert!(
             skops["srtt"].as_u64().unwrap() > 0 && skops["sndCwnd"].as_u64().unwrap() > 0,
             "{skops}"
@@ -230,7 +230,7 @@ fn the_skops_enricher_tells_of_open_flows_beside_another_program() {
 
 #[test]
 #[ignore = "needs root"]
-fn what_is_no_cgroup_of_version_2_is_a_clear_error() {
+fn a_path_that_is_not_a_cgroup_v2_is_a_clear_error() {
     let hosts = Hosts::new();
     let start = |home: &Home| {
         let output = hosts
@@ -254,7 +254,7 @@ fn what_is_no_cgroup_of_version_2_is_a_clear_error() {
     for (iperf3, expected) in [
         (
             "{experimentIDs: [1]}",
-            "plugins.iperf3.activityIDs: 3 ids beside 1 experimentIDs",
+            "plugins.iperf3.activityIDs: found 3 ids here and 1 in experimentIDs, expected two lists of the same length",
         ),
         (
             "{minSourcePort: 9, maxSourcePort: 3}",

@@ -27,7 +27,7 @@ use crate::metrics::{Metrics, Outcomes, outcomes};
 use crate::sys::interfaces::LocalAddresses;
 use crate::sys::resolver::Resolver;
 use crate::sys::sock_diag::Dump;
-use crate::sys::udp::{MAX_BATCH_SIZE, Batch, Sender};
+use crate::sys::udp::{Batch, MAX_BATCH_SIZE, Sender};
 
 const NAME: &str = "firefly";
 const TICK_INTERVAL: Duration = Duration::from_secs(1);
@@ -319,7 +319,11 @@ impl Backend for Firefly {
             };
             self.local.refresh();
             let now = Timestamp::now();
-            for event in first.into_iter().chain(events.try_iter()).take(MAX_BATCH_SIZE) {
+            for event in first
+                .into_iter()
+                .chain(events.try_iter())
+                .take(MAX_BATCH_SIZE)
+            {
                 for event in self.events_to_send(event) {
                     self.encode(event, now, &mut batch);
                 }

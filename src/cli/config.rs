@@ -27,7 +27,7 @@ enum Command {
     Show(Show),
 }
 
-/// Check a configuration file and print what the daemon would do with it.
+/// Check a configuration file and show what the daemon would do.
 #[derive(ArgsInfo, FromArgs)]
 #[argh(
     subcommand,
@@ -37,16 +37,26 @@ enum Command {
 )]
 struct Check {
     /// configuration file (default: /etc/flowd/flowd.cfg)
-    #[argh(option, short = 'c', arg_name = "file", default = "DEFAULT_PATH.into()")]
+    #[argh(
+        option,
+        short = 'c',
+        arg_name = "file",
+        default = "DEFAULT_PATH.into()"
+    )]
     config: PathBuf,
 }
 
-/// Print a KEY=value file of flowd as YAML, each line with its original key.
+/// Print a KEY=value file of flowd as YAML, with the original keys.
 #[derive(ArgsInfo, FromArgs)]
 #[argh(subcommand, name = "convert", help_triggers("-h", "--help", "help"))]
 struct Convert {
     /// configuration file (default: /etc/flowd/flowd.cfg)
-    #[argh(option, short = 'c', arg_name = "file", default = "DEFAULT_PATH.into()")]
+    #[argh(
+        option,
+        short = 'c',
+        arg_name = "file",
+        default = "DEFAULT_PATH.into()"
+    )]
     config: PathBuf,
 }
 
@@ -60,7 +70,12 @@ struct Schema {}
 #[argh(subcommand, name = "show", help_triggers("-h", "--help", "help"))]
 struct Show {
     /// configuration file (default: /etc/flowd/flowd.cfg)
-    #[argh(option, short = 'c', arg_name = "file", default = "DEFAULT_PATH.into()")]
+    #[argh(
+        option,
+        short = 'c',
+        arg_name = "file",
+        default = "DEFAULT_PATH.into()"
+    )]
     config: PathBuf,
 }
 

@@ -83,7 +83,9 @@ impl Flows {
         loop {
             let mut document = client::get(&socket, &path)?;
             let Some(flows) = document["flows"].as_array_mut() else {
-                return Err(Error::Failed("the answer of the daemon has no list of flows".to_owned()));
+                return Err(Error::Failed(
+                    "the answer of the daemon has no list of flows".to_owned(),
+                ));
             };
             flows.sort_by(|a, b| self.compare(a, b));
             let text = match self.json {
@@ -137,7 +139,7 @@ const TITLES: [&str; 9] = [
     "LABEL",
 ];
 
-/// One line a flow; two where the terminal is too narrow: the destination below the source, the
+/// One line per flow, or two if that is wider than `width`: the destination below the source, the
 /// activity below the experiment, the origin below the age.
 fn table(flows: &[Value], width: Option<usize>) -> String {
     let rows: Vec<[String; 9]> = flows.iter().map(row).collect();
@@ -267,7 +269,7 @@ mod tests {
         );
         assert!(lines[2].ends_with("  -"));
         assert_eq!(lines[3], "2 flows are open");
-        let narrow = IP_TABLE_WIDTH;
+        let narrow = NARROW_WIDTH;
         assert!(
             table(&[flow(json!(1))], Some(narrow))
                 .lines()
@@ -275,7 +277,7 @@ mod tests {
         );
     }
 
-    const IP_TABLE_WIDTH: usize = 100;
+    const NARROW_WIDTH: usize = 100;
 
     #[test]
     fn no_line_is_wider_than_the_terminal() {

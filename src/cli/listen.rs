@@ -27,11 +27,7 @@ pub struct Listen {
     port: u16,
 
     /// address to listen on (default: all, IPv4 and IPv6)
-    #[argh(
-        option,
-        default = "Ipv6Addr::UNSPECIFIED.into()",
-        from_str_fn(address)
-    )]
+    #[argh(option, default = "Ipv6Addr::UNSPECIFIED.into()", from_str_fn(address))]
     address: IpAddr,
 
     /// print the JSON object as received instead
@@ -50,12 +46,8 @@ fn port(word: &str) -> std::result::Result<u16, String> {
 }
 
 fn address(word: &str) -> std::result::Result<IpAddr, String> {
-    word.parse().map_err(|_| {
-        format!(
-            "\"{}\" is not an IPv4 or IPv6 address",
-            word.escape_debug()
-        )
-    })
+    word.parse()
+        .map_err(|_| format!("\"{}\" is not an IPv4 or IPv6 address", word.escape_debug()))
 }
 
 impl Listen {

@@ -88,7 +88,7 @@ fn show(bpffs: &Path, maps: Option<Maps>) -> Result<()> {
     let Some(maps) = maps else {
         let _ = writeln!(
             out,
-            "no pinned maps below {} (--bpf-fs-path): the marker is not running",
+            "no pinned maps below {} (--bpf-fs-path): the marker is not running, or uses another path",
             bpffs.display()
         );
         return Ok(());

@@ -21,7 +21,12 @@ use crate::sys::ownership::{self, Owner};
 )]
 pub struct Prepare {
     /// configuration file (default: /etc/flowd/flowd.cfg)
-    #[argh(option, short = 'c', arg_name = "file", default = "DEFAULT_PATH.into()")]
+    #[argh(
+        option,
+        short = 'c',
+        arg_name = "file",
+        default = "DEFAULT_PATH.into()"
+    )]
     config: PathBuf,
 
     /// the user that the daemon runs as, by name or id (default: flowd)
@@ -78,7 +83,7 @@ fn prepare_pipe(pipe: &config::NamedPipe, owner: Owner) -> Result<()> {
 
 fn report_moved_aside(path: &Path, aside: &Path) {
     eprintln!(
-        "flowd-rs: named pipe {}: renamed the regular file at this path to {}",
+        "flowd-rs: {} was a regular file; renamed it to {} and created the pipe",
         path.display(),
         aside.display()
     );

@@ -13,7 +13,7 @@ use crate::registry::{self, Experiment};
 #[derive(ArgsInfo, FromArgs)]
 #[argh(subcommand, name = "registry", help_triggers("-h", "--help", "help"))]
 pub struct Registry {
-    /// configuration file that names registry.url and workDir (default:
+    /// configuration file with registry.url and workDir (default:
     /// /etc/flowd/flowd.cfg)
     #[argh(option, short = 'c', arg_name = "file")]
     config: Option<PathBuf>,

@@ -16,7 +16,12 @@ use crate::error::Result;
 #[argh(subcommand, name = "run", help_triggers("-h", "--help", "help"))]
 pub struct Run {
     /// configuration file (default: /etc/flowd/flowd.cfg)
-    #[argh(option, short = 'c', arg_name = "file", default = "DEFAULT_PATH.into()")]
+    #[argh(
+        option,
+        short = 'c',
+        arg_name = "file",
+        default = "DEFAULT_PATH.into()"
+    )]
     config: PathBuf,
 
     /// the same as --log-level debug: log each flow event

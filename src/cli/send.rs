@@ -78,10 +78,7 @@ impl Send {
                 )),
                 _ => resource_error(&path, error),
             })?;
-        println!(
-            "sent to {shown} (a daemon is reading): {}",
-            line.trim_end()
-        );
+        println!("sent to {shown} (a daemon is reading): {}", line.trim_end());
         Ok(())
     }
 

@@ -49,8 +49,7 @@ impl Stun {
             Config::default_stun()
         });
         let known = Mapping::new();
-        let (mapping, missing) =
-            discover(&settings, &known, &|| false, |step| println!("{step}"));
+        let (mapping, missing) = discover(&settings, &known, &|| false, |step| println!("{step}"));
         for (private, public) in &mapping {
             println!("{private} -> {public}");
         }

@@ -119,7 +119,9 @@ fn show(tag: flow::Tag, given: Option<u32>, registry: &Registry) {
     println!("experiment  {} {experiment}", tag.experiment);
     println!("activity    {} {activity}", tag.activity);
     if !scitag::fits(tag) {
-        println!("not a tag that packets can carry: expected an experiment of 1 to 511 and an activity of 1 to 63");
+        println!(
+            "not a tag that packets can carry: expected an experiment of 1 to 511 and an activity of 1 to 63"
+        );
         return;
     }
     let (label, scitag) = (scitag::label(tag), scitag::scitag(tag));

@@ -9,14 +9,16 @@ use crate::config::nearest::nearest;
 
 /// The message for `arguments`, which argh refused with `error`. `program` describes the whole command line.
 pub fn explain(program: CommandInfoWithArgs, arguments: &[&str], error: &str) -> String {
-    let (path, command) = command_of(program, arguments);
     let error = error.trim();
+    let value_of = error.strip_prefix("Error parsing option '");
+    let option = value_of.and_then(|rest| rest.split('\'').next());
+    let (path, command) = command_of(program, arguments, option);
     if error.starts_with("One of the following subcommands must be present") {
         return missing_command(&path, &command);
     }
     let message = if let Some(argument) = error.strip_prefix("Unrecognized argument: ") {
         unknown_argument(&path, &command, argument)
-    } else if let Some(error) = error.strip_prefix("Error parsing option '") {
+    } else if let Some(error) = value_of {
         bad_value(arguments, error)
     } else if let Some(option) = error.strip_prefix("No value provided for option '") {
         format!("{} needs a value", option.trim_end_matches(['\'', '.']))
@@ -47,14 +49,19 @@ fn help_of(path: &str) -> String {
     format!("flowd-rs help {path}").trim_end().to_owned()
 }
 
-/// The command that the arguments name, as far as they can be followed: `config check` and its description.
+/// The command that the arguments name, `config check`, and its description. The search ends at the option
+/// `last`, and at the first argument that is neither an option nor a command.
 fn command_of(
     program: CommandInfoWithArgs,
     arguments: &[&str],
+    last: Option<&str>,
 ) -> (String, CommandInfoWithArgs) {
     let (mut path, mut command) = (Vec::new(), program);
     let mut words = arguments.iter();
     while let Some(&word) = words.next() {
+        if last == Some(word) {
+            break;
+        }
         if let Some(flag) = command.flags.iter().find(|flag| is_named(flag, word)) {
             if matches!(flag.kind, FlagInfoKind::Option { .. }) {
                 words.next();
@@ -178,7 +185,7 @@ mod tests {
             ),
             (
                 "listen --port x': y",
-                "--port: \"x':\" is not a port, expected 1 to 65535",
+                "--port: \"x\\':\" is not a port, expected 1 to 65535",
                 "listen",
             ),
             (
@@ -191,11 +198,7 @@ mod tests {
                 "--port is given twice",
                 "listen",
             ),
-            (
-                "flows --experiment",
-                "--experiment needs a value",
-                "flows",
-            ),
+            ("flows --experiment", "--experiment needs a value", "flows"),
             ("tag encode cms", "missing argument: activity", "tag encode"),
             (
                 "send start tcp 192.0.2.1 1",
@@ -213,7 +216,9 @@ mod tests {
     #[test]
     fn missing_commands_are_listed_one_per_line() {
         let program = missing_command("", &Arguments::get_args_info());
-        assert!(program.starts_with("missing command, expected one of:\n  run       Run the daemon "));
+        assert!(
+            program.starts_with("missing command, expected one of:\n  run       Run the daemon ")
+        );
         assert!(program.ends_with("\nSee `flowd-rs help COMMAND`."));
         let config = explained("config");
         assert!(config.ends_with("\nSee `flowd-rs help config COMMAND`."));

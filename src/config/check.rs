@@ -487,7 +487,7 @@ enrichers:
             ),
             (
                 "plugins: {namedPipe: {}}\nbackends: {prometheus: {port: 9000, netlinkPort: 9000}}\n",
-                "f:2:51: backends.prometheus.netlinkPort: port 9000 is already used by backends.prometheus.port",
+                "f:2:50: backends.prometheus.netlinkPort: port 9000 is already used by backends.prometheus.port",
             ),
             (
                 "plugins: {namedPipe: {}}\nbackends: {prometheus: {netlinkPort: 0, skopsPort: 0}}\n",
@@ -533,10 +533,7 @@ enrichers:
                 "plugins: {namedPipe: }\nbackends: {firefly: {enrichmentMode: fat}}\n",
                 "f:2:38: backends.firefly.enrichmentMode: \"fat\" is not a valid mode, expected lean, compatible, flowd, or \"\" for everything",
             ),
-            (
-                "pidPath: 'x\n",
-                "f:1:10: pidPath: this ' is never closed",
-            ),
+            ("pidPath: 'x\n", "f:1:10: pidPath: this quote is never closed"),
         ] {
             assert_eq!(parse(text).unwrap_err(), expected, "{text}");
         }

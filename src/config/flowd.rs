@@ -209,7 +209,9 @@ impl File {
         match self.value(key) {
             None => Ok(default),
             Some(Value::Int(port)) if *port != 0 => Ok(*port),
-            Some(Value::Int(_)) => self.fail(key, "0 is out of range, expected 1 to 65535".to_owned()),
+            Some(Value::Int(_)) => {
+                self.fail(key, "0 is out of range, expected 1 to 65535".to_owned())
+            }
             Some(other) => self.expected(key, other, "a whole number"),
         }
     }
@@ -577,8 +579,7 @@ backends:
   dummy:
 ";
         let mut expected = parse(expected).unwrap();
-        expected.notes =
-            vec!["PROMETHEUS_SS_PATH has no effect: ss is not needed".to_owned()];
+        expected.notes = vec!["PROMETHEUS_SS_PATH has no effect: ss is not needed".to_owned()];
         assert_eq!(config, expected);
     }
 

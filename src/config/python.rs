@@ -353,7 +353,9 @@ impl Reader<'_> {
             if radix == 10 && body.starts_with('0') && body.chars().any(|c| c != '0') {
                 return fail_at(
                     place,
-                    format!("\"{digits}\" begins with 0, expected no leading zeros, or 0o… for octal"),
+                    format!(
+                        "\"{digits}\" begins with 0, expected no leading zeros, or 0o… for octal"
+                    ),
                 );
             }
             let signed = if negative {
@@ -611,11 +613,7 @@ mod tests {
                 "expected a value, found the end of the line",
             ),
             ("A=os.system('x')", (1, 3), "found the name \"os\""),
-            (
-                "A=open('/etc/passwd')",
-                (1, 3),
-                "found the name \"open\"",
-            ),
+            ("A=open('/etc/passwd')", (1, 3), "found the name \"open\""),
             (
                 "A='a' + 'b'",
                 (1, 7),

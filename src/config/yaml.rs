@@ -35,7 +35,7 @@ pub fn read(text: &str) -> Result<Raw, YamlError> {
     serde_path_to_error::deserialize(Deserializer::from_str(text)).map_err(|error| {
         let path = error.path().to_string();
         // "?" is a key that was not read yet, "." the whole file.
-        let key = path.trim_end_matches('?').trim_end_matches('.');
+        let key = path.trim_end_matches('?').trim_end_matches('.').trim();
         let error = YamlError {
             place: error.inner().location().map(place),
             key: key.to_owned(),

@@ -27,7 +27,7 @@ use crate::sys::interfaces;
 const DISPATCHER_TIMEOUT: Duration = Duration::from_millis(900);
 /// Listings in progress at once: each holds a copy of the table of open flows.
 const MAX_LISTINGS: usize = 8;
-/// The smallest part of a listing but the last, in bytes.
+/// The parts of a listing, except the last, have at least this many bytes.
 const LISTING_CHUNK_SIZE: usize = 64 << 10;
 
 /// Method, path and description of the routes, for `GET /`.

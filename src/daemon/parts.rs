@@ -198,7 +198,7 @@ impl Parts {
             && (new.mode, &new.group) != (old.mode, &old.group)
             && let Err(error) = named_pipe::adjust(new)
         {
-            log::warn!("named pipe {}: {error}", new.path.display());
+            log::warn!("namedPipe: {}: {error}", new.path.display());
         }
         self.kept.clear();
         self.context.active.store(active.into());

@@ -1,8 +1,8 @@
 //! The netlink enricher: ends flows whose TCP socket on this host has closed, with the final counts, and reports the
 //! `sock_diag(7)` statistics of the open sockets every period.
 //!
-//! The kernel notifies the enricher of closed sockets. Scans replace the notifications if the kernel does not send them,
-//! and after some were lost.
+//! The kernel notifies the enricher of closed sockets. Scans replace the notifications if the kernel does not send
+//! them, and after some were lost.
 
 use std::collections::HashSet;
 use std::io;
@@ -65,8 +65,8 @@ pub struct Netlink {
 }
 
 impl Netlink {
-    /// Opens the netlink sockets. `None` if neither `enrichers.netlink` nor `flows.endOnSocketClose` is set, or if only the
-    /// latter is set and the kernel has no `sock_diag`.
+    /// Opens the netlink sockets. `None` if neither `enrichers.netlink` nor `flows.endOnSocketClose` is set, or if only
+    /// the latter is set and the kernel has no `sock_diag`.
     pub fn new(config: &Config, context: &DaemonContext) -> Result<Option<Netlink>> {
         let ends_flows = config.flows.end_on_socket_close;
         let reported = &config.netlink_enricher;
@@ -160,8 +160,8 @@ impl Netlink {
         }
     }
 
-    /// Scans all sockets. With `send_ongoing` it reports on the open ones, and with `send_ends` it ends the flows of those
-    /// that are no longer there.
+    /// Scans all sockets. With `send_ongoing` it reports on the open ones, and with `send_ends` it ends the flows of
+    /// those that are no longer there.
     fn scan(
         &mut self,
         events: &EventSender,
@@ -213,8 +213,8 @@ impl Netlink {
         Ok(sent)
     }
 
-    /// Counts the restored flows that were found by their sockets as seen, so that the next scan ends those whose socket
-    /// has closed meanwhile.
+    /// Counts the restored flows that were found by their sockets as seen, so that the next scan ends those whose
+    /// socket has closed meanwhile.
     fn restore_seen(&mut self) {
         let open = dispatcher::open_flows(&self.queries);
         let by_socket = open.iter().filter(|(_, open)| open.origin.is_socket());
@@ -274,9 +274,7 @@ impl Plugin for Netlink {
                     Ok(Err(Closed)) => break,
                     Err(error) => {
                         self.counters.add(Outcome::ScanFailed);
-                        failures.log(began, || {
-                            format!("netlink enricher: sock_diag: {error}")
-                        });
+                        failures.log(began, || format!("netlink enricher: sock_diag: {error}"));
                     }
                 }
             }

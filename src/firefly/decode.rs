@@ -60,9 +60,8 @@ impl DecodeError {
 ///
 /// Port 0 is accepted: dCache sends it if it does not know the port.
 pub fn decode(datagram: &[u8], now: Timestamp) -> Result<FlowEvent, DecodeError> {
-    let begin = memchr::memchr(b'{', datagram).ok_or_else(|| {
-        DecodeError::new(Rejection::Json, "no JSON object, expected a firefly")
-    })?;
+    let begin = memchr::memchr(b'{', datagram)
+        .ok_or_else(|| DecodeError::new(Rejection::Json, "no JSON object, expected a firefly"))?;
     let json = &datagram[begin..];
     match parse(json) {
         Ok(received) => received.event(now),
@@ -245,7 +244,10 @@ impl Received<'_> {
             }),
             start_time,
             reported,
-            application: context.application.text().map(|a| truncate_application(a).into()),
+            application: context
+                .application
+                .text()
+                .map(|a| truncate_application(a).into()),
             usage: self.usage,
             members: self.members,
             ..FlowEvent::new(state, flow(&self.flow_id)?, time, Origin::Firefly)

@@ -184,7 +184,9 @@ impl Encoder {
 /// Appends the members that fit, [`PREFERRED_MEMBERS`] first; returns how many did not.
 fn put_members(members: &[Member], end: usize, out: &mut String) -> usize {
     let rank = |member: &&Member| {
-        let preferred = PREFERRED_MEMBERS.iter().position(|key| **key == *member.key);
+        let preferred = PREFERRED_MEMBERS
+            .iter()
+            .position(|key| **key == *member.key);
         preferred.unwrap_or(PREFERRED_MEMBERS.len())
     };
     let mut ranked: Vec<&Member> = members.iter().collect();

@@ -102,7 +102,9 @@ pub fn put(mode: Mode, socket: &Socket, room: usize, out: &mut String) -> usize 
     match mode {
         Mode::Lean => {
             if let Some(tcp) = info.tcp.as_ref() {
-                object.section("tcpInfo", |object| go_fields(object, tcp, LEAN_FIELDS.into_iter()));
+                object.section("tcpInfo", |object| {
+                    go_fields(object, tcp, LEAN_FIELDS.into_iter())
+                });
             }
             congestion(&mut object, info);
         }

@@ -150,7 +150,8 @@ impl Connection {
             self.sent = 0;
             self.waiting_since = now;
             let idle = self.input.is_empty() && self.head.is_none();
-            self.deadline = now + if idle {
+            self.deadline = now
+                + if idle {
                     IDLE_TIMEOUT
                 } else {
                     REQUEST_READ_TIMEOUT

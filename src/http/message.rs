@@ -108,7 +108,12 @@ pub fn head(input: &[u8]) -> Result<Option<Head>, Refusal> {
     let length = match parsed.parse(input) {
         Ok(httparse::Status::Complete(length)) if length <= MAX_HEAD_BYTES => length,
         Ok(httparse::Status::Partial) if input.len() < MAX_HEAD_BYTES => return Ok(None),
-        Ok(_) => return Err(refusal(431, "the request line and headers exceed 16384 bytes")),
+        Ok(_) => {
+            return Err(refusal(
+                431,
+                "the request line and headers exceed 16384 bytes",
+            ));
+        }
         Err(httparse::Error::TooManyHeaders) => {
             return Err(refusal(431, "the request has more than 64 headers"));
         }
@@ -145,7 +150,10 @@ pub fn head(input: &[u8]) -> Result<Option<Head>, Refusal> {
                 chunked = true;
             }
             "transfer-encoding" => {
-                return Err(refusal(501, "unsupported transfer encoding, expected chunked"));
+                return Err(refusal(
+                    501,
+                    "unsupported transfer encoding, expected chunked",
+                ));
             }
             "connection" => {
                 for word in value.split(',').map(str::trim) {
@@ -171,7 +179,12 @@ pub fn head(input: &[u8]) -> Result<Option<Head>, Refusal> {
     }
     head.framing = match (chunked, lengths.as_slice()) {
         (true, []) => Framing::Chunked,
-        (true, _) => return Err(refusal(400, "expected Content-Length or Transfer-Encoding, not both")),
+        (true, _) => {
+            return Err(refusal(
+                400,
+                "expected Content-Length or Transfer-Encoding, not both",
+            ));
+        }
         (false, []) => Framing::Length(0),
         (false, [length, others @ ..]) => {
             let digits = length.bytes().all(|b| b.is_ascii_digit()) && !length.is_empty();
@@ -354,7 +367,10 @@ mod tests {
             400
         );
         assert_eq!(status(&with("Transfer-Encoding: gzip")), 501);
-        assert_eq!(status(&with(&format!("X: {}", "x".repeat(MAX_HEAD_BYTES)))), 431);
+        assert_eq!(
+            status(&with(&format!("X: {}", "x".repeat(MAX_HEAD_BYTES)))),
+            431
+        );
         assert_eq!(status(&"GET ".repeat(MAX_HEAD_BYTES)), 505);
         assert_eq!(status(&format!("GET /{}", "x".repeat(MAX_HEAD_BYTES))), 431);
     }
@@ -371,7 +387,9 @@ mod tests {
         assert_eq!(read(b"1\r\nab\r\n").unwrap_err().status, 400);
         assert_eq!(read(b"200000\r\n").unwrap_err().status, 413);
         assert_eq!(
-            read(&b"1\r\nx\r\n".repeat(MAX_BODY_BYTES)).unwrap_err().status,
+            read(&b"1\r\nx\r\n".repeat(MAX_BODY_BYTES))
+                .unwrap_err()
+                .status,
             413
         );
     }

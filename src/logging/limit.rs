@@ -78,7 +78,11 @@ pub fn quote(input: &[u8]) -> String {
     const MAX_QUOTED_BYTES: usize = 100;
     let shown = &input[..input.len().min(MAX_QUOTED_BYTES)];
     let shown = String::from_utf8_lossy(shown);
-    let dots = if input.len() > MAX_QUOTED_BYTES { "…" } else { "" };
+    let dots = if input.len() > MAX_QUOTED_BYTES {
+        "…"
+    } else {
+        ""
+    };
     format!("\"{}{dots}\"", shown.escape_debug())
 }
 

@@ -46,8 +46,8 @@ pub struct Firefly {
 }
 
 impl Firefly {
-    /// Binds the socket. Takes over the socket `inherited` from the predecessor instead, with the datagrams that wait in
-    /// it, if it has the configured address.
+    /// Binds the socket. Takes over the socket `inherited` from the predecessor instead, with the datagrams that wait
+    /// in it, if it has the configured address.
     pub fn new(
         config: &config::FireflyPlugin,
         metrics: &Metrics,

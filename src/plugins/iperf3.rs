@@ -1,5 +1,5 @@
-//! The iperf3 plugin: reports each TCP connection of a cgroup as a flow, from its establishment to its close, with a tag
-//! from a list. The test traffic looks like that of many experiments.
+//! The iperf3 plugin: reports each TCP connection of a cgroup as a flow, from its establishment to its close, with a
+//! tag from a list. The test traffic looks like that of many experiments.
 
 use std::hash::{BuildHasher, RandomState};
 

@@ -1,7 +1,7 @@
 //! The namedPipe plugin: reads the lines that storage services write when a transfer starts and when it ends.
 //!
-//! A poll loop reads the pipe until it is empty. A pipe that was deleted or replaced is recreated within a second; the old
-//! one is read until its last writer closes it.
+//! A poll loop reads the pipe until it is empty. A pipe that was deleted or replaced is recreated within a second; the
+//! old one is read until its last writer closes it.
 
 pub mod line;
 pub mod line_buffer;
@@ -133,11 +133,7 @@ impl Plugin for NamedPipe {
         let mut last_check = Instant::now();
         let mut more = false;
         while !stop.is_set() {
-            let timeout = if more {
-                Duration::ZERO
-            } else {
-                CHECK_INTERVAL
-            };
+            let timeout = if more { Duration::ZERO } else { CHECK_INTERVAL };
             waiter.wait(Some(timeout)).context(poll_loop)?;
             handler.registry = self.registry.load();
             let status = match lines.read(pipe.file(), &mut handler) {
@@ -345,7 +341,11 @@ impl LineReader {
     }
 
     /// Handles the lines that the next `n` bytes of the buffer complete.
-    fn commit(&mut self, n: usize, handler: &mut LineHandler<'_>) -> std::result::Result<(), Closed> {
+    fn commit(
+        &mut self,
+        n: usize,
+        handler: &mut LineHandler<'_>,
+    ) -> std::result::Result<(), Closed> {
         self.last_read = Instant::now();
         let now = now();
         let mut result = Ok(());
@@ -372,7 +372,8 @@ impl LineReader {
     fn finish(&mut self, handler: &mut LineHandler<'_>) -> std::result::Result<(), Closed> {
         let now = now();
         let mut result = Ok(());
-        self.buffer.finish(|line| result = handler.handle(line, now));
+        self.buffer
+            .finish(|line| result = handler.handle(line, now));
         result
     }
 }

@@ -1,6 +1,7 @@
 //! The perfsonar plugin: one tag for all packets that leave this host.
 //!
-//! It sends no flow events. The marker reads the tag from the configuration and marks all packets while the daemon runs.
+//! It sends no flow events. The marker reads the tag from the configuration and marks all packets while the daemon
+//! runs.
 
 use super::{EventSender, Plugin};
 use crate::error::{Context, Result};
@@ -33,7 +34,10 @@ impl Plugin for Perfsonar {
 
     /// Holds `_events` until the stop: the daemon runs only as long as a plugin can still send events.
     fn run(mut self: Box<Self>, _events: EventSender, stop: Stop) -> Result<()> {
-        log::info!("perfsonar: every outgoing IPv6 packet gets the tag {}", self.tag);
+        log::info!(
+            "perfsonar: every outgoing IPv6 packet gets the tag {}",
+            self.tag
+        );
         self.waiter.watch(&stop).context(poll_loop)?;
         while !stop.is_set() {
             self.waiter.wait(None).context(poll_loop)?;

@@ -148,8 +148,7 @@ struct Fetcher {
 impl Fetcher {
     fn fetch(&mut self, settings: &Settings) -> Result<(Registry, bool), String> {
         if let Some(path) = file_of(&settings.url) {
-            let document =
-                read_at_most(&path, MAX_DOCUMENT_SIZE).map_err(|e| e.to_string())?;
+            let document = read_at_most(&path, MAX_DOCUMENT_SIZE).map_err(|e| e.to_string())?;
             return Ok((Registry::from_json(&document)?, false));
         }
         let cached = Cached::load(settings);
@@ -167,7 +166,10 @@ impl Fetcher {
         }
         let etag = response.headers().get("ETag");
         let etag = etag.and_then(|etag| etag.to_str().ok()).map(str::to_owned);
-        let body = response.body_mut().with_config().limit(MAX_DOCUMENT_SIZE as u64);
+        let body = response
+            .body_mut()
+            .with_config()
+            .limit(MAX_DOCUMENT_SIZE as u64);
         let document = body.read_to_vec().map_err(|e| describe(&e))?;
         let registry = Registry::from_json(&document)?;
         let stored = Cached::store(settings, etag, &registry);

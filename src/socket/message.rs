@@ -20,7 +20,12 @@ const DIAG_SIZE: usize = 72;
 
 /// A request for all sockets of a family (`AF_INET` or `AF_INET6`) and protocol in `states`, a bit mask of the kernel's
 /// numbers, with the attributes `extensions`, a bit mask of `INET_DIAG_*` minus one.
-pub fn request(family: u8, protocol: Protocol, states: u32, extensions: u8) -> [u8; HEADER_SIZE + 56] {
+pub fn request(
+    family: u8,
+    protocol: Protocol,
+    states: u32,
+    extensions: u8,
+) -> [u8; HEADER_SIZE + 56] {
     let mut bytes = [0; HEADER_SIZE + 56];
     let length = bytes.len() as u32;
     bytes[..4].copy_from_slice(&length.to_ne_bytes());

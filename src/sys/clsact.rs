@@ -73,7 +73,8 @@ fn filters(interface: u32, parent: u32) -> io::Result<Vec<Filter>> {
         .collect())
 }
 
-/// Finds the name among the attributes in `TCA_OPTIONS`, each of which is a length, a type and a payload, padded to 4 bytes.
+/// Finds the name among the attributes in `TCA_OPTIONS`, each of which is a length, a type and a payload, padded to 4
+/// bytes.
 fn program_name(message: &Tcmsg) -> Option<String> {
     let options = message
         .rtattrs()

@@ -1,5 +1,5 @@
-//! Hands file descriptors from a part of the daemon to its successor: to the part that replaces it on a reload, or to the
-//! same part of the next process, through systemd's file descriptor store (sd_notify(3), FDSTORE).
+//! Hands file descriptors from a part of the daemon to its successor: to the part that replaces it on a reload, or to
+//! the same part of the next process, through systemd's file descriptor store (sd_notify(3), FDSTORE).
 
 use std::collections::HashMap;
 use std::os::fd::{BorrowedFd, FromRawFd, OwnedFd};

@@ -111,7 +111,8 @@ impl LocalAddresses {
         address.is_loopback() || self.addresses.contains(address)
     }
 
-    /// The flow as the socket on this host sees it, with the local end as its source. `None` if neither end is on this host.
+    /// The flow as the socket on this host sees it, with the local end as its source. `None` if neither end is on this
+    /// host.
     pub fn outgoing(&self, flow: &Flow) -> Option<Flow> {
         match () {
             () if self.contains(&flow.source.address) => Some(*flow),
@@ -165,9 +166,7 @@ pub fn watch() -> io::Result<Changes> {
         let mut message = [0; 8192];
         while !stop.is_set() {
             if let Err(error) = waiter.wait(None) {
-                log::error!(
-                    "rtnetlink: {error}; changes of interfaces are no longer detected"
-                );
+                log::error!("rtnetlink: {error}; changes of interfaces are no longer detected");
                 return;
             }
             loop {

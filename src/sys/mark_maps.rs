@@ -1,5 +1,5 @@
-//! The pinned maps of packet marking: the marks of flows, and the counts of marked packets. The layout of keys and values
-//! is that of bpf/marker.h.
+//! The pinned maps of packet marking: the marks of flows, and the counts of marked packets. The layout of keys and
+//! values is that of bpf/marker.h.
 
 use std::collections::HashSet;
 use std::fs;
@@ -170,8 +170,9 @@ impl Maps {
         }
         let map = |name: &str| {
             let path = directory.join(name);
-            MapHandle::from_pinned_path(&path)
-                .map_err(|e| access_failure(&format!("pinned map {}", path.display()), io_error(&e)))
+            MapHandle::from_pinned_path(&path).map_err(|e| {
+                access_failure(&format!("pinned map {}", path.display()), io_error(&e))
+            })
         };
         Ok(Some(Maps {
             flows: map("flows")?,
@@ -203,8 +204,8 @@ impl Maps {
         Mark::from_bytes(&value)
     }
 
-    /// Enters a mark. An existing mark is replaced unless its label and tag are the same; its counts are added to the total
-    /// of its tag.
+    /// Enters a mark. An existing mark is replaced unless its label and tag are the same; its counts are added to the
+    /// total of its tag.
     pub fn enter(&self, key: &Key, mark: Mark) -> io::Result<Entered> {
         match self
             .flows
@@ -333,9 +334,7 @@ pub(super) fn failure(resource: &str, error: &libbpf_rs::Error) -> Error {
     let error = io_error(error);
     // Error numbers of libbpf's own: LIBBPF_ERRNO__LIBELF, __FORMAT and so on.
     if error.raw_os_error().is_some_and(|number| number >= 4000) {
-        return Error::Failed(format!(
-            "{resource}: not a valid eBPF object file"
-        ));
+        return Error::Failed(format!("{resource}: not a valid eBPF object file"));
     }
     Error::Failed(format!("{resource}: {error}{hint}"))
 }

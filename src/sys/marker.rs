@@ -66,8 +66,8 @@ impl Maps {
             .try_for_each(|interface| self.detach(interface.index, remove_qdisc))
     }
 
-    /// Removes our filters from an interface. With `remove_qdisc`, also removes its clsact qdisc, if the daemon created it
-    /// and it has no other filters.
+    /// Removes our filters from an interface. With `remove_qdisc`, also removes its clsact qdisc, if the daemon created
+    /// it and it has no other filters.
     pub fn detach(&self, interface: u32, remove_qdisc: bool) -> io::Result<()> {
         for filter in our_filters(interface)? {
             detach_filter(self.flows.as_fd(), &filter)?;
@@ -110,8 +110,8 @@ pub struct Program {
 }
 
 impl Program {
-    /// Loads the program. Pinned maps with a compatible layout are reused. `max_flows` is the size of the map of flows; `key` is
-    /// the key of the entropy bits.
+    /// Loads the program. Pinned maps with a compatible layout are reused. `max_flows` is the size of the map of flows;
+    /// `key` is the key of the entropy bits.
     pub fn load(settings: &Settings, max_flows: usize, key: &[u8; 16]) -> Result<Program> {
         ensure_bpffs(&settings.bpf_fs_path)?;
         let directory = settings.bpf_fs_path.join(PIN_DIR);
@@ -192,7 +192,8 @@ impl Program {
                     ..Default::default()
                 };
                 let created = MapHandle::create(kind, Some(name), key, value, entries, &options);
-                created.and_then(|mut map| map.pin(&path))
+                created
+                    .and_then(|mut map| map.pin(&path))
                     .map_err(|e| failure(&format!("pinned map {}", path.display()), &e))?;
             }
         }
@@ -207,11 +208,12 @@ impl Program {
             program.as_fd().try_clone_to_owned().context(|| name)
         };
         let (ethernet, layer3) = (fd("2")?, fd("3")?);
-        let maps = Maps::pinned(&settings.bpf_fs_path)?
-            .ok_or_else(|| Error::Failed(format!(
-                    "pinned maps in {}: were removed by another process",
-                    directory.display()
-                )))?;
+        let maps = Maps::pinned(&settings.bpf_fs_path)?.ok_or_else(|| {
+            Error::Failed(format!(
+                "pinned maps in {}: were removed by another process",
+                directory.display()
+            ))
+        })?;
         let strategy = (settings.strategy as u32).to_ne_bytes();
         maps.about
             .update(&[0; 4], &strategy, MapFlags::ANY)
@@ -225,8 +227,8 @@ impl Program {
         })
     }
 
-    /// Attaches to the egress side of an interface, creating the clsact qdisc if there is none. An existing filter of ours
-    /// is replaced atomically. A filter of another program with the same priority and handle is an error.
+    /// Attaches to the egress side of an interface, creating the clsact qdisc if there is none. An existing filter of
+    /// ours is replaced atomically. A filter of another program with the same priority and handle is an error.
     pub fn attach(&self, interface: &Interface) -> io::Result<()> {
         if !clsact::exists(interface.index)? {
             self.maps
@@ -343,9 +345,9 @@ fn ensure_bpffs(path: &Path) -> Result<()> {
     Ok(())
 }
 
-/// Creates the directory of the pinned maps for a daemon that does not run as root, and makes `owner` the owner of the maps
-/// that a daemon that ran as root has left there. systemd mounts the bpffs with access for root alone: everybody gets search
-/// permission, because the entries of the bpffs have their own owners and modes.
+/// Creates the directory of the pinned maps for a daemon that does not run as root, and makes `owner` the owner of the
+/// maps that a daemon that ran as root has left there. systemd mounts the bpffs with access for root alone: everybody
+/// gets search permission, because the entries of the bpffs have their own owners and modes.
 pub fn prepare(bpffs: &Path, owner: Owner) -> Result<()> {
     let resource = || format!("{} (backends.marker.bpfFsPath)", bpffs.display());
     let parent =

@@ -27,8 +27,8 @@ pub struct Owner {
 }
 
 impl Owner {
-    /// Looks up a user by name or number. A number does not need an entry in the user database; its group then has the same
-    /// number.
+    /// Looks up a user by name or number. A number needs no entry in the user database; without one, the
+    /// group has the same number.
     pub fn find(user: &str) -> io::Result<Owner> {
         let number = user.parse().ok();
         let found = match number {
@@ -73,8 +73,8 @@ fn open_path(path: &Path) -> io::Result<File> {
     OpenOptions::new().read(true).custom_flags(flags).open(path)
 }
 
-/// Resolves the path of a directory, creating missing directories. `None` if users other than root may write to a directory
-/// on the way, because they could change where the path leads.
+/// Resolves the path of a directory, creating missing directories. `None` if users other than root may write to a
+/// directory on the way, because they could change where the path leads.
 pub fn ensure_root_only_directory(directory: &Path) -> io::Result<Option<PathBuf>> {
     let mut pending: Vec<PathBuf> = vec![std::path::absolute(directory)?];
     let mut at = PathBuf::from("/");
@@ -132,7 +132,10 @@ mod tests {
             ensure_root_only_directory(Path::new("/usr/bin/../lib")).unwrap(),
             Some("/usr/lib".into())
         );
-        assert_eq!(ensure_root_only_directory(&std::env::temp_dir()).unwrap(), None);
+        assert_eq!(
+            ensure_root_only_directory(&std::env::temp_dir()).unwrap(),
+            None
+        );
         assert_eq!(
             ensure_root_only_directory(&std::env::temp_dir().join("not/there")).unwrap(),
             None

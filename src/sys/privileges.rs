@@ -4,8 +4,8 @@ use std::collections::HashSet;
 
 use caps::{CapSet, Capability};
 
-/// The capabilities that running threads need to reload and reattach eBPF programs, and to access their maps. Before Linux
-/// 5.8, which introduced `CAP_BPF`, this includes `CAP_SYS_ADMIN`. Empty without `uses_bpf`.
+/// The capabilities that running threads need to reload and reattach eBPF programs, and to access their maps. Before
+/// Linux 5.8, which introduced `CAP_BPF`, this includes `CAP_SYS_ADMIN`. Empty without `uses_bpf`.
 pub fn needed(uses_bpf: bool) -> HashSet<Capability> {
     if !uses_bpf {
         return HashSet::new();
@@ -41,8 +41,8 @@ pub fn no_new_privileges() {
     }
 }
 
-/// Drops all capabilities except those `to_keep` that this thread has, for this thread and for threads that it starts from
-/// now on.
+/// Drops all capabilities except those `to_keep` that this thread has, for this thread and for threads that it starts
+/// from now on.
 pub fn keep_only(to_keep: &HashSet<Capability>) {
     let drop_others = || {
         let permitted = caps::read(None, CapSet::Permitted)?;

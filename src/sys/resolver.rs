@@ -52,7 +52,8 @@ impl Resolver {
         self.addresses.first().copied()
     }
 
-    /// Reports that sending to the address failed: switches to the next address of the name, and requests a new look-up.
+    /// Reports that sending to the address failed: switches to the next address of the name, and requests a new
+    /// look-up.
     pub fn report_failure(&mut self) {
         if !self.addresses.is_empty() {
             self.addresses.rotate_left(1);

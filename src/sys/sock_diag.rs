@@ -38,8 +38,8 @@ impl Dump {
         })
     }
 
-    /// Passes every connected IPv4 and IPv6 socket in one of `states` to `handle`. `states` is a bit mask of the kernel's
-    /// numbers, `extensions` a bit mask of `INET_DIAG_*` minus one.
+    /// Passes every connected IPv4 and IPv6 socket in one of `states` to `handle`. `states` is a bit mask of the
+    /// kernel's numbers, `extensions` a bit mask of `INET_DIAG_*` minus one.
     ///
     /// A socket may be passed twice, because an interrupted dump is repeated.
     pub fn sockets(
@@ -101,8 +101,8 @@ impl Dump {
 pub enum Received {
     /// Sockets, or an interruption by a signal; more may wait.
     Sockets,
-    /// Like `Sockets`, but at least one notification does not identify its connection: this end has reset the connection,
-    /// it was never established, or the socket was listening.
+    /// Like `Sockets`, but at least one notification does not identify its connection: this end has reset the
+    /// connection, it was never established, or the socket was listening.
     Unidentified,
     /// No notification waits.
     Nothing,
@@ -160,13 +160,13 @@ impl DestroyNotifications {
                 received = Received::Unidentified;
             }
             if let Parsed::Socket(mut socket) = parsed {
-                // The end that closes first leaves a FIN_WAIT2 entry, which becomes TIME_WAIT when the remote FIN arrives. The
-                // end that closes second leaves no entry, and has received a FIN.
+                // The end that closes first leaves a FIN_WAIT2 entry, which becomes TIME_WAIT when the remote FIN
+                // arrives. The end that closes second leaves no entry, and has received a FIN.
                 let info = &socket.info;
                 if info.was_established() && info.has_acknowledged_more_than_payload() {
                     let entry = self.lookup.socket(&socket.flow, 0);
-                    let fin_received = entry
-                        .is_ok_and(|entry| entry.is_none_or(|entry| entry.info.fin_received));
+                    let fin_received =
+                        entry.is_ok_and(|entry| entry.is_none_or(|entry| entry.info.fin_received));
                     if let Some(socket) = Arc::get_mut(&mut socket) {
                         socket.info.fin_received = fin_received;
                     }

@@ -94,8 +94,8 @@ pub struct Sockops {
 }
 
 impl Sockops {
-    /// Loads the program and attaches it to the cgroup, in addition to programs that are already attached. `section` is the
-    /// key of the configuration, for errors.
+    /// Loads the program and attaches it to the cgroup, in addition to programs that are already attached. `section` is
+    /// the key of the configuration, for errors.
     pub fn attach(settings: &Settings, section: &str) -> Result<Sockops> {
         let cgroup = cgroup_directory(&settings.cgroup, section)?;
         let uses_ring = MapType::RingBuf.is_supported().unwrap_or(false);
@@ -179,7 +179,11 @@ impl Sockops {
                 lost += more;
                 count_lost(more);
                 lost_log.log(Instant::now(), || {
-                    let reports = if more == 1 { "report was" } else { "reports were" };
+                    let reports = if more == 1 {
+                        "report was"
+                    } else {
+                        "reports were"
+                    };
                     format!("{name}: {more} {reports} lost: the buffer was full")
                 });
             }
@@ -321,8 +325,8 @@ fn decode(bytes: &[u8]) -> Option<RawReport> {
     })
 }
 
-/// Checks that `path` is a directory of a cgroup v2. The default, the root of the hierarchy, is replaced by the root of the
-/// cgroup v2 hierarchy on a host with both versions.
+/// Checks that `path` is a directory of a cgroup v2. The default, the root of the hierarchy, is replaced by the root of
+/// the cgroup v2 hierarchy on a host with both versions.
 fn cgroup_directory(path: &Path, section: &str) -> Result<PathBuf> {
     let is_v2 =
         |path: &Path| statfs(path).is_ok_and(|fs| fs.filesystem_type() == CGROUP2_SUPER_MAGIC);

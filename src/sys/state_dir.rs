@@ -69,8 +69,8 @@ fn access_failure(path: &Path, error: io::Error) -> Error {
     }
 }
 
-/// The key of the entropy bits of flow labels. It is random, and stored in the state directory so that labels do not change
-/// with a restart.
+/// The key of the entropy bits of flow labels. It is random, and stored in the state directory so that labels do not
+/// change with a restart.
 pub fn label_key(state_dir: &Path) -> Result<[u8; 16]> {
     let path = state_dir.join("label-key");
     if let Ok(bytes) = fs::read(&path)

@@ -63,8 +63,8 @@ pub struct Sender {
 }
 
 impl Sender {
-    /// Opens a socket for each address family. If the host lacks one family, sending a datagram of that family fails; if it
-    /// lacks both, this is an error.
+    /// Opens a socket for each address family. If the host lacks one family, sending a datagram of that family fails;
+    /// if it lacks both, this is an error.
     pub fn open() -> io::Result<Sender> {
         let ipv4 = FamilySocket::open(Ipv4Addr::UNSPECIFIED.into());
         let ipv6 = FamilySocket::open(Ipv6Addr::UNSPECIFIED.into());
@@ -74,8 +74,8 @@ impl Sender {
         }
     }
 
-    /// Sends all datagrams of a batch. Calls `on_failure` with the destination and the error of each datagram that cannot be
-    /// sent, and goes on with the others.
+    /// Sends all datagrams of a batch. Calls `on_failure` with the destination and the error of each datagram that
+    /// cannot be sent, and goes on with the others.
     pub fn send(&mut self, batch: &Batch, mut on_failure: impl FnMut(SocketAddr, io::Error)) {
         for (socket, is_ipv4) in [(&mut self.ipv4, true), (&mut self.ipv6, false)] {
             let of_family: Vec<_> = batch
@@ -162,9 +162,9 @@ impl FamilySocket {
         poll(&mut socket, PollTimeout::from(SEND_TIMEOUT_MS)).is_ok_and(|ready| ready > 0)
     }
 
-    /// Continues with a new socket. Datagrams to a neighbour that does not answer wait in the kernel for seconds and fill the
-    /// send buffer of their socket; datagrams to other destinations must not wait for them. The kernel keeps the waiting
-    /// datagrams after their socket is closed.
+    /// Continues with a new socket. Datagrams to a neighbour that does not answer wait in the kernel for seconds and
+    /// fill the send buffer of their socket; datagrams to other destinations must not wait for them. The kernel keeps
+    /// the waiting datagrams after their socket is closed.
     fn replace_socket(&mut self) {
         if let Ok(new) = FamilySocket::open(self.any) {
             *self = new;

@@ -124,7 +124,8 @@ impl Receiver {
         );
         let messages = match received {
             Ok(messages) => messages,
-            // No datagram waits, a signal arrived, or an ICMP error, which does not concern a socket that sends nothing.
+            // No datagram waits, a signal arrived, or an ICMP error, which does not concern a socket that sends
+            // nothing.
             Err(Errno::EAGAIN | Errno::EINTR | Errno::ECONNREFUSED) => return Ok(0),
             Err(error) => return Err(error.into()),
         };
@@ -140,8 +141,8 @@ impl Receiver {
         Ok(count)
     }
 
-    /// How many datagrams the kernel has dropped since the last call because the receive buffer was full. The count is that
-    /// of SO_RXQ_OVFL, which the kernel attaches only to the next datagram; SO_MEMINFO also gives it without one.
+    /// How many datagrams the kernel has dropped since the last call because the receive buffer was full. The count is
+    /// that of SO_RXQ_OVFL, which the kernel attaches only to the next datagram; SO_MEMINFO also gives it without one.
     pub fn take_dropped(&mut self) -> u32 {
         // SK_MEMINFO_DROPS
         const DROPS: usize = 8;

@@ -22,8 +22,8 @@ impl Waiter {
         })
     }
 
-    /// Watches a file descriptor. It is edge-triggered: [`Waiter::wait`] returns when new data arrives, but not for data that
-    /// was left unread before.
+    /// Watches a file descriptor. It is edge-triggered: [`Waiter::wait`] returns when new data arrives, but not for
+    /// data that was left unread before.
     pub fn watch(&self, source: &impl AsRawFd) -> io::Result<()> {
         self.poll.registry().register(
             &mut SourceFd(&source.as_raw_fd()),

@@ -1,7 +1,7 @@
 //! The test harness: two network namespaces joined by a veth pair, the daemon in one of them, and UDP sinks that
 //! receive its fireflies.
 //!
-//! Tests wait for conditions, with a deadline, and never for a fixed time.
+//! Every wait is for a condition and has a deadline.
 #![allow(dead_code, missing_docs)]
 
 pub mod daemon;

@@ -72,10 +72,12 @@ pub fn firefly(raw: raw::Firefly) -> Result<Firefly> {
         let address = text.as_deref().map(|text| {
             let address = parse_address(text).filter(|a| a.is_ipv4() == v4);
             let family = if v4 { "IPv4" } else { "IPv6" };
-            address.ok_or_else(|| format!(
+            address.ok_or_else(|| {
+                format!(
                     "\"{}\" is not a valid {family} address",
                     text.escape_debug()
-                ))
+                )
+            })
         });
         let key = format!("backends.firefly.{key}");
         address.transpose().or_else(|message| error(&key, message))
@@ -109,7 +111,10 @@ pub fn prometheus(
     notes: &mut Vec<String>,
 ) -> Result<Prometheus> {
     if raw.log.is_some() {
-        notes.push("backends.prometheus.log has no effect: logLevel applies to the whole daemon".to_owned());
+        notes.push(
+            "backends.prometheus.log has no effect: logLevel applies to the whole daemon"
+                .to_owned(),
+        );
     }
     let has_main_port = raw.port.is_some_and(|port| port != 0);
     let port = |key: &str, value, default| {

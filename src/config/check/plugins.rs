@@ -83,10 +83,7 @@ pub fn api(raw: raw::Api) -> Result<Api> {
     let ip = bind_address(&key("bindAddress"), raw.bind_address)?;
     let port = range(&key("bindPort"), raw.bind_port, API_PORT, 0, 65535)?;
     if raw.token.is_some() && raw.token_file.is_some() {
-        return error(
-            "plugins.api",
-            "set either token or tokenFile, not both",
-        );
+        return error("plugins.api", "set either token or tokenFile, not both");
     }
     if let Some(token) = &raw.token
         && (token.is_empty() || token.contains(|c: char| !c.is_ascii_graphic()))

@@ -64,7 +64,8 @@ fn manual(texts: BTreeMap<String, String>) -> Result<BTreeMap<std::net::IpAddr, 
         };
         let (from, to) = (address(&from)?, address(&to)?);
         if from.is_ipv4() != to.is_ipv4() {
-            let message = format!("{from} and {to} have different address families, expected the same");
+            let message =
+                format!("{from} and {to} have different address families, expected the same");
             return error(&key("manualMapping"), message);
         }
         manual.insert(from, to);

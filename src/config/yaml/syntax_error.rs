@@ -1,11 +1,14 @@
-//! What is wrong with a text that is not YAML, for those who do not know libyaml's terms. No I/O.
+//! libyaml's errors of syntax and indentation in words for those who do not know its terms. No I/O.
 
 use super::{Place, YamlError};
 
-/// Rewrites an error of the parser. The key is that of the error as long as what is wrong is in its value.
+/// Rewrites an error of the parser. An error of indentation has no key: the parser's is one further up.
 pub fn explain(text: &str, error: YamlError) -> YamlError {
     let source = Source(text);
-    let (problem, context) = error.message.split_once(", ").unwrap_or((&error.message, ""));
+    let (problem, context) = error
+        .message
+        .split_once(", ")
+        .unwrap_or((&error.message, ""));
     if problem.contains("more than one document") {
         return source.second_document();
     }
@@ -17,34 +20,36 @@ pub fn explain(text: &str, error: YamlError) -> YamlError {
     };
     let tab = source.from(place).starts_with('\t') || problem.contains("tab character");
     if tab && source.before(place).trim().is_empty() {
-        let message = format!("line {} is indented by a tab; YAML allows only spaces", place.0);
+        let message = format!(
+            "line {} is indented by a tab; YAML allows only spaces",
+            place.0
+        );
         return without_key(place, message);
     }
     let start = context_place(context).unwrap_or(place);
     match problem {
         "mapping values are not allowed in this context" => source.unexpected_colon(place, error),
-        "did not find expected key" => source.unexpected_text(place, error),
-        "did not find expected '-' indicator" => without_key(
-            place,
-            format!(
-                "line {} is indented like the list above it, but does not begin with \"- \"",
-                place.0
-            ),
-        ),
+        "did not find expected key" | "did not find expected '-' indicator" => {
+            source.unexpected_text(place, error)
+        }
         "could not find expected ':'" => source.missing_colon(start, error),
         "did not find expected ',' or ']'" => unclosed(['[', ']'], start, error),
         "did not find expected ',' or '}'" => unclosed(['{', '}'], start, error),
         "found unexpected end of stream" if context.contains("quoted scalar") => {
-            let quote = source.from(start).chars().next().unwrap_or('"');
-            with(error, start, format!("this {quote} is never closed"))
+            with(error, start, "this quote is never closed".to_owned())
         }
         "block sequence entries are not allowed in this context" => {
-            let message = "unexpected list element, expected \"- \" at the beginning of a line";
+            let message = "a list element (\"- \") must begin on a new line";
             with(error, place, message.to_owned())
         }
         "found unknown escape character" => {
-            let message = "unknown escape sequence, expected \\\\ for a backslash, or single quotes";
+            let message =
+                "unknown escape sequence, expected \\\\ for a backslash, or single quotes";
             with(error, place, message.to_owned())
+        }
+        _ if context.contains("directive") => {
+            let message = "a line cannot begin with %, unless it is in quotes";
+            with(error, (place.0, 1), message.to_owned())
         }
         "found character that cannot start any token"
         | "unknown anchor"
@@ -53,9 +58,11 @@ pub fn explain(text: &str, error: YamlError) -> YamlError {
             let message = format!("a value that begins with {first} must be in quotes");
             with(error, start, message)
         }
-        "recursion limit exceeded" => {
-            with(error, place, "lists and mappings are nested too deeply".to_owned())
-        }
+        "recursion limit exceeded" => with(
+            error,
+            place,
+            "lists and mappings are nested too deeply".to_owned(),
+        ),
         _ => {
             let message = format!("this is not valid YAML: {}", error.message);
             with(error, place, message)
@@ -71,7 +78,6 @@ fn with(error: YamlError, place: Place, message: String) -> YamlError {
     }
 }
 
-/// The key of the error is one above the line that is indented wrongly.
 fn without_key(place: Place, message: String) -> YamlError {
     YamlError {
         place: Some(place),
@@ -103,15 +109,20 @@ fn excerpt(text: &str) -> String {
     format!("\"{start}{more}\"")
 }
 
-/// `0, 2 or 4 spaces`
-fn spaces(numbers: &[usize]) -> String {
+fn spaces(count: usize) -> String {
+    match count {
+        1 => "1 space".to_owned(),
+        _ => format!("{count} spaces"),
+    }
+}
+
+/// `0, 2 or 4`
+fn either(numbers: &[usize]) -> String {
     let texts: Vec<String> = numbers.iter().map(usize::to_string).collect();
-    let list = match texts.split_last() {
+    match texts.split_last() {
         Some((last, others)) if !others.is_empty() => format!("{} or {last}", others.join(", ")),
         _ => texts.concat(),
-    };
-    let noun = if numbers == [1] { "space" } else { "spaces" };
-    format!("{list} {noun}")
+    }
 }
 
 /// The text with the error.
@@ -134,13 +145,18 @@ impl<'a> Source<'a> {
     /// Lines that are not empty and not comments, with their numbers.
     fn content_lines(&self) -> impl DoubleEndedIterator<Item = (usize, &'a str)> {
         let lines: Vec<&str> = self.0.lines().collect();
-        let lines = lines.into_iter().enumerate().map(|(index, line)| (index + 1, line));
+        let lines = lines
+            .into_iter()
+            .enumerate()
+            .map(|(index, line)| (index + 1, line));
         lines.filter(|(_, line)| !line.trim().is_empty() && !line.trim_start().starts_with('#'))
     }
 
     /// The content lines above a line, the nearest first.
     fn above(&self, number: usize) -> impl Iterator<Item = (usize, &'a str)> {
-        self.content_lines().rev().filter(move |(above, _)| *above < number)
+        self.content_lines()
+            .rev()
+            .filter(move |(above, _)| *above < number)
     }
 
     /// The indentations that the lines above a line allow, in ascending order.
@@ -172,8 +188,8 @@ impl<'a> Source<'a> {
             }
             if indentations(line)[0] < first_indentation {
                 let message = format!(
-                    "line {number} is indented less than line {first}: expected {}",
-                    spaces(&[first_indentation])
+                    "line {number} is indented less than line {first}: found {}, expected {first_indentation}",
+                    spaces(indentations(line)[0])
                 );
                 return without_key((number, 1), message);
             }
@@ -203,7 +219,7 @@ impl<'a> Source<'a> {
         }
     }
 
-    /// A colon behind a value: in the same line, or in the next one.
+    /// A second colon in a line, or a key below a line that has a value or lacks a colon.
     fn unexpected_colon(&self, place: Place, error: YamlError) -> YamlError {
         let (line, _) = place;
         let indentation = indentations(self.line(line))[0];
@@ -230,21 +246,25 @@ impl<'a> Source<'a> {
     /// Text where a key is expected.
     fn unexpected_text(&self, place: Place, error: YamlError) -> YamlError {
         let (line, _) = place;
-        let (before, found) = (self.before(place), excerpt(&self.from(place)));
+        let before = self.before(place);
         if !before.trim().is_empty() {
-            let message =
-                format!("found {found} after the value, expected a new line; is a quote missing?");
-            return with(error, place, message);
+            let message = "unexpected text after the value; is a quote or a line break missing?";
+            return with(error, place, message.to_owned());
         }
         let allowed = self.allowed_indentations(line);
         let indentation = before.chars().count();
         if allowed.contains(&indentation) {
-            return without_key(place, format!("found {found}, expected a key"));
+            let expected = match error.message.contains("'-' indicator") {
+                true => "a list element (\"- \")",
+                false => "a key",
+            };
+            let found = excerpt(&self.from(place));
+            return without_key(place, format!("found {found}, expected {expected}"));
         }
         let message = format!(
             "line {line} is indented differently from the lines above it: found {}, expected {}",
-            spaces(&[indentation]),
-            spaces(&allowed)
+            spaces(indentation),
+            either(&allowed)
         );
         without_key(place, message)
     }
@@ -268,4 +288,161 @@ fn indentations(line: &str) -> Vec<usize> {
         columns.push(line.len() - rest.len());
     }
     columns
+}
+
+#[cfg(test)]
+mod tests {
+    use crate::config::yaml::read;
+
+    #[test]
+    fn each_syntax_error_says_where_and_what_was_expected() {
+        for (text, place, expected) in [
+            // Tabs.
+            (
+                "plugins:\n\tapi:\n",
+                (2, 1),
+                "line 2 is indented by a tab; YAML allows only spaces",
+            ),
+            (
+                "plugins:\n  api:\n  \tbindPort: 1\n",
+                (3, 3),
+                "line 3 is indented by a tab; YAML allows only spaces",
+            ),
+            (
+                "plugins:\n  namedPipe:\n    pipePath: /x\n\tmode: 0660\n",
+                (4, 1),
+                "line 4 is indented by a tab; YAML allows only spaces",
+            ),
+            // Indentation.
+            (
+                "plugins:\n  namedPipe:\n    pipePath: /x\n   mode: 0660\n",
+                (4, 4),
+                "line 4 is indented differently from the lines above it: found 3 spaces, expected 0, 2 or 4",
+            ),
+            (
+                "plugins:\n  api:\n backends:\n",
+                (3, 2),
+                "line 3 is indented differently from the lines above it: found 1 space, expected 0 or 2",
+            ),
+            (
+                "plugins:\n  netlink:\n    rules:\n      - uid: 0\n       cgroup: /x\n",
+                (5, 8),
+                "line 5 is indented differently from the lines above it: found 7 spaces, expected 0, 2, 4, 6 or 8",
+            ),
+            (
+                "plugins:\n  namedPipe:\n    pipePath: /x\n\n      mode: 0660\n",
+                (5, 7),
+                "line 5 is indented more than line 3, whose key already has a value",
+            ),
+            (
+                " plugins:\n  api:\nbackends:\n",
+                (3, 1),
+                "line 3 is indented less than line 1: found 0 spaces, expected 1",
+            ),
+            (
+                "plugins:\n  netlink:\n    internalNetworks:\n      - ::/0\n      period: 5\n",
+                (5, 7),
+                "found \"period: 5\", expected a list element (\"- \")",
+            ),
+            (
+                "plugins:\n  api:\n    bindPort: 1\n    - x\n",
+                (4, 5),
+                "found \"- x\", expected a key",
+            ),
+            // Colons.
+            (
+                "plugins:\n  api\n    bindPort: 1\n",
+                (2, 3),
+                "line 2 has no colon, expected one after its key",
+            ),
+            (
+                "plugins:\n  api:\n    token: a: b\n",
+                (3, 13),
+                "plugins.api: unexpected colon: a value that contains one must be in quotes",
+            ),
+            (
+                "plugins:\n  namedPipe:\n    pipePath: /x\n    mode:0660\nbackends:\n",
+                (4, 5),
+                "plugins.namedPipe: found \"mode:0660\": a colon must be followed by a space",
+            ),
+            (
+                "plugins:\n  api:\n    bindPort: 1\n    token\nbackends:\n",
+                (4, 5),
+                "plugins.api: found \"token\": expected a colon after the key",
+            ),
+            // Quotes and brackets.
+            (
+                "pidPath: 'x\n",
+                (1, 10),
+                "pidPath: this quote is never closed",
+            ),
+            (
+                "pidPath: 'x\nlogLevel: 'info'\n",
+                (2, 12),
+                "unexpected text after the value; is a quote or a line break missing?",
+            ),
+            (
+                "plugins: {api: {bindPort: 1}\nbackends: {}\n",
+                (2, 1),
+                "plugins: expected ',' or '}': the '{' in line 1, column 10 is not closed yet",
+            ),
+            (
+                "plugins: {netlink: {internalNetworks: [::/0}}\n",
+                (1, 44),
+                "plugins.netlink.internalNetworks: expected ',' or ']': the '[' in line 1, column 39 is not closed yet",
+            ),
+            (
+                "pidPath: \"a\\d\"\n",
+                (1, 12),
+                "pidPath: unknown escape sequence, expected \\\\ for a backslash, or single quotes",
+            ),
+            // Characters.
+            (
+                "pidPath: @x\n",
+                (1, 10),
+                "pidPath: a value that begins with @ must be in quotes",
+            ),
+            (
+                "pidPath: *x\n",
+                (1, 10),
+                "pidPath: a value that begins with * must be in quotes",
+            ),
+            (
+                "pidPath: - x\n",
+                (1, 10),
+                "pidPath: a list element (\"- \") must begin on a new line",
+            ),
+            (
+                "%x:\n",
+                (1, 1),
+                "a line cannot begin with %, unless it is in quotes",
+            ),
+            (
+                "pidPath: a\u{1}b\n",
+                (1, 11),
+                "unexpected control character U+0001",
+            ),
+            (
+                "\u{feff}plugins:\n",
+                (1, 1),
+                "the file begins with a byte order mark, expected UTF-8 without one",
+            ),
+            (
+                "plugins:\n---\nbackends:\n",
+                (2, 1),
+                "a second YAML document begins here, expected one document",
+            ),
+        ] {
+            let error = read(text).unwrap_err();
+            let shown = match error.key.as_str() {
+                "" => error.message,
+                key => format!("{key}: {}", error.message),
+            };
+            assert_eq!(
+                (error.place, shown.as_str()),
+                (Some(place), expected),
+                "{text}"
+            );
+        }
+    }
 }

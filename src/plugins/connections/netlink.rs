@@ -270,8 +270,8 @@ impl Plugin for Netlink {
             let timeout = next_scan.saturating_duration_since(Instant::now());
             self.waiter.wait(Some(timeout)).context(poll_loop)?;
         }
-        // The successor may not announce connections that exist when it starts: announce those that are new since the last
-        // scan.
+        // The successor may not announce connections that exist when it starts: announce those that are new since the
+        // last scan.
         if let Ok(scanned) = self.scan() {
             let _ = self.send(scanned.events, &events);
         }

@@ -1,6 +1,6 @@
 //! The netstat plugin: reports the TCP connections of this host as flows, with `/proc/net/tcp` and `/proc/net/tcp6`. It
-//! needs no privileges, but sees only the connections that are open during a scan: it may miss a connection shorter than
-//! a period, and detects an end only with the next scan.
+//! needs no privileges, but sees only the connections that are open during a scan: it may miss a connection shorter
+//! than a period, and detects an end only with the next scan.
 
 use std::time::Instant;
 

@@ -107,10 +107,7 @@ fn cgroup_ids(path: &Path) -> io::Result<HashSet<u64>> {
     ];
     let is_cgroup = |path: &&PathBuf| path.join("cgroup.controllers").exists();
     let Some(directory) = candidates.iter().find(is_cgroup) else {
-        return Err(io::Error::new(
-            io::ErrorKind::NotFound,
-            "not a cgroup v2",
-        ));
+        return Err(io::Error::new(io::ErrorKind::NotFound, "not a cgroup v2"));
     };
     let mut ids = HashSet::new();
     collect_ids(directory, &mut ids)?;

@@ -16,8 +16,8 @@ use crate::flow::recent::RecentFlows;
 use crate::flow::special_networks::is_public;
 use crate::flow::{Flow, Tag};
 
-/// How long to remember a connection that a scan has ended: its owner may keep the socket open, and the late notification
-/// must not end the connection again. Limited to [`MAX_ENDED`] connections.
+/// How long to remember a connection that a scan has ended: its owner may keep the socket open, and the late
+/// notification must not end the connection again. Limited to [`MAX_ENDED`] connections.
 const ENDED_TTL: Duration = Duration::from_secs(600);
 const MAX_ENDED: usize = 1 << 14;
 
@@ -152,8 +152,9 @@ impl Tracker {
             .any(|tracked| tracked.missing_since.is_some())
     }
 
-    /// Records that a connection was closed at `now`. Returns its end unless it was ended before, and first its start if
-    /// no scan has shown it. Do not call this for a connection that no scan has shown and that was never established.
+    /// Records that a connection was closed at `now`. Returns its end unless it was ended before, and first its start
+    /// if no scan has shown it. Do not call this for a connection that no scan has shown and that was never
+    /// established.
     pub fn observe_closed(
         &mut self,
         connection: &Connection,
@@ -244,13 +245,7 @@ mod tests {
         }];
         let internal = vec!["2a01::/16".parse().unwrap()];
         let grace = SignedDuration::ZERO;
-        Tracker::new(
-            Origin::Netlink,
-            rules,
-            internal,
-            announce_existing,
-            grace,
-        )
+        Tracker::new(Origin::Netlink, rules, internal, announce_existing, grace)
     }
 
     fn at(second: i64) -> Timestamp {
