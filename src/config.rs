@@ -1,4 +1,4 @@
-//! The configuration: how a file is found, read and turned into settings.
+//! The configuration: reads a file and turns it into settings.
 //!
 //! Two steps: the file into [`raw`], which checks only keys and types, then [`check`] into [`Config`],
 //! where every value has its default and is in range.

@@ -132,7 +132,7 @@ fn a_torn_journal_loses_only_its_last_line() {
 
     let daemon = home.start(&hosts.here);
     assert!(
-        home.log().contains("line 4 is torn, skipped"),
+        home.log().contains("line 4 is incomplete, skipped"),
         "{}",
         home.log()
     );
@@ -215,10 +215,10 @@ fn a_full_disk_delays_no_firefly_and_the_journal_catches_up() {
     let daemon = home.start(&hosts.here);
     home.write(&lines("start", 0..COUNT, "2 9"));
     let starts = sink.collect("start", COUNT);
-    home.wait_for_log("carrying on without it");
+    home.wait_for_log("the daemon continues without it");
     assert!(home.log().contains("No space left on device"));
     fs::remove_file(&filler).unwrap();
-    home.wait_for_log("journal: written again");
+    home.wait_for_log("writable again, and complete");
     daemon.kill();
 
     let daemon = home.start(&hosts.here);

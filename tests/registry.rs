@@ -154,7 +154,7 @@ fn start_up_does_not_wait_for_the_registry_and_an_invalid_one_is_ignored() {
     let huge = format!("{{\"experiments\": [{}]}}", "1,".repeat(1 << 20));
     let answers: Vec<(&str, Answer)> = vec![
         (
-            "found status 404, expected 200",
+            "found HTTP status 404, expected 200",
             Box::new(|_, stream| respond(stream, "404 Not Found", "", "gone")),
         ),
         (
@@ -269,7 +269,10 @@ fn the_registry_can_be_a_local_file() {
     let (code, stdout, _) = run(&["registry", "-c", config.to_str().unwrap(), "list"]);
     assert!(code == 0 && stdout.contains("77  ours"), "{stdout}");
     let (code, stdout, _) = run(&["registry", "-c", config.to_str().unwrap(), "update"]);
-    assert!(code == 0 && stdout.contains("1 experiments"), "{stdout}");
+    assert!(
+        code == 0 && stdout.contains("fetched 1 experiment\n"),
+        "{stdout}"
+    );
     let (code, _, stderr) = run(&[
         "registry",
         "-c",
@@ -278,7 +281,7 @@ fn the_registry_can_be_a_local_file() {
         "atlas",
     ]);
     assert!(
-        code == 1 && stderr.contains("no experiment or activity is named \"atlas\""),
+        code == 1 && stderr.contains("\"atlas\" is neither the name of an experiment or activity"),
         "{stderr}"
     );
     write(&home.path("registry.json"), "{}");

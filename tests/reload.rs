@@ -44,7 +44,7 @@ fn an_invalid_file_changes_nothing_and_is_logged() {
     home.write(&line("start", 0, "2 9"));
     daemon.expect_status("flows_open 1");
     reload(&home, &daemon, "backends:\n  fireflies: {}\n");
-    home.wait_for_log("backends.fireflies: unknown key, did you mean `firefly`?; going on with the former configuration");
+    home.wait_for_log("backends.fireflies: unknown key, did you mean `firefly`?; the previous configuration stays in effect");
     // A valid file with a port that is already in use.
     let taken = hosts
         .here
@@ -55,7 +55,7 @@ fn an_invalid_file_changes_nothing_and_is_logged() {
         &format!("{good}  prometheus: {{port: 9000}}\nflows: {{maxFlows: 5}}\n"),
     );
     home.wait_for_log(
-        "Address already in use (os error 98); going on with the former configuration",
+        "Address already in use (os error 98); the previous configuration stays in effect",
     );
     // The same for a plugin. The pipe keeps its reader throughout.
     let pipe = home.pipe().display().to_string();
@@ -64,7 +64,7 @@ fn an_invalid_file_changes_nothing_and_is_logged() {
     home.configure_plugins(&elsewhere, &good);
     daemon.signal(Signal::SIGHUP);
     home.wait_for_log(
-        "Cannot assign requested address (os error 99); going on with the former configuration",
+        "Cannot assign requested address (os error 99); the previous configuration stays in effect",
     );
     drop(taken);
     home.write(&lines("end", 0..1, "2 9"));
@@ -175,7 +175,7 @@ fn no_event_is_lost_under_load_whatever_changes() {
     let found = fs::metadata(home.pipe()).unwrap();
     assert_eq!(found.ino(), pipe, "the pipe was replaced");
     assert!(
-        !home.log().contains("former configuration"),
+        !home.log().contains("previous configuration"),
         "a reload failed"
     );
     daemon.expect_status(&format!("flows_open {FLOWS}"));
@@ -390,7 +390,7 @@ fn fireflies_and_requests_wait_in_the_socket_for_the_next_reader() {
     assert!(fireflies > 1000 && requests > 20, "{fireflies} {requests}");
     daemon.expect_status(&format!("plugin_events firefly accepted {fireflies}"));
     daemon.expect_status(&format!("plugin_events api accepted {requests}"));
-    assert!(!home.log().contains("former configuration"));
+    assert!(!home.log().contains("previous configuration"));
     daemon.stop();
 }
 
@@ -414,7 +414,7 @@ fn a_reload_that_needs_dropped_privileges_is_a_clear_error() {
         bpffs.path().display()
     );
     reload(&home, &daemon, &marker);
-    home.wait_for_log("reload: eBPF needs CAP_BPF, CAP_NET_ADMIN, CAP_PERFMON, which was given up at the start, as there was no need of it: restart the daemon; going on with the former configuration");
+    home.wait_for_log("reload: eBPF needs CAP_BPF, CAP_NET_ADMIN, CAP_PERFMON, which the daemon dropped at its start because nothing needed it: restart the daemon; the previous configuration stays in effect");
     daemon.stop();
     let daemon = home.start(&hosts.here);
     daemon.expect_status("backend_events marker attached 1");
@@ -494,7 +494,7 @@ fn a_reload_may_switch_to_the_format_of_flowd() {
     daemon.signal(Signal::SIGHUP);
     daemon.expect_notice("RELOADING=1");
     daemon.expect_notice("READY=1");
-    home.wait_for_log("reload: stateDir is another, which takes effect at the next start");
+    home.wait_for_log("reload: stateDir changed; restart the daemon to apply it");
     let page = Client::tcp(&ns, "127.0.0.1:9123").get("/metrics").body;
     assert!(
         page.contains("flowd_flows_open{act=\"9\",exp=\"atlas\"} 1")

@@ -533,7 +533,10 @@ enrichers:
                 "plugins: {namedPipe: }\nbackends: {firefly: {enrichmentMode: fat}}\n",
                 "f:2:38: backends.firefly.enrichmentMode: \"fat\" is not a valid mode, expected lean, compatible, flowd, or \"\" for everything",
             ),
-            ("pidPath: 'x\n", "f:1:10: pidPath: this quote is never closed"),
+            (
+                "pidPath: 'x\n",
+                "f:1:10: pidPath: this quote is never closed",
+            ),
         ] {
             assert_eq!(parse(text).unwrap_err(), expected, "{text}");
         }

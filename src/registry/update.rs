@@ -162,7 +162,7 @@ impl Fetcher {
             (200, _) => {}
             // The cached registry may be newer than the one in use: another process may have fetched it.
             (304, Some((registry, _))) => return Ok((registry, true)),
-            (status, _) => return Err(format!("found status {status}, expected 200")),
+            (status, _) => return Err(format!("found HTTP status {status}, expected 200")),
         }
         let etag = response.headers().get("ETag");
         let etag = etag.and_then(|etag| etag.to_str().ok()).map(str::to_owned);

@@ -52,6 +52,7 @@ pub fn explain(text: &str, error: YamlError) -> YamlError {
             with(error, (place.0, 1), message.to_owned())
         }
         "found character that cannot start any token"
+        | "did not find expected node content"
         | "unknown anchor"
         | "did not find expected alphabetic or numeric character" => {
             let first = source.from(start).chars().next().unwrap_or_default();
@@ -219,24 +220,19 @@ impl<'a> Source<'a> {
         }
     }
 
-    /// A second colon in a line, or a key below a line that has a value or lacks a colon.
+    /// A second colon in a line, or a key below a line that already has a value.
     fn unexpected_colon(&self, place: Place, error: YamlError) -> YamlError {
         let (line, _) = place;
         let indentation = indentations(self.line(line))[0];
         let above = self.above(line).next();
-        let above = above.filter(|(_, above)| indentations(above)[0] < indentation);
-        match above.filter(|_| !self.before(place).contains(": ")) {
-            Some((number, above)) if above.contains(':') => without_key(
+        match above.filter(|(_, above)| indentations(above)[0] < indentation) {
+            Some((number, _)) if !self.before(place).contains(": ") => without_key(
                 (line, indentation + 1),
                 format!(
                     "line {line} is indented more than line {number}, whose key already has a value"
                 ),
             ),
-            Some((number, above)) => without_key(
-                (number, indentations(above)[0] + 1),
-                format!("line {number} has no colon, expected one after its key"),
-            ),
-            None => {
+            _ => {
                 let message = "unexpected colon: a value that contains one must be in quotes";
                 with(error, place, message.to_owned())
             }
@@ -351,11 +347,6 @@ mod tests {
             ),
             // Colons.
             (
-                "plugins:\n  api\n    bindPort: 1\n",
-                (2, 3),
-                "line 2 has no colon, expected one after its key",
-            ),
-            (
                 "plugins:\n  api:\n    token: a: b\n",
                 (3, 13),
                 "plugins.api: unexpected colon: a value that contains one must be in quotes",
@@ -387,8 +378,8 @@ mod tests {
                 "plugins: expected ',' or '}': the '{' in line 1, column 10 is not closed yet",
             ),
             (
-                "plugins: {netlink: {internalNetworks: [::/0}}\n",
-                (1, 44),
+                "plugins: {netlink: {internalNetworks: [a}}\n",
+                (1, 41),
                 "plugins.netlink.internalNetworks: expected ',' or ']': the '[' in line 1, column 39 is not closed yet",
             ),
             (
@@ -401,6 +392,11 @@ mod tests {
                 "pidPath: @x\n",
                 (1, 10),
                 "pidPath: a value that begins with @ must be in quotes",
+            ),
+            (
+                "plugins: {netlink: {internalNetworks: [::1]}}\n",
+                (1, 40),
+                "plugins.netlink.internalNetworks: a value that begins with : must be in quotes",
             ),
             (
                 "pidPath: *x\n",
@@ -423,7 +419,7 @@ mod tests {
                 "unexpected control character U+0001",
             ),
             (
-                "\u{feff}plugins:\n",
+                "\u{feff}plugins:\n  api:\nbackends:\n",
                 (1, 1),
                 "the file begins with a byte order mark, expected UTF-8 without one",
             ),
