@@ -195,10 +195,7 @@ impl Metrics {
                 "flowd_queue_high_water",
                 "Highest number of flow events that have waited in a queue.",
             ),
-            flows_open: register(
-                &registry,
-                IntGauge::new("flowd_flows_open", "Open flows."),
-            ),
+            flows_open: register(&registry, IntGauge::new("flowd_flows_open", "Open flows.")),
             ongoing_dropped: register(
                 &registry,
                 IntCounter::new(

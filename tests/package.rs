@@ -226,7 +226,10 @@ fn rpmlint_finds_nothing_unexplained() {
         .output();
     let output = output.expect("rpmlint is installed");
     let output_text = String::from_utf8_lossy(&output.stdout).into_owned();
-    assert!(output_text.contains(" 0 errors, 0 warnings"), "{output_text}");
+    assert!(
+        output_text.contains(" 0 errors, 0 warnings"),
+        "{output_text}"
+    );
 }
 
 #[test]
