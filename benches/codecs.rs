@@ -5,7 +5,9 @@
 use std::hint::black_box;
 
 use criterion::{BatchSize, Criterion, criterion_group, criterion_main};
-use flowd_rs::dispatcher::flow_table::FlowTable;
+use std::time::Duration;
+
+use flowd_rs::dispatcher::flow_table::{FlowTable, Now};
 use flowd_rs::dispatcher::journal;
 use flowd_rs::event::{FlowEvent, State};
 use flowd_rs::firefly::{Encoder, decode};
@@ -60,9 +62,13 @@ fn benches(criterion: &mut Criterion) {
         b.iter(|| decode(black_box(datagram.as_bytes()), now))
     });
 
+    let present = Now {
+        wall: now,
+        boot: Duration::from_secs(1000),
+    };
     let mut table = FlowTable::new(2_000_000);
     for n in 0..1_000_000 {
-        table.apply(&mut event(n), now);
+        table.apply(&mut event(n), present, |_| None);
     }
     let mut n = 0;
     criterion.bench_function("table of 1,000,000, start and end", |b| {
@@ -74,14 +80,14 @@ fn benches(criterion: &mut Criterion) {
                 (event(1_000_000 + n % 1_000_000), end)
             },
             |(mut start, mut end)| {
-                table.apply(&mut start, now);
-                table.apply(&mut end, now)
+                table.apply(&mut start, present, |_| None);
+                table.apply(&mut end, present, |_| None)
             },
             BatchSize::SmallInput,
         );
     });
 
-    let (flow, open) = table.iter().next().map(|(f, o)| (*f, o.clone())).unwrap();
+    let (flow, open) = table.iter().next().map(|(f, o)| (f, o.clone())).unwrap();
     let mut lines = String::new();
     criterion.bench_function("journal, encode a line", |b| {
         b.iter(|| {
@@ -91,7 +97,7 @@ fn benches(criterion: &mut Criterion) {
     });
     let line = lines.trim_end();
     criterion.bench_function("journal, decode a line", |b| {
-        b.iter(|| journal::decode(black_box(line)))
+        b.iter(|| journal::decode(black_box(line), journal::VERSION))
     });
 }
 

@@ -4,6 +4,7 @@ pub mod echo_filter;
 pub mod flow_table;
 pub mod journal;
 pub mod queue;
+mod shards;
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -15,16 +16,21 @@ use log::Level;
 use prometheus::{IntCounter, IntGauge};
 
 use self::echo_filter::EchoFilter;
-use self::flow_table::{FlowTable, OpenFlow, Transition};
+use self::flow_table::{FlowTable, Now, OpenFlow, Transition};
 use self::journal::Journal;
 use self::queue::{Pushed, push};
+pub use self::shards::SHARDS;
 use crate::event::{FlowEvent, Origin, State};
 use crate::flow::Flow;
 use crate::logging::LogLimit;
 use crate::metrics::{Metrics, Outcomes, Queue};
+use crate::sys::clock;
+use crate::sys::sock_diag::Dump;
 
 /// How often flows are expired.
 const TICK: Duration = Duration::from_secs(1);
+/// How many flows at least are searched for expired ones in a second.
+const EXPIRY_SEARCH: usize = 1 << 14;
 /// How many events at most share a write to the journal.
 const MAX_BATCH: usize = 512;
 
@@ -57,10 +63,12 @@ pub enum Query {
     Output(&'static str, Option<Output>, Sender<Vec<(Flow, OpenFlow)>>),
     /// New settings.
     Settings(Settings),
-    /// All open flows, in no order.
-    Flows(Sender<Vec<(Flow, OpenFlow)>>),
-    /// One flow, if it is open.
-    Flow(Flow, Sender<Option<OpenFlow>>),
+    /// The open flows of one of the [`SHARDS`], in no order.
+    Shard(usize, Sender<Vec<(Flow, OpenFlow)>>),
+    /// One flow, in either direction, if it is open.
+    Flow(Flow, Sender<Option<(Flow, OpenFlow)>>),
+    /// Sockets that a scan showed, each with its cookie; the flow has the local end as its source.
+    Sockets(Vec<(Flow, u64)>),
 }
 
 /// How long the dispatcher may take to list the open flows.
@@ -77,9 +85,22 @@ pub fn ask<T>(
     answer.recv_timeout(timeout).ok()
 }
 
-/// The open flows, or none if the dispatcher does not answer in time.
-pub fn open_flows(queries: &Sender<Query>) -> Vec<(Flow, OpenFlow)> {
-    ask(queries, ANSWER_TIMEOUT, Query::Flows).unwrap_or_default()
+/// The open flows, or `None` if the dispatcher does not answer in time.
+pub fn open_flows(queries: &Sender<Query>) -> Option<Vec<(Flow, OpenFlow)>> {
+    let mut flows = Vec::new();
+    for index in 0..SHARDS {
+        let shard = ask(queries, ANSWER_TIMEOUT, |reply| Query::Shard(index, reply))?;
+        flows.extend(shard);
+    }
+    Some(flows)
+}
+
+/// The present.
+fn now() -> Now {
+    Now {
+        wall: Timestamp::now(),
+        boot: clock::boottime(),
+    }
 }
 
 /// A counter by which the watchdog sees that the dispatcher is alive.
@@ -111,6 +132,12 @@ pub struct Dispatcher {
     ongoing_dropped: IntCounter,
     queue: Queue,
     refused: LogLimit,
+    /// Looks up which socket a flow has now. `None` if the kernel has no sock_diag.
+    sockets: Option<Dump>,
+    /// Flows that are too old, and are still to be ended.
+    expired: Vec<Flow>,
+    /// Whether flows may be due that are closing.
+    is_closing: bool,
     /// Lines for the journal, and events for the backends, of the current batch.
     lines: String,
     forwarded: Vec<Arc<FlowEvent>>,
@@ -141,6 +168,9 @@ impl Dispatcher {
                 Level::Error,
                 "flows refused because the table is full (flows.maxFlows)",
             ),
+            sockets: Dump::open().ok(),
+            expired: Vec::new(),
+            is_closing: false,
             lines: String::new(),
             forwarded: Vec::new(),
         };
@@ -158,6 +188,10 @@ impl Dispatcher {
         let mut ticked = Instant::now();
         loop {
             let (mut first, mut query) = (None, None);
+            // Work that is done in steps goes on as soon as no event waits.
+            let is_busy =
+                !self.expired.is_empty() || self.journal.is_rewriting() || self.is_closing;
+            let idle = if is_busy { Duration::ZERO } else { TICK };
             select! {
                 recv(events) -> event => match event {
                     Ok(event) => first = Some(event),
@@ -167,7 +201,7 @@ impl Dispatcher {
                     Ok(received) => query = Some(received),
                     Err(_) => queries = never(),
                 },
-                default(TICK) => {}
+                default(idle) => {}
             }
             // The requester must see the effect of all events that were sent before.
             let batch = if query.is_some() {
@@ -177,20 +211,23 @@ impl Dispatcher {
             };
             self.queue
                 .observe(events.len() + usize::from(first.is_some()));
-            let (time, now) = (Timestamp::now(), Instant::now());
+            let (time, now) = (now(), Instant::now());
             for event in first.into_iter().chain(events.try_iter()).take(batch) {
                 self.apply(event, time, now);
             }
             if now.duration_since(ticked) >= TICK {
                 ticked = now;
-                self.expire(time);
+                let expired = self.table.find_expired(time, self.max_age, EXPIRY_SEARCH);
+                self.expired.extend(expired);
+                self.is_closing = true;
                 self.refused.tick(now);
             }
+            self.end_due_flows(time);
             self.forward(now);
             if let Some(query) = query {
                 self.answer(query);
             }
-            self.journal.compact_if_due(&self.table, now);
+            self.journal.tend(&self.table, now);
             self.queue.observe(events.len());
             self.heartbeat.beat();
         }
@@ -200,7 +237,7 @@ impl Dispatcher {
     /// Answers a request. The requester may no longer be waiting: a send failure is ignored.
     fn answer(&mut self, query: Query) {
         let flows = |table: &FlowTable| {
-            let flows = table.iter().map(|(flow, open)| (*flow, open.clone()));
+            let flows = table.iter().map(|(flow, open)| (flow, open.clone()));
             flows.collect()
         };
         match query {
@@ -217,30 +254,54 @@ impl Dispatcher {
                     false => self.echoes = None,
                 }
             }
-            Query::Flows(reply) => {
-                let _ = reply.send(flows(&self.table));
+            Query::Shard(index, reply) => {
+                let flows = self.table.shard(index);
+                let flows = flows.map(|(flow, open)| (flow, open.clone()));
+                let _ = reply.send(flows.collect());
             }
             Query::Flow(flow, reply) => {
-                let _ = reply.send(self.table.get(&flow).cloned());
+                let found = self.table.get(&flow);
+                let _ = reply.send(found.map(|(flow, open)| (flow, open.clone())));
+            }
+            Query::Sockets(sockets) => {
+                for (flow, cookie) in self.table.learn_sockets(&sockets, now()) {
+                    journal::encode_socket(&mut self.lines, &flow, cookie);
+                }
             }
         }
     }
 
-    fn apply(&mut self, mut event: FlowEvent, time: Timestamp, now: Instant) {
+    fn apply(&mut self, mut event: FlowEvent, time: Now, now: Instant) {
         let echo = |filter: &mut EchoFilter| filter.is_echo(&event, now);
-        let transition = match self.echoes.as_mut().is_some_and(echo) {
-            true => Transition::Echo,
-            false => self.table.apply(&mut event, time),
+        if self.echoes.as_mut().is_some_and(echo) {
+            return self.record(Transition::Echo, event);
+        }
+        if let Some(end) = self.table.end_replaced(&event) {
+            self.record(Transition::SocketClosed, end);
+        }
+        let sockets = &mut self.sockets;
+        let live_socket = |flow: &Flow| {
+            let socket = sockets.as_mut()?.socket(flow, 0).ok()??;
+            socket.info.is_connected().then_some(socket.info.cookie)
         };
+        let transition = self.table.apply(&mut event, time, live_socket);
         self.record(transition, event);
     }
 
-    fn expire(&mut self, now: Timestamp) {
-        for event in self.table.expire(now, self.max_age) {
-            self.record(Transition::Expired, event);
+    /// Ends some of the flows that are too old, or whose socket has closed. There may be many.
+    fn end_due_flows(&mut self, now: Now) {
+        let expired = self.expired.len().saturating_sub(MAX_BATCH);
+        for flow in self.expired.split_off(expired) {
+            if let Some(event) = self.table.expire(&flow, now) {
+                self.record(Transition::Expired, event);
+            }
         }
-        for event in self.table.end_closing(now) {
-            self.record(Transition::SocketClosed, event);
+        if self.is_closing {
+            let ends = self.table.end_closing(now, MAX_BATCH);
+            self.is_closing = ends.len() == MAX_BATCH;
+            for event in ends {
+                self.record(Transition::SocketClosed, event);
+            }
         }
     }
 
@@ -253,8 +314,12 @@ impl Dispatcher {
             event.origin.as_str()
         );
         if transition.opens() {
-            if let Some(open) = self.table.get(&event.flow) {
-                journal::encode_open(&mut self.lines, &event.flow, open);
+            if let Some((flow, open)) = self.table.get(&event.flow) {
+                journal::encode_open(&mut self.lines, &flow, open);
+                if let Some(socket) = open.socket {
+                    let cookie = socket.cookie.get();
+                    journal::encode_socket(&mut self.lines, &socket.direction(&flow), cookie);
+                }
             }
         } else if transition.closes() {
             journal::encode_close(&mut self.lines, &event.flow);

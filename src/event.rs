@@ -87,6 +87,16 @@ impl Origin {
         )
     }
 
+    /// How far a report from here is trusted; see FLOWS in flowd-rs(8). A report that is trusted less than the one that
+    /// opened a flow does not change its tag. Anyone who can send a datagram can send a firefly.
+    pub fn trust(self) -> u8 {
+        match self {
+            Origin::NamedPipe | Origin::Api => 3,
+            Origin::Firefly => 2,
+            Origin::Netlink | Origin::Netstat | Origin::Iperf3 | Origin::Socket => 1,
+        }
+    }
+
     /// The inverse of [`Origin::as_str`].
     pub fn from_word(word: &str) -> Option<Origin> {
         Origin::ALL.into_iter().find(|o| o.as_str() == word)

@@ -113,6 +113,15 @@ impl Flow {
         })
     }
 
+    /// The direction of the two that sorts first, and whether that is the other one. Both directions of a connection have
+    /// the same canonical flow.
+    pub fn canonical(&self) -> (Flow, bool) {
+        match self.source <= self.destination {
+            true => (*self, false),
+            false => (self.reversed(), true),
+        }
+    }
+
     /// The same flow in the other direction.
     pub fn reversed(&self) -> Flow {
         Flow {
@@ -177,6 +186,13 @@ mod tests {
             Err(FlowError::MixedFamilies)
         );
         assert_eq!(flow("::", "2001:db8::1"), Err(FlowError::Unspecified));
+    }
+
+    #[test]
+    fn both_directions_have_one_canonical_flow() {
+        let flow = flow("192.0.2.1", "192.0.2.2").unwrap();
+        assert_eq!(flow.canonical(), (flow, false));
+        assert_eq!(flow.reversed().canonical(), (flow, true));
     }
 
     #[test]

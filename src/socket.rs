@@ -51,6 +51,8 @@ pub struct Socket {
 /// What `sock_diag` reports of a socket. Fields that were not requested, or that this kernel does not have, are `None`.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct SocketInfo {
+    /// The cookie, which tells apart sockets of the same flow that follow each other; 0 if it is not known.
+    pub cookie: u64,
     /// The state, as an index of [`STATES`].
     pub state: u8,
     /// Retransmissions of the last segment (`idiag_retrans`).

@@ -1,5 +1,6 @@
 //! Access to the kernel and to the system. All `unsafe` code of the program is here.
 
+pub mod clock;
 #[cfg(feature = "bpf")]
 pub mod clsact;
 pub mod fifo;

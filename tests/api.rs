@@ -569,14 +569,10 @@ fn a_long_listing_is_complete_and_slow_readers_delay_only_themselves() {
             .unwrap();
     }
     let mut client = Client::tcp(&hosts.here, API);
-    // The limit of listings in progress is reached.
-    common::wait_for("503", || (client.get("/flows").status == 503).then_some(()));
     assert_eq!(client.get("/healthz").status, 200);
+    // No listing waits for another.
+    let listing = client.get("/flows").json();
     drop(slow);
-    let listing = common::wait_for("a listing", || {
-        Some(client.get("/flows")).filter(|a| a.status == 200)
-    });
-    let listing = listing.json();
     let ids: std::collections::HashSet<&str> = listing["flows"]
         .as_array()
         .unwrap()

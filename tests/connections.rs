@@ -6,7 +6,7 @@ mod common;
 use std::collections::HashMap;
 use std::io::{Read, Write};
 use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::process::Command;
 use std::time::Duration;
 
@@ -16,7 +16,9 @@ use common::sink::Sink;
 use common::{DEADLINE, wait_for};
 use flowd_rs::event::FlowEvent;
 use flowd_rs::flow::Flow;
-use nix::sys::socket::{setsockopt, sockopt};
+use nix::sys::socket::{
+    AddressFamily, SockFlag, SockType, SockaddrIn, bind, setsockopt, socket, sockopt,
+};
 use serde_json::Value;
 
 /// Addresses outside all special-purpose networks.
@@ -784,5 +786,179 @@ fn the_flows_of_a_killed_service_end_with_any_congestion_control() {
         assert_eq!(end["usage"]["sent"], 70_000);
         assert!(end["netlink"]["tcpInfo"].is_object());
     }
+    daemon.stop();
+}
+
+/// Connects from this port here, which a connection that has just closed may have had.
+fn connect_from(hosts: &Hosts, listener: &TcpListener, port: u16) -> (TcpStream, TcpStream) {
+    let address = |ip: &str, port: u16| -> SockaddrIn {
+        let address: std::net::SocketAddrV4 = format!("{ip}:{port}").parse().unwrap();
+        address.into()
+    };
+    let near = hosts.here.enter(|| {
+        let near = socket(
+            AddressFamily::Inet,
+            SockType::Stream,
+            SockFlag::SOCK_CLOEXEC,
+            None,
+        )
+        .unwrap();
+        setsockopt(&near, sockopt::ReuseAddr, &true).unwrap();
+        bind(near.as_raw_fd(), &address(HERE4, port)).unwrap();
+        let to = address(THERE4, listener.local_addr().unwrap().port());
+        nix::sys::socket::connect(near.as_raw_fd(), &to).unwrap();
+        TcpStream::from(near)
+    });
+    let far = listener.accept().unwrap().0;
+    far.set_read_timeout(Some(DEADLINE)).unwrap();
+    near.set_read_timeout(Some(DEADLINE)).unwrap();
+    (near, far)
+}
+
+fn line_of(state: &str, near: &TcpStream) -> String {
+    let (source, destination) = (near.local_addr().unwrap(), near.peer_addr().unwrap());
+    format!(
+        "{state} tcp {} {} {} {} 2 9\n",
+        source.ip(),
+        source.port(),
+        destination.ip(),
+        destination.port()
+    )
+}
+
+#[test]
+#[ignore = "needs root"]
+fn a_start_on_the_ports_of_a_closed_connection_is_a_flow_of_its_own() {
+    let hosts = hosts();
+    let home = home("", "");
+    let sink = Sink::bind(&hosts.there, SINK);
+    let daemon = home.start(&hosts.here);
+    let listener = listen(&hosts, "[::]:5000");
+    let (mut near, mut far) = connect_from(&hosts, &listener, 6001);
+    let start = line_of("start", &near);
+    home.write(&start);
+    let first = sink.firefly().event;
+    exchange(&mut near, &mut far, 100, 7);
+    close(near, far);
+    daemon.expect_status("dispatcher_events socket_closing 1");
+    let (mut near, mut far) = connect_from(&hosts, &listener, 6001);
+    home.write(&start);
+    let end = sink.firefly().event;
+    assert_eq!(
+        (end.state.as_str(), end.start_time),
+        ("end", first.start_time)
+    );
+    assert_eq!(end.usage.and_then(|usage| usage.sent), Some(100));
+    let second = sink.firefly().event;
+    assert_eq!(second.state.as_str(), "start");
+    assert_ne!(second.start_time, first.start_time);
+    // Longer than the grace of the flow before.
+    assert_eq!(sink.drain(Duration::from_millis(1500)), []);
+    exchange(&mut near, &mut far, 50, 5);
+    home.write(&line_of("end", &near));
+    let end = sink.firefly().event;
+    assert_eq!(end.start_time, second.start_time);
+    assert_eq!(end.usage.and_then(|usage| usage.sent), Some(50));
+    daemon.stop();
+}
+
+#[test]
+#[ignore = "needs root"]
+fn late_notifications_of_former_sockets_do_not_end_live_flows() {
+    const PORTS: std::ops::Range<u16> = 6000..6040;
+    let hosts = hosts();
+    let home = home("", "");
+    let sink = Sink::bind(&hosts.there, SINK);
+    let daemon = home.start(&hosts.here);
+    let listener = listen(&hosts, "[::]:5000");
+    let open: Vec<_> = PORTS
+        .map(|port| connect_from(&hosts, &listener, port))
+        .collect();
+    home.write(
+        &open
+            .iter()
+            .map(|(near, _)| line_of("start", near))
+            .collect::<String>(),
+    );
+    sink.collect("start", PORTS.len());
+    let mut pipe = home.writer();
+    let mut next = Vec::new();
+    for (mut near, mut far) in open {
+        exchange(&mut near, &mut far, 100, 7);
+        let lines = line_of("end", &near) + &line_of("start", &near);
+        let port = near.local_addr().unwrap().port();
+        close(near, far);
+        next.push(connect_from(&hosts, &listener, port));
+        pipe.write_all(lines.as_bytes()).unwrap();
+    }
+    let mut events = sink.drain(Duration::from_millis(1500));
+    events.retain(|event| event.state.as_str() != "start");
+    assert_eq!(
+        events.len(),
+        PORTS.len(),
+        "one end of each former connection"
+    );
+    daemon.expect_status(&format!("flows_open {}", PORTS.len()));
+    for (near, far) in &mut next {
+        exchange(near, far, 10, 1);
+        home.write(&line_of("end", near));
+        let end = sink.firefly().event;
+        assert_eq!(end.usage.and_then(|usage| usage.sent), Some(10));
+    }
+    daemon.stop();
+}
+
+#[test]
+#[ignore = "needs root"]
+fn a_flow_whose_known_socket_closes_while_no_daemon_runs_is_ended_by_the_next() {
+    let hosts = hosts();
+    let home = home("", "");
+    let config = std::fs::read_to_string(home.path("flowd.cfg")).unwrap();
+    let config = config + "enrichers: {period: 200, netlink: {}}\n";
+    std::fs::write(home.path("flowd.cfg"), config).unwrap();
+    let sink = Sink::bind(&hosts.there, SINK);
+    let daemon = home.start(&hosts.here);
+    let listener = listen(&hosts, "[::]:5000");
+    let (near, far) = connect_from(&hosts, &listener, 6001);
+    // Nothing on this host has a socket of the second.
+    home.write(&(line_of("start", &near) + "start tcp 42.0.0.1 9 42.0.0.2 9 2 9\n"));
+    let starts = sink.collect("start", 2);
+    let journal = || std::fs::read_to_string(home.path("state/journal")).unwrap();
+    wait_for("the socket in the journal", || {
+        journal().contains("\n= ").then_some(())
+    });
+    daemon.kill();
+    let flow = starts.keys().find(|flow| flow.source.port == 6001).unwrap();
+    close(near, far);
+    let daemon = home.start(&hosts.here);
+    let end = sink.collect("end", 1);
+    assert_eq!(end[flow].start_time, starts[flow].start_time);
+    daemon.expect_status("flows_open 1");
+    daemon.stop();
+}
+
+#[test]
+#[ignore = "needs root"]
+fn an_upload_that_the_pipe_and_the_netlink_plugin_report_is_one_flow() {
+    let hosts = hosts();
+    let home = home(NETLINK, "");
+    let sink = Sink::bind(&hosts.there, SINK);
+    let daemon = home.start(&hosts.here);
+    let listener = listen(&hosts, "[::]:5000");
+    let (near, far) = connect_from(&hosts, &listener, 6001);
+    let start = sink.firefly().event;
+    assert_eq!(start.tag().activity, 26);
+    // The storage service names the client first.
+    let reversed = format!("tcp {THERE4} 5000 {HERE4} 6001 cms Cache\n");
+    home.write(&format!("start {reversed}"));
+    let retagged = sink.firefly().event;
+    assert_eq!((retagged.flow, retagged.tag().experiment), (start.flow, 3));
+    daemon.expect_status("flows_open 1");
+    close(near, far);
+    home.write(&format!("end {reversed}"));
+    let end = sink.firefly().event;
+    assert_eq!((end.flow, end.tag().experiment), (start.flow, 3));
+    sink.assert_silent();
+    daemon.expect_status("dispatcher_events started 1");
     daemon.stop();
 }

@@ -14,6 +14,7 @@ use std::time::Duration;
 use common::daemon::{Home, line, lines};
 use common::net::Hosts;
 use common::sink::Sink;
+use common::wait_for;
 use flowd_rs::event::State;
 
 const DESTINATION: &str = "[2001:db8::2]:10514";
@@ -227,5 +228,87 @@ fn a_full_disk_delays_no_firefly_and_the_journal_catches_up() {
     for (flow, end) in sink.collect("end", COUNT) {
         assert_eq!(end.start_time, starts[&flow].start_time);
     }
+    daemon.stop();
+}
+
+#[test]
+#[ignore = "needs root"]
+fn on_a_disk_that_stays_full_flows_that_ended_do_not_come_back() {
+    const COUNT: usize = 12_000;
+    const OPEN: usize = 200;
+    let hosts = Hosts::new();
+    let home = Home::new("{}");
+    let state = home.path("state");
+    let _disk = Disk::mount(&state, "4m");
+    let sink = Sink::bind(&hosts.there, DESTINATION);
+    let daemon = home.start(&hosts.here);
+    home.write(&lines("start", 0..COUNT, "2 9"));
+    sink.collect("start", COUNT);
+    // From now on there is no room for another line.
+    let _ = fs::write(state.join("filler"), vec![0; 4 << 20]);
+    home.write(&lines("end", OPEN..COUNT, "2 9"));
+    sink.collect("end", COUNT - OPEN);
+    home.wait_for_log("writable again, and complete");
+    wait_for("the journal of the open flows", || {
+        (home.journalled() == OPEN).then_some(())
+    });
+    daemon.kill();
+    let daemon = home.start(&hosts.here);
+    daemon.expect_status(&format!("flows_open {OPEN}"));
+    daemon.stop();
+}
+
+#[test]
+#[ignore = "needs root"]
+fn a_read_only_state_directory_is_a_warning() {
+    let hosts = Hosts::new();
+    let home = Home::new("{}");
+    let state = home.path("state");
+    let _disk = Disk::mount(&state, "1m");
+    let remounted = Command::new("mount")
+        .args(["-o", "remount,ro"])
+        .arg(&state)
+        .status();
+    assert!(remounted.unwrap().success());
+    let sink = Sink::bind(&hosts.there, DESTINATION);
+    let daemon = home.start(&hosts.here);
+    home.write(&line("start", 1, "2 9"));
+    home.write(&line("end", 1, "2 9"));
+    sink.collect("end", 1);
+    daemon.stop();
+    assert!(home.log().contains("running without a journal"));
+    assert!(home.log().contains("running without its lock"));
+}
+
+#[test]
+#[ignore = "needs root"]
+fn a_damaged_header_loses_no_flow() {
+    let hosts = Hosts::new();
+    let home = Home::new("{}");
+    let daemon = home.start(&hosts.here);
+    home.write(&lines("start", 0..3, "2 9"));
+    daemon.expect_status("flows_open 3");
+    daemon.kill();
+    let journal = home.path("state/journal");
+    let mut bytes = fs::read(&journal).unwrap();
+    bytes[0] ^= 1;
+    fs::write(&journal, bytes).unwrap();
+    let daemon = home.start(&hosts.here);
+    daemon.expect_status("flows_open 3");
+    assert!(home.log().contains("its first line is damaged"));
+    daemon.stop();
+}
+
+#[test]
+#[ignore = "needs root"]
+fn an_end_that_is_reported_twice_is_sent_once() {
+    let hosts = Hosts::new();
+    let home = Home::new("{}");
+    let sink = Sink::bind(&hosts.there, DESTINATION);
+    let daemon = home.start(&hosts.here);
+    home.write(&(line("start", 1, "2 9") + &line("end", 1, "2 9") + &line("end", 1, "2 9")));
+    daemon.expect_status("dispatcher_events ended_already 1");
+    sink.collect("end", 1);
+    sink.assert_silent();
     daemon.stop();
 }

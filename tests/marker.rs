@@ -931,3 +931,88 @@ fn flows_beyond_max_flows_are_refused_and_the_others_stay_marked() {
     daemon.expect_status("dispatcher_events refused_table_full 7");
     daemon.stop();
 }
+
+#[test]
+#[ignore = "needs root"]
+fn nothing_but_the_end_of_its_flow_takes_a_mark_off() {
+    let hosts = Hosts::new();
+    let bpffs = BpfFs::new();
+    let path = bpffs.path().display();
+    let home = Home::with(&format!(
+        "  firefly: {{bindAddress: '::1', bindPort: 10600}}\nbackends:\n  marker: {{bpfFsPath: {path}, targetInterfaces: [veth0]}}\n"
+    ));
+    let daemon = home.start(&hosts.here);
+    let wire = Wire::listen(&hosts);
+    let client = udp(&hosts.here, "[2001:db8::1]:4000");
+    let is_marked = || {
+        client.send_to(b"data", "[2001:db8::2]:5000").unwrap();
+        let frame = wire.frames(1, |f| f.source_port == 4000).remove(0);
+        scitag::from_label(frame.label) == TAG
+    };
+    home.write("start udp 2001:db8::1 4000 2001:db8::2 5000 2 19\n");
+    entered(&daemon, 1);
+    assert!(is_marked());
+    // A firefly of the other host, in its direction.
+    let firefly = |state: &str, tag: (u16, u16)| {
+        let end = if state == "end" {
+            ",\"end-time\":\"2026-01-01T00:00:01Z\""
+        } else {
+            ""
+        };
+        let json = format!(
+            "{{\"version\":1,\"flow-lifecycle\":{{\"state\":\"{state}\",\"start-time\":\"2026-01-01T00:00:00Z\"{end}}},\"context\":{{\"experiment-id\":{},\"activity-id\":{}}},\"flow-id\":{{\"afi\":\"ipv6\",\"src-ip\":\"2001:db8::2\",\"src-port\":5000,\"dst-ip\":\"2001:db8::1\",\"dst-port\":4000,\"protocol\":\"udp\"}}}}",
+            tag.0, tag.1
+        );
+        let sender = udp(&hosts.here, "[::1]:0");
+        sender.send_to(json.as_bytes(), "[::1]:10600").unwrap();
+    };
+    for (n, (state, tag)) in [("end", (2, 19)), ("start", (0, 0)), ("start", (3, 3))]
+        .into_iter()
+        .enumerate()
+    {
+        firefly(state, tag);
+        daemon.expect_status(&format!("dispatcher_events less_trusted {}", n + 1));
+        assert!(is_marked(), "{state}");
+    }
+    // An end of a flow that was never open, by the pipe itself.
+    home.write("end udp 2001:db8::2 5000 2001:db8::1 4001 2 19\n");
+    daemon.expect_status("dispatcher_events ended_unmatched 1");
+    assert!(is_marked());
+    home.write("end udp 2001:db8::2 5000 2001:db8::1 4000 2 19\n");
+    daemon.expect_status("backend_events marker removed 1");
+    assert!(!is_marked());
+    daemon.stop();
+}
+
+#[test]
+#[ignore = "needs root"]
+fn with_match_all_the_flow_that_started_last_gives_the_tag_after_a_restart_too() {
+    let hosts = Hosts::new();
+    let bpffs = BpfFs::new();
+    let home = home(&bpffs, "targetInterfaces: [veth0], matchAll: true");
+    let mut daemon = home.start(&hosts.here);
+    let wire = Wire::listen(&hosts);
+    let client = udp(&hosts.here, "[2001:db8::1]:4999");
+    let tag = || {
+        client.send_to(b"data", "[2001:db8::2]:5999").unwrap();
+        let frame = wire.frames(1, |f| f.source_port == 4999).remove(0);
+        let tag = scitag::from_label(frame.label);
+        (tag.experiment, tag.activity)
+    };
+    for n in 1..=8 {
+        home.write(&format!(
+            "start udp 2001:db8::1 {n} 2001:db8::2 5000 {n} {n}\n"
+        ));
+    }
+    daemon.expect_status("backend_events marker entered 8");
+    for _ in 0..6 {
+        assert_eq!(tag(), (8, 8));
+        daemon.kill();
+        daemon = home.start(&hosts.here);
+    }
+    assert_eq!(tag(), (8, 8));
+    home.write("end udp 2001:db8::1 8 2001:db8::2 5000 8 8\n");
+    daemon.expect_status("backend_events marker removed 1");
+    assert_ne!(tag(), (8, 8));
+    daemon.stop();
+}

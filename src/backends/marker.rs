@@ -14,9 +14,9 @@ use prometheus::IntGauge;
 use super::Backend;
 use super::prometheus::{Marked, Marks, ReadMarks};
 use crate::config;
-use crate::dispatcher::flow_table::FlowTable;
+use crate::dispatcher::flow_table::{FlowTable, OpenFlow};
 use crate::error::{Context, Error, Result};
-use crate::event::{Effect, FlowEvent, State};
+use crate::event::{Effect, FlowEvent};
 use crate::flow::{Flow, Tag};
 use crate::logging::LogLimit;
 use crate::metrics::{Metrics, Outcomes, outcomes};
@@ -262,22 +262,17 @@ impl Marker {
         }
     }
 
-    /// Applies an event to the map. If a tag for all packets is configured, flow events are ignored.
+    /// Applies to the map what an event did to the table of open flows: an entry is there as long as its flow is open. If
+    /// a tag for all packets is configured, flow events are ignored.
     fn apply(&mut self, event: &FlowEvent) {
         if self.config.all.is_some() {
             return;
         }
-        match event.state {
-            State::Start => self.enter(&event.flow, event.tag()),
-            // An `ongoing` event can open a flow as well.
-            State::Ongoing => {
-                let entry = self.entry(&event.flow, event.tag());
-                if entry.is_ok_and(|(key, _)| self.program.maps.get(&key).is_none()) {
-                    self.enter(&event.flow, event.tag());
-                }
-            }
-            State::End if event.effect == Effect::Counted => {}
-            State::End => self.remove(&event.flow),
+        match event.effect {
+            Effect::Opened | Effect::Retagged(_) => self.enter(&event.flow, event.tag()),
+            Effect::Closed(_) => self.remove(&event.flow),
+            // The end of a flow that was not open says nothing about the mark of another.
+            Effect::Nothing | Effect::Counted => {}
         }
     }
 }
@@ -301,11 +296,16 @@ impl Backend for Marker {
             self.counters.add(Outcome::Entered);
             wanted.insert(Key::ALL);
         } else {
-            for (flow, open) in table.iter() {
-                if let Ok((key, _)) = self.entry(flow, open.tag) {
+            let mut flows: Vec<(Flow, &OpenFlow)> = table.iter().collect();
+            // With `matchAll` the flow that was started last gives its tag to all packets.
+            if self.config.match_all {
+                flows.sort_unstable_by_key(|(_, open)| open.sequence);
+            }
+            for (flow, open) in flows {
+                if let Ok((key, _)) = self.entry(&flow, open.tag) {
                     wanted.insert(key);
                 }
-                self.enter(flow, open.tag);
+                self.enter(&flow, open.tag);
             }
         }
         let stale: Vec<Key> = self

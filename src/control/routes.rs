@@ -2,7 +2,7 @@
 
 use std::collections::HashSet;
 use std::net::IpAddr;
-use std::sync::{Arc, Weak};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use crossbeam_channel::Sender;
@@ -14,7 +14,7 @@ use serde_json::{Map, Value, json};
 
 use crate::context::DaemonContext;
 use crate::dispatcher::flow_table::OpenFlow;
-use crate::dispatcher::{self, Query};
+use crate::dispatcher::{self, Query, SHARDS};
 use crate::flow::{Endpoint, Flow, Protocol, Tag, parse_address};
 use crate::http::{Body, Request, Response, problem};
 use crate::logging;
@@ -25,8 +25,6 @@ use crate::sys::interfaces;
 
 /// How long to wait for an answer of the dispatcher.
 const DISPATCHER_TIMEOUT: Duration = Duration::from_millis(900);
-/// Listings in progress at once: each holds a copy of the table of open flows.
-const MAX_LISTINGS: usize = 8;
 /// The parts of a listing, except the last, have at least this many bytes.
 const LISTING_CHUNK_SIZE: usize = 64 << 10;
 
@@ -49,8 +47,6 @@ pub struct Routes {
     context: DaemonContext,
     /// For the uptime, which must not jump with the clock.
     started: Instant,
-    /// Listings in progress.
-    listings: Vec<Weak<Vec<(Flow, OpenFlow)>>>,
 }
 
 impl Routes {
@@ -59,7 +55,6 @@ impl Routes {
         Routes {
             context,
             started: Instant::now(),
-            listings: Vec::new(),
         }
     }
 
@@ -123,7 +118,7 @@ impl Routes {
         match self.ask(|reply| Query::Flow(flow, reply)) {
             None => busy(),
             Some(None) => problem(404, "no such flow is open"),
-            Some(Some(open)) => {
+            Some(Some((flow, open))) => {
                 let describer = self.describer();
                 Response::json(200, &describer.describe(&flow, &open))
             }
@@ -135,20 +130,15 @@ impl Routes {
             Ok(filter) => filter,
             Err(error) => return problem(400, &error),
         };
-        self.listings.retain(|listing| listing.strong_count() > 0);
-        if self.listings.len() >= MAX_LISTINGS {
-            return problem(503, "too many listings in progress, try again later");
-        }
-        let Some(flows) = self.ask(Query::Flows) else {
+        let Some(first) = self.ask(|reply| Query::Shard(0, reply)) else {
             return busy();
         };
-        let flows = Arc::new(flows);
-        self.listings.push(Arc::downgrade(&flows));
         let listing = Listing {
+            queries: self.context.queries.clone(),
             describer: self.describer(),
             filter,
-            flows,
-            position: 0,
+            flows: first.into_iter(),
+            next_shard: 1,
             state: ListingState::Begin,
         };
         Response {
@@ -366,14 +356,34 @@ enum ListingState {
     Done,
 }
 
-/// The body of `GET /flows`, produced in parts.
+/// The body of `GET /flows`, produced in parts. It asks the dispatcher for one shard after the other, so that neither
+/// holds a copy of the whole table, and a slow client costs nothing.
 struct Listing {
+    queries: Sender<Query>,
     describer: Describer,
     filter: Filter,
-    flows: Arc<Vec<(Flow, OpenFlow)>>,
-    /// Index of the next flow.
-    position: usize,
+    flows: std::vec::IntoIter<(Flow, OpenFlow)>,
+    next_shard: usize,
     state: ListingState,
+}
+
+impl Listing {
+    /// The next flow, of this shard or a later one. An error if the dispatcher does not answer.
+    fn next_flow(&mut self) -> Result<Option<(Flow, OpenFlow)>, ()> {
+        loop {
+            if let Some(flow) = self.flows.next() {
+                return Ok(Some(flow));
+            }
+            if self.next_shard == SHARDS {
+                return Ok(None);
+            }
+            let shard = self.next_shard;
+            self.next_shard += 1;
+            let query = |reply| Query::Shard(shard, reply);
+            let flows = dispatcher::ask(&self.queries, DISPATCHER_TIMEOUT, query).ok_or(())?;
+            self.flows = flows.into_iter();
+        }
+    }
 }
 
 impl Iterator for Listing {
@@ -389,21 +399,29 @@ impl Iterator for Listing {
             ListingState::Done => return None,
             _ => {}
         }
-        while let Some((flow, open)) = self.flows.get(self.position) {
-            self.position += 1;
-            if self.filter.admits(flow, open.tag) {
-                part += match std::mem::replace(&mut self.state, ListingState::Later) {
-                    ListingState::Later => ",\n",
-                    _ => "\n",
-                };
-                part += &self.describer.describe(flow, open).to_string();
-            }
-            if part.len() >= LISTING_CHUNK_SIZE {
-                return Some(part.into_bytes());
+        while part.len() < LISTING_CHUNK_SIZE {
+            match self.next_flow() {
+                Ok(Some((flow, open))) if self.filter.admits(&flow, open.tag) => {
+                    part += match std::mem::replace(&mut self.state, ListingState::Later) {
+                        ListingState::Later => ",\n",
+                        _ => "\n",
+                    };
+                    part += &self.describer.describe(&flow, &open).to_string();
+                }
+                Ok(Some(_)) => {}
+                Ok(None) => {
+                    self.state = ListingState::Done;
+                    part += "\n]}\n";
+                    break;
+                }
+                Err(()) => {
+                    // The status line is sent: what is left is a document that no client takes for complete.
+                    log::warn!("GET /flows: the dispatcher does not answer; the list is cut off");
+                    self.state = ListingState::Done;
+                    break;
+                }
             }
         }
-        self.state = ListingState::Done;
-        part += "\n]}\n";
         Some(part.into_bytes())
     }
 }

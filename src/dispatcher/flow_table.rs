@@ -1,6 +1,6 @@
 //! The table of open flows: what each flow event means, given what is known of its flow. No I/O, no clock.
 //!
-//! A flow is in one of four phases:
+//! One connection is one flow, whichever end a report names first. A flow is in one of four phases:
 //!
 //! - *unknown*: the table has not heard of it, or has forgotten it;
 //! - *open*: it was started and has not ended;
@@ -10,23 +10,30 @@
 //!
 //! | event | unknown | open | closing | closed |
 //! | --- | --- | --- | --- | --- |
-//! | start | `Started`, now open; `Refused` if the table is full | `Duplicate`; `Retagged` with another tag | as open | as unknown |
+//! | start | `Started`, now open; `Refused` if the table is full | `Duplicate`; `Retagged` with another tag | first `SocketClosed`, then as unknown; as open if it tells of a start before the socket closed | as unknown |
 //! | ongoing | `OpenedByOngoing` with a tag, now open; `OngoingUnknown` without | `Ongoing` | as open | as unknown |
-//! | end, from a producer | `EndedUnmatched` | `Ended`, now closed | `Ended` with the socket's byte counts, now closed | `EndedAlready` if it ended with its socket, now unknown; else as unknown |
-//! | end, from a socket | `SocketUnknown` | `SocketClosing`, now closing; `SocketClosed`, now closed, if the flow was reported by its socket and the byte counts are known | as open; the better counts are kept | `CountedLate` if it lacks byte counts, now unknown; else as unknown |
+//! | end, from a producer | `EndedUnmatched` | `Ended`, now closed | `Ended` with the socket's byte counts, now closed | `EndedAlready` |
+//! | end, from a socket | `SocketUnknown` | `SocketClosing`, now closing; `SocketClosed`, now closed, if the flow was reported by its socket and the byte counts are known | as open; the better counts are kept | `CountedLate` if it lacks byte counts; else as unknown |
 //! | [`PRODUCER_GRACE`] is over | | | `SocketClosed`, now closed | |
-//! | older than `flows.maxAge` | | `Expired`, now unknown | as open | |
+//! | older than `flows.maxAge` | | `Expired`, now closed | as open | |
 //!
-//! flowd-rs(8) has the same table for operators, under FLOWS. A socket reports with its local end first; its flow
-//! may be open in either direction.
+//! flowd-rs(8) has the same table for operators, under FLOWS. Three rules stand before it:
+//!
+//! - A start with another tag, and an end, of a flow that a more trusted source opened are `LessTrusted`, and dropped;
+//!   see [`Origin::trust`]. Sockets are the exception: nothing knows better when a socket closed.
+//! - The end of a socket that is not the flow's is handled as if the flow were not open. Sockets of the same 5-tuple
+//!   that follow each other differ in their cookies. As long as the flow's socket is not known, `live_socket` says
+//!   which socket the 5-tuple has now.
+//! - Ages and holds count on a clock that nobody sets; a flow never ends before it starts.
 
-use std::collections::hash_map::Entry;
-use std::collections::{HashMap, VecDeque};
+use std::collections::VecDeque;
+use std::num::NonZeroU64;
 use std::sync::Arc;
 use std::time::Duration;
 
-use jiff::{SignedDuration, Timestamp};
+use jiff::Timestamp;
 
+use super::shards::{SHARDS, Shards};
 use crate::event::{Effect, EndReason, FlowEvent, Origin, State};
 use crate::flow::recent::RecentFlows;
 use crate::flow::{Flow, Protocol, Tag};
@@ -59,8 +66,10 @@ outcomes! {
         CountedLate = "counted_late": "completed: byte counts of {flow|flows} after the end",
         /// The end of a socket that belongs to no open flow: dropped.
         SocketUnknown = "socket_unknown": "dropped: {end|ends} of sockets without an open flow",
-        /// A producer's end of a flow that had ended with its socket: dropped.
-        EndedAlready = "ended_already": "dropped: {end|ends} of flows that had ended with their socket",
+        /// A producer's end of a flow that had ended a short while ago: dropped.
+        EndedAlready = "ended_already": "dropped: {end|ends} of flows that had just ended",
+        /// A start or an end from a source that is trusted less than the one that opened the flow: dropped.
+        LessTrusted = "less_trusted": "dropped: {report|reports} on flows of a more trusted source",
         /// The daemon ended a flow older than `flows.maxAge`.
         Expired = "ended_expired": "ended for their age: {flow|flows}",
         /// A start beyond `flows.maxFlows`: dropped.
@@ -82,6 +91,7 @@ impl Transition {
                 | Transition::SocketClosing
                 | Transition::SocketUnknown
                 | Transition::EndedAlready
+                | Transition::LessTrusted
         )
     }
 
@@ -111,30 +121,36 @@ pub struct OpenFlow {
     pub tag: Tag,
     /// Which plugin reported the flow.
     pub origin: Origin,
-    /// When the flow was entered here, in seconds since 1970. Its age counts from here, since the start time is
-    /// what a producer says.
-    pub opened: u32,
+    /// When the flow was entered here, in seconds since the host started. Its age counts from here, since the start
+    /// time is what a producer says.
+    pub entered: u32,
+    /// The number of this start or retag: of two flows, the one with the higher number was started later.
+    pub sequence: u64,
     /// When it began, in microseconds since 1970.
     start_micros: i64,
+    /// The flow's socket on this host, once known.
+    pub socket: Option<SocketId>,
     /// Name and version of the program that moves the data.
     pub application: Option<Arc<str>>,
 }
 
 impl OpenFlow {
-    /// A flow that began at `start` and was entered at `opened` seconds since 1970.
+    /// A flow that began at `start` and was entered at `entered`, in seconds since the host started.
     pub fn new(
         tag: Tag,
         origin: Origin,
         start: Timestamp,
-        opened: u32,
+        entered: u32,
         application: Option<Arc<str>>,
     ) -> OpenFlow {
         OpenFlow {
             state: State::Start,
             tag,
             origin,
-            opened,
+            entered,
+            sequence: 0,
             start_micros: start.as_microsecond(),
+            socket: None,
             application,
         }
     }
@@ -145,50 +161,108 @@ impl OpenFlow {
     }
 }
 
-/// Seconds since 1970, as [`OpenFlow::opened`] counts them.
-pub fn seconds(time: Timestamp) -> u32 {
-    u32::try_from(time.as_second()).unwrap_or(0)
+/// What identifies a TCP socket: sockets of the same 5-tuple that follow each other have different cookies.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct SocketId {
+    /// The kernel's cookie, `idiag_cookie` of sock_diag(7).
+    pub cookie: NonZeroU64,
+    /// Whether the socket's local end is the destination of the canonical flow. If both ends of a flow are on this host,
+    /// this tells their sockets apart.
+    reversed: bool,
+}
+
+impl SocketId {
+    /// `flow` is in the direction of the socket, with its local end as the source. `None` if `cookie` is 0.
+    pub fn new(flow: &Flow, cookie: u64) -> Option<SocketId> {
+        let reversed = flow.canonical().1;
+        let cookie = NonZeroU64::new(cookie)?;
+        Some(SocketId { cookie, reversed })
+    }
+
+    /// The direction of the socket, with its local end as the source. `flow` may be either direction.
+    pub fn direction(self, flow: &Flow) -> Flow {
+        let canonical = flow.canonical().0;
+        match self.reversed {
+            true => canonical.reversed(),
+            false => canonical,
+        }
+    }
+}
+
+/// The socket that reported an event.
+fn reporting_socket(event: &FlowEvent) -> Option<SocketId> {
+    let socket = event.netlink.as_ref()?;
+    SocketId::new(&socket.flow, socket.info.cookie)
+}
+
+/// The present, on the two clocks that the table needs.
+#[derive(Clone, Copy, Debug)]
+pub struct Now {
+    /// The time of day, for what is reported.
+    pub wall: Timestamp,
+    /// Time since the host started, for ages and holds.
+    pub boot: Duration,
+}
+
+/// Whole seconds, as [`OpenFlow::entered`] counts them.
+fn seconds(boot: Duration) -> u32 {
+    u32::try_from(boot.as_secs()).unwrap_or(u32::MAX)
 }
 
 /// How long a producer may take to report the end of a flow whose socket has closed.
-const PRODUCER_GRACE: SignedDuration = SignedDuration::from_secs(1);
+const PRODUCER_GRACE: Duration = Duration::from_secs(1);
 /// How long, and how many, closed flows are remembered.
 const CLOSED_TTL: Duration = Duration::from_secs(300);
 const CLOSED_MAX: usize = 1 << 16;
 /// How long after the end of a flow its socket's byte counts complete it.
-const LATE_COUNTS_GRACE: SignedDuration = SignedDuration::from_secs(1);
+const LATE_COUNTS_GRACE: Duration = Duration::from_secs(1);
 /// How long, and how many, ends of sockets are kept for flows whose start is late.
 const CLOSED_SOCKET_TTL: Duration = Duration::from_secs(1);
 const CLOSED_SOCKET_MAX: usize = 1 << 12;
 
-/// An open flow, and whether it is closing.
+/// An open flow, which way round it was first reported, and whether it is closing.
 struct TableEntry {
     flow: OpenFlow,
+    /// Whether the flow is the reverse of its canonical flow.
+    reversed: bool,
     closing: Option<Closing>,
+}
+
+impl TableEntry {
+    fn direction(&self, canonical: &Flow) -> Flow {
+        match self.reversed {
+            true => canonical.reversed(),
+            false => *canonical,
+        }
+    }
 }
 
 /// Why an open flow is in the phase *closing*.
 struct Closing {
-    since: Timestamp,
+    since: Duration,
     /// The end of the flow's socket.
     end: Box<FlowEvent>,
 }
 
-/// A flow in the phase *closed*.
-enum ClosedFlow {
-    /// It ended with its socket; its producer may still report the end.
-    WithSocket,
-    /// Its producer ended it at this time, before its socket's byte counts were known.
-    WithoutCounts(Timestamp, OpenFlow),
+/// A flow that its producer ended before its socket's byte counts were known.
+struct WithoutCounts {
+    ended: Duration,
+    direction: Flow,
+    flow: OpenFlow,
 }
 
-/// The open flows, at most `max_flows` of them, and those that closed a short while ago.
+/// The open flows, at most `max_flows` of them, and those that closed a short while ago. All maps are keyed by canonical
+/// flows.
 pub struct FlowTable {
-    flows: HashMap<Flow, TableEntry>,
+    flows: Shards<TableEntry>,
     max_flows: usize,
+    /// The number of the next start or retag.
+    next_sequence: u64,
     /// When each flow began closing, the earliest first. Some of these flows have ended since.
-    closing: VecDeque<(Timestamp, Flow)>,
-    closed: RecentFlows<ClosedFlow>,
+    closing: VecDeque<(Duration, Flow)>,
+    /// Where the search for expired flows stopped.
+    next_shard: usize,
+    closed: RecentFlows<Option<Box<WithoutCounts>>>,
     /// Ends of sockets without an open flow, whose byte counts a late start may need.
     closed_sockets: RecentFlows<FlowEvent>,
 }
@@ -197,9 +271,11 @@ impl FlowTable {
     /// An empty table.
     pub fn new(max_flows: usize) -> FlowTable {
         FlowTable {
-            flows: HashMap::new(),
+            flows: Shards::new(),
             max_flows,
+            next_sequence: 1,
             closing: VecDeque::new(),
+            next_shard: 0,
             closed: RecentFlows::new(CLOSED_TTL, CLOSED_MAX),
             closed_sockets: RecentFlows::new(CLOSED_SOCKET_TTL, CLOSED_SOCKET_MAX),
         }
@@ -210,18 +286,32 @@ impl FlowTable {
         self.max_flows = max_flows;
     }
 
-    /// Enters a flow that was open when the daemon last ran, beyond `max_flows` if need be.
-    pub fn restore(&mut self, flow: Flow, open: OpenFlow) {
+    /// Enters a flow that was open when the daemon last ran, beyond `max_flows` if need be. Without a sequence number,
+    /// it counts as started after those that were restored before.
+    pub fn restore(&mut self, flow: Flow, mut open: OpenFlow) {
+        let (canonical, reversed) = flow.canonical();
+        if open.sequence == 0 {
+            open.sequence = self.next_sequence;
+        }
+        self.next_sequence = self.next_sequence.max(open.sequence + 1);
         let entry = TableEntry {
             flow: open,
+            reversed,
             closing: None,
         };
-        self.flows.insert(flow, entry);
+        self.flows.insert(canonical, entry);
+    }
+
+    /// Sets the socket of a restored flow; `flow` is in the direction of the socket.
+    pub fn restore_socket(&mut self, flow: &Flow, cookie: u64) {
+        if let Some(entry) = self.flows.get_mut(&flow.canonical().0) {
+            entry.flow.socket = SocketId::new(flow, cookie);
+        }
     }
 
     /// Removes a restored flow that a later line of the journal closes.
     pub fn forget(&mut self, flow: &Flow) {
-        self.flows.remove(flow);
+        self.flows.remove(&flow.canonical().0);
     }
 
     /// The number of open flows.
@@ -231,78 +321,113 @@ impl FlowTable {
 
     /// Whether no flow is open.
     pub fn is_empty(&self) -> bool {
-        self.flows.is_empty()
+        self.flows.len() == 0
     }
 
-    /// An open flow.
-    pub fn get(&self, flow: &Flow) -> Option<&OpenFlow> {
-        self.flows.get(flow).map(|entry| &entry.flow)
+    /// An open flow, in the direction in which it was first reported. `flow` may be either direction.
+    pub fn get(&self, flow: &Flow) -> Option<(Flow, &OpenFlow)> {
+        let canonical = flow.canonical().0;
+        let entry = self.flows.get(&canonical)?;
+        Some((entry.direction(&canonical), &entry.flow))
     }
 
     /// All open flows, in no order.
-    pub fn iter(&self) -> impl Iterator<Item = (&Flow, &OpenFlow)> {
-        self.flows.iter().map(|(flow, entry)| (flow, &entry.flow))
+    pub fn iter(&self) -> impl Iterator<Item = (Flow, &OpenFlow)> {
+        let flows = self.flows.iter();
+        flows.map(|(canonical, entry)| (entry.direction(canonical), &entry.flow))
     }
 
-    /// Applies an event, and completes it with what the table knows of its flow: tag, start time, application.
-    pub fn apply(&mut self, event: &mut FlowEvent, now: Timestamp) -> Transition {
+    /// The open flows of one shard, in no order. `index` is less than [`SHARDS`].
+    pub fn shard(&self, index: usize) -> impl Iterator<Item = (Flow, &OpenFlow)> {
+        let flows = self.flows.shard(index);
+        flows.map(|(canonical, entry)| (entry.direction(canonical), &entry.flow))
+    }
+
+    /// Applies an event, and completes it with what the table knows of its flow: direction, tag, start time,
+    /// application. `live_socket` looks up the cookie of the socket that a TCP flow has now.
+    ///
+    /// A start may end the connection that had its 5-tuple before: call [`FlowTable::end_replaced`] first.
+    pub fn apply(
+        &mut self,
+        event: &mut FlowEvent,
+        now: Now,
+        live_socket: impl FnOnce(&Flow) -> Option<u64>,
+    ) -> Transition {
         match event.state {
             State::Start => self.start(event, now),
             State::Ongoing => self.ongoing(event, now),
-            State::End if event.origin.is_socket() => self.socket_end(event, now),
+            State::End if event.origin.is_socket() => self.socket_end(event, now, live_socket),
             State::End => self.producer_end(event, now),
         }
     }
 
-    fn start(&mut self, event: &mut FlowEvent, now: Timestamp) -> Transition {
-        let full = self.flows.len() >= self.max_flows;
-        match self.flows.entry(event.flow) {
-            Entry::Occupied(mut entry) => {
-                let open = &mut entry.get_mut().flow;
-                // The program that moves the data knows its tag better than a plugin that watches sockets.
-                let keeps_tag = event.origin.is_socket() && !open.origin.is_socket();
-                if open.tag == event.tag() || keeps_tag {
-                    return Transition::Duplicate;
-                }
-                event.effect = Effect::Retagged(open.tag);
-                open.tag = event.tag();
-                open.origin = event.origin;
-                if event.application.is_some() {
-                    open.application.clone_from(&event.application);
-                }
-                complete(event, open);
-                Transition::Retagged
-            }
-            Entry::Vacant(_) if full => Transition::Refused,
-            Entry::Vacant(entry) => {
-                self.closed.remove(&event.flow);
-                entry.insert(TableEntry {
-                    flow: OpenFlow::new(
-                        event.tag(),
-                        event.origin,
-                        event.start_time(),
-                        seconds(now),
-                        event.application.clone(),
-                    ),
-                    closing: None,
-                });
-                event.start_time = Some(event.start_time());
-                event.tag = Some(event.tag());
-                event.effect = Effect::Opened;
-                Transition::Started
-            }
+    /// The end of the flow that a start replaces: the flow's socket has closed, and the start comes from a new connection
+    /// with the same 5-tuple.
+    pub fn end_replaced(&mut self, event: &FlowEvent) -> Option<FlowEvent> {
+        if event.state != State::Start {
+            return None;
         }
+        let canonical = event.flow.canonical().0;
+        let entry = self.flows.get_mut(&canonical)?;
+        let is_later = |closing: &mut Closing| event.start_time() > closing.end.time;
+        let mut end = *entry.closing.take_if(is_later)?.end;
+        self.close(&canonical, &mut end);
+        Some(end)
     }
 
-    fn ongoing(&mut self, event: &mut FlowEvent, now: Timestamp) -> Transition {
-        if event.origin == Origin::Socket
-            && let Some(flow) = self.flow_of_socket(&event.flow)
-        {
-            event.flow = flow;
+    fn start(&mut self, event: &mut FlowEvent, now: Now) -> Transition {
+        let full = self.flows.len() >= self.max_flows;
+        let (canonical, reversed) = event.flow.canonical();
+        if let Some(entry) = self.flows.get_mut(&canonical) {
+            let (direction, open) = (entry.direction(&canonical), &mut entry.flow);
+            if open.tag == event.tag() {
+                return Transition::Duplicate;
+            }
+            if event.origin.trust() < open.origin.trust() {
+                return Transition::LessTrusted;
+            }
+            event.effect = Effect::Retagged(open.tag);
+            open.tag = event.tag();
+            open.origin = event.origin;
+            open.sequence = self.next_sequence;
+            self.next_sequence += 1;
+            if event.application.is_some() {
+                open.application.clone_from(&event.application);
+            }
+            complete(event, direction, open);
+            return Transition::Retagged;
         }
-        if let Some(entry) = self.flows.get_mut(&event.flow) {
+        if full {
+            return Transition::Refused;
+        }
+        let start_time = event.start_time();
+        let application = event.application.clone();
+        let entered = seconds(now.boot);
+        let mut flow = OpenFlow::new(event.tag(), event.origin, start_time, entered, application);
+        flow.sequence = self.take_sequence();
+        flow.socket = reporting_socket(event);
+        let entry = TableEntry {
+            flow,
+            reversed,
+            closing: None,
+        };
+        self.flows.insert(canonical, entry);
+        event.start_time = Some(start_time);
+        event.tag = Some(event.tag());
+        event.effect = Effect::Opened;
+        Transition::Started
+    }
+
+    fn take_sequence(&mut self) -> u64 {
+        self.next_sequence += 1;
+        self.next_sequence - 1
+    }
+
+    fn ongoing(&mut self, event: &mut FlowEvent, now: Now) -> Transition {
+        let canonical = event.flow.canonical().0;
+        if let Some(entry) = self.flows.get_mut(&canonical) {
             entry.flow.state = State::Ongoing;
-            complete(event, &entry.flow);
+            complete(event, entry.direction(&canonical), &entry.flow);
             return Transition::Ongoing;
         }
         if event.tag.is_none() {
@@ -314,85 +439,122 @@ impl FlowTable {
         }
     }
 
-    fn producer_end(&mut self, event: &mut FlowEvent, now: Timestamp) -> Transition {
-        let Some(TableEntry { flow, closing }) = self.flows.remove(&event.flow) else {
-            return self.end_of_unknown_flow(event);
+    fn producer_end(&mut self, event: &mut FlowEvent, now: Now) -> Transition {
+        let canonical = event.flow.canonical().0;
+        let Some(entry) = self.flows.get(&canonical) else {
+            if self.closed.get(&canonical).is_some() {
+                return Transition::EndedAlready;
+            }
+            event.tag = Some(event.tag());
+            event.start_time = Some(event.start_time());
+            return Transition::EndedUnmatched;
         };
-        if let Some(Closing { end, .. }) = closing {
+        if event.origin.trust() < entry.flow.origin.trust() {
+            return Transition::LessTrusted;
+        }
+        let direction = entry.direction(&canonical);
+        if let Some(Closing { end, .. }) = &entry.closing {
             event.usage = event.usage.or(end.usage);
-            event.netlink = event.netlink.take().or(end.netlink);
+            event.netlink = event.netlink.take().or_else(|| end.netlink.clone());
         }
-        self.add_counts_of_closed_socket(event, flow.start_time());
-        complete(event, &flow);
+        let start_time = entry.flow.start_time();
+        self.add_counts_of_closed_socket(event, start_time);
+        let Some(TableEntry { flow, .. }) = self.flows.remove(&canonical) else {
+            return Transition::EndedUnmatched;
+        };
+        complete(event, direction, &flow);
         event.effect = Effect::Closed(EndReason::Producer);
-        if event.netlink.is_none() && event.flow.protocol == Protocol::Tcp {
-            let closed = ClosedFlow::WithoutCounts(now, flow);
-            self.closed.insert(event.flow, closed);
-        }
+        let lacks_counts = event.netlink.is_none() && event.flow.protocol == Protocol::Tcp;
+        let without_counts = lacks_counts.then_some(WithoutCounts {
+            ended: now.boot,
+            direction,
+            flow,
+        });
+        self.closed.insert(canonical, without_counts.map(Box::new));
         Transition::Ended
     }
 
-    fn end_of_unknown_flow(&mut self, event: &mut FlowEvent) -> Transition {
-        if let Some(ClosedFlow::WithSocket) = self.closed.remove(&event.flow) {
-            return Transition::EndedAlready;
-        }
-        event.tag = Some(event.tag());
-        event.start_time = Some(event.start_time());
-        Transition::EndedUnmatched
-    }
-
-    /// The open flow of a socket, which has its local end first.
-    fn flow_of_socket(&self, socket: &Flow) -> Option<Flow> {
-        let directions = [*socket, socket.reversed()];
-        directions
-            .into_iter()
-            .find(|flow| self.flows.contains_key(flow))
-    }
-
-    fn socket_end(&mut self, event: &mut FlowEvent, now: Timestamp) -> Transition {
-        let Some(flow) = self.flow_of_socket(&event.flow) else {
-            return self.end_of_unknown_socket(event, now);
+    fn socket_end(
+        &mut self,
+        event: &mut FlowEvent,
+        now: Now,
+        live_socket: impl FnOnce(&Flow) -> Option<u64>,
+    ) -> Transition {
+        let canonical = event.flow.canonical().0;
+        let ended = reporting_socket(event);
+        let Some(entry) = self.flows.get_mut(&canonical) else {
+            return self.end_of_other_socket(event, now);
         };
-        event.flow = flow;
-        self.add_counts_of_closed_socket(event, self.flows[&flow].flow.start_time());
-        let entry = self.flows.get_mut(&flow).expect("the flow was just found");
+        let of_this_flow = match (ended, entry.flow.socket) {
+            (None, _) => true,
+            (Some(ended), Some(known)) => ended == known,
+            (Some(ended), None) => {
+                let live = live_socket(&event.flow);
+                let live = live.and_then(|cookie| SocketId::new(&event.flow, cookie));
+                entry.flow.socket = live.filter(|live| *live != ended);
+                entry.flow.socket.is_none()
+            }
+        };
+        if !of_this_flow {
+            return self.end_of_other_socket(event, now);
+        }
+        let direction = entry.direction(&canonical);
+        let started = entry.flow.start_time();
+        self.add_counts_of_closed_socket(event, started);
+        let Some(entry) = self.flows.get_mut(&canonical) else {
+            return Transition::SocketUnknown;
+        };
         // A plugin that watches sockets reports no end of its own, so that there is nothing to wait for.
         if entry.flow.origin.is_socket() && event.usage.is_some() {
-            self.close(event);
+            self.close(&canonical, event);
             return Transition::SocketClosed;
         }
-        let Some(Closing { end, .. }) = &mut entry.closing else {
-            let end = Box::new(event.clone());
-            entry.closing = Some(Closing { since: now, end });
-            self.closing.push_back((now, flow));
-            return Transition::SocketClosing;
-        };
         // If both ends are on this host, the socket of the source speaks for the flow.
-        let is_source = |end: &FlowEvent| end.netlink.as_ref().is_some_and(|s| s.flow == flow);
-        if end.usage.is_none() || (is_source(event) && !is_source(end)) {
-            end.usage = event.usage;
-            end.netlink.clone_from(&event.netlink);
+        let is_source = |end: &FlowEvent| {
+            let socket = end.netlink.as_ref();
+            socket.is_some_and(|socket| socket.flow == direction)
+        };
+        match &mut entry.closing {
+            None => {
+                let end = Box::new(event.clone());
+                entry.closing = Some(Closing {
+                    since: now.boot,
+                    end,
+                });
+                self.closing.push_back((now.boot, canonical));
+            }
+            Some(Closing { end, .. })
+                if end.usage.is_none() || (is_source(event) && !is_source(end)) =>
+            {
+                end.usage = event.usage;
+                end.netlink.clone_from(&event.netlink);
+            }
+            Some(_) => {}
         }
         Transition::SocketClosing
     }
 
-    /// Completes a flow that its producer ended a moment ago; otherwise keeps the counts for a late start.
-    fn end_of_unknown_socket(&mut self, event: &mut FlowEvent, now: Timestamp) -> Transition {
+    /// The end of a socket that is not that of an open flow: completes a flow that its producer ended a moment ago, or
+    /// keeps the counts for a late start.
+    fn end_of_other_socket(&mut self, event: &mut FlowEvent, now: Now) -> Transition {
         if event.usage.is_none() {
             return Transition::SocketUnknown;
         }
-        for flow in [event.flow, event.flow.reversed()] {
-            let in_time = |closed: &ClosedFlow| matches!(closed, ClosedFlow::WithoutCounts(at, _) if now.duration_since(*at).abs() <= LATE_COUNTS_GRACE);
-            if let Some(ClosedFlow::WithoutCounts(_, open)) = self.closed.remove_if(&flow, in_time)
-            {
-                event.flow = flow;
-                event.origin = open.origin;
-                event.effect = Effect::Counted;
-                complete(event, &open);
-                return Transition::CountedLate;
-            }
+        let canonical = event.flow.canonical().0;
+        let in_time = |closed: &Option<Box<WithoutCounts>>| {
+            let closed = closed.as_ref();
+            closed.is_some_and(|closed| now.boot.abs_diff(closed.ended) <= LATE_COUNTS_GRACE)
+        };
+        if let Some(Some(closed)) = self.closed.remove_if(&canonical, in_time) {
+            self.closed.insert(canonical, None);
+            event.origin = closed.flow.origin;
+            event.effect = Effect::Counted;
+            complete(event, closed.direction, &closed.flow);
+            return Transition::CountedLate;
         }
-        self.closed_sockets.insert(event.flow, event.clone());
+        if self.flows.get(&canonical).is_none() {
+            self.closed_sockets.insert(canonical, event.clone());
+        }
         Transition::SocketUnknown
     }
 
@@ -401,10 +563,7 @@ impl FlowTable {
         if event.usage.is_some() || event.flow.protocol != Protocol::Tcp {
             return;
         }
-        let directions = [event.flow, event.flow.reversed()];
-        let end = directions
-            .iter()
-            .find_map(|flow| self.closed_sockets.remove(flow));
+        let end = self.closed_sockets.remove(&event.flow.canonical().0);
         // An end before the start is that of an earlier connection with the same 5-tuple.
         if let Some(end) = end.filter(|end| end.time >= began) {
             event.usage = end.usage;
@@ -412,54 +571,110 @@ impl FlowTable {
         }
     }
 
-    fn close(&mut self, event: &mut FlowEvent) {
-        if let Some(TableEntry { flow, .. }) = self.flows.remove(&event.flow) {
-            complete(event, &flow);
-            event.origin = flow.origin;
+    fn close(&mut self, canonical: &Flow, event: &mut FlowEvent) {
+        if let Some(entry) = self.flows.remove(canonical) {
+            complete(event, entry.direction(canonical), &entry.flow);
+            event.origin = entry.flow.origin;
             event.effect = Effect::Closed(EndReason::SocketClosed);
-            self.closed.insert(event.flow, ClosedFlow::WithSocket);
+            self.closed.insert(*canonical, None);
         }
     }
 
-    /// Ends the flows that have been closing for [`PRODUCER_GRACE`]; to be called about once a second.
-    pub fn end_closing(&mut self, now: Timestamp) -> Vec<FlowEvent> {
-        self.closed.expire_old(now);
-        self.closed_sockets.expire_old(now);
+    /// Learns the sockets that a scan showed, each with its cookie and its flow in the direction of the socket. Returns
+    /// those of open flows whose socket was not known before. A flow whose socket was replaced begins closing.
+    pub fn learn_sockets(&mut self, sockets: &[(Flow, u64)], now: Now) -> Vec<(Flow, u64)> {
+        let mut learned = Vec::new();
+        for &(flow, cookie) in sockets {
+            let canonical = flow.canonical().0;
+            let Some(entry) = self.flows.get_mut(&canonical) else {
+                continue;
+            };
+            let Some(socket) = SocketId::new(&flow, cookie).filter(|_| entry.closing.is_none())
+            else {
+                continue;
+            };
+            let Some(known) = entry.flow.socket else {
+                entry.flow.socket = Some(socket);
+                learned.push((flow, cookie));
+                continue;
+            };
+            // If both ends are on this host, the flow has two sockets; the first that was seen is the flow's.
+            if socket == known || socket.reversed != known.reversed {
+                continue;
+            }
+            let end = FlowEvent::new(State::End, flow, now.wall, Origin::Socket);
+            entry.closing = Some(Closing {
+                since: now.boot,
+                end: Box::new(end),
+            });
+            self.closing.push_back((now.boot, canonical));
+        }
+        learned
+    }
+
+    /// Ends up to `max` flows that have been closing for [`PRODUCER_GRACE`].
+    pub fn end_closing(&mut self, now: Now, max: usize) -> Vec<FlowEvent> {
+        self.closed.expire_old(now.boot);
+        self.closed_sockets.expire_old(now.boot);
         let mut ends = Vec::new();
-        while let Some(&(since, flow)) = self.closing.front()
-            && now.duration_since(since) >= PRODUCER_GRACE
+        while let Some(&(since, canonical)) = self.closing.front()
+            && now.boot.saturating_sub(since) >= PRODUCER_GRACE
+            && ends.len() < max
         {
             self.closing.pop_front();
-            let entry = self.flows.get_mut(&flow);
+            let entry = self.flows.get_mut(&canonical);
             let closing = entry.and_then(|entry| entry.closing.take_if(|c| c.since == since));
             if let Some(Closing { mut end, .. }) = closing {
-                self.close(&mut end);
+                self.close(&canonical, &mut end);
                 ends.push(*end);
             }
         }
         ends
     }
 
-    /// Ends every flow that was entered more than `max_age` ago.
-    pub fn expire(&mut self, now: Timestamp, max_age: Duration) -> Vec<FlowEvent> {
-        let limit = u64::from(seconds(now)).saturating_sub(max_age.as_secs());
-        let is_old = |_: &Flow, entry: &mut TableEntry| u64::from(entry.flow.opened) < limit;
-        let end = |(flow, TableEntry { flow: open, .. }): (Flow, TableEntry)| FlowEvent {
-            tag: Some(open.tag),
-            start_time: Some(open.start_time()),
-            application: open.application,
-            effect: Effect::Closed(EndReason::Expired),
-            ..FlowEvent::new(State::End, flow, now, open.origin)
+    /// Looks for flows that were entered more than `max_age` ago, in at least `least` flows from where it stopped the
+    /// last time. Returns their canonical flows.
+    pub fn find_expired(&mut self, now: Now, max_age: Duration, least: usize) -> Vec<Flow> {
+        let mut expired = Vec::new();
+        let Some(limit) = now.boot.checked_sub(max_age).map(seconds) else {
+            return expired;
         };
-        self.flows.extract_if(is_old).map(end).collect()
+        let mut looked_at = 0;
+        for _ in 0..SHARDS {
+            self.next_shard = (self.next_shard + 1) % SHARDS;
+            for (canonical, entry) in self.flows.shard(self.next_shard) {
+                looked_at += 1;
+                if entry.flow.entered < limit {
+                    expired.push(*canonical);
+                }
+            }
+            if looked_at >= least {
+                break;
+            }
+        }
+        expired
+    }
+
+    /// Ends a flow that [`FlowTable::find_expired`] returned, if it is still open.
+    pub fn expire(&mut self, canonical: &Flow, now: Now) -> Option<FlowEvent> {
+        let entry = self.flows.remove(canonical)?;
+        let (direction, open) = (entry.direction(canonical), entry.flow);
+        self.closed.insert(*canonical, None);
+        let mut end = FlowEvent::new(State::End, direction, now.wall, open.origin);
+        complete(&mut end, direction, &open);
+        end.effect = Effect::Closed(EndReason::Expired);
+        Some(end)
     }
 }
 
-/// Completes an event from the table. Tag and first start time are the table's; an application that the event
+/// Completes an event from the table. Direction, tag and first start time are the table's; an application that the event
 /// brings is newer than the table's.
-fn complete(event: &mut FlowEvent, open: &OpenFlow) {
+fn complete(event: &mut FlowEvent, direction: Flow, open: &OpenFlow) {
+    event.flow = direction;
     event.tag = Some(open.tag);
     event.start_time = Some(open.start_time());
+    // The clock may have been set back since the start.
+    event.time = event.time.max(open.start_time());
     if event.application.is_none() {
         event.application.clone_from(&open.application);
     }
@@ -469,6 +684,7 @@ fn complete(event: &mut FlowEvent, open: &OpenFlow) {
 mod tests {
     use super::*;
     use crate::flow::Usage;
+    use crate::socket::{Socket, SocketInfo};
     use proptest::prelude::*;
 
     fn at(second: i64) -> Timestamp {
@@ -487,9 +703,36 @@ mod tests {
         }
     }
 
-    fn apply(table: &mut FlowTable, mut event: FlowEvent) -> (Transition, FlowEvent) {
-        let now = event.time;
-        (table.apply(&mut event, now), event)
+    /// Both clocks at this second.
+    fn now(second: i64) -> Now {
+        Now {
+            wall: at(second),
+            boot: Duration::from_secs(second.unsigned_abs()),
+        }
+    }
+
+    fn apply(table: &mut FlowTable, event: FlowEvent) -> (Transition, FlowEvent) {
+        apply_with(table, event, None)
+    }
+
+    /// `live` is the cookie of the socket that the flow has now.
+    fn apply_with(
+        table: &mut FlowTable,
+        mut event: FlowEvent,
+        live: Option<u64>,
+    ) -> (Transition, FlowEvent) {
+        let now = now(event.time.as_second());
+        (table.apply(&mut event, now, |_| live), event)
+    }
+
+    fn end_closing(table: &mut FlowTable, second: i64) -> Vec<FlowEvent> {
+        table.end_closing(now(second), usize::MAX)
+    }
+
+    fn expire(table: &mut FlowTable, second: i64, max_age: Duration) -> Vec<FlowEvent> {
+        let expired = table.find_expired(now(second), max_age, usize::MAX);
+        let end = |flow: &Flow| table.expire(flow, now(second));
+        expired.iter().filter_map(end).collect()
     }
 
     fn of(origin: Origin, event: FlowEvent) -> FlowEvent {
@@ -504,15 +747,15 @@ mod tests {
     }
 
     #[test]
-    fn a_flow_ends_a_second_after_its_socket_and_its_own_end_is_no_surprise() {
+    fn a_flow_ends_a_second_after_its_socket_and_the_late_end_of_its_producer_is_dropped() {
         let mut table = FlowTable::new(10);
         apply(&mut table, event(State::Start, 1, Some((2, 9)), 5));
         let mut gone = of(Origin::Socket, event(State::End, 1, None, 7));
         gone.flow = gone.flow.reversed();
         gone.usage = usage();
         assert_eq!(apply(&mut table, gone.clone()).0, Transition::SocketClosing);
-        assert_eq!(table.end_closing(at(7)), []);
-        let end = table.end_closing(at(8)).remove(0);
+        assert_eq!(end_closing(&mut table, 7), []);
+        let end = end_closing(&mut table, 8).remove(0);
         assert_eq!(
             (end.time, end.start_time(), end.usage),
             (at(7), at(5), usage())
@@ -527,15 +770,15 @@ mod tests {
                 Origin::NamedPipe
             )
         );
-        assert!(table.is_empty() && table.end_closing(at(9)).is_empty());
+        assert!(table.is_empty() && end_closing(&mut table, 9).is_empty());
         let late = event(State::End, 1, None, 9);
         assert_eq!(apply(&mut table, late.clone()).0, Transition::EndedAlready);
-        assert_eq!(apply(&mut table, late).0, Transition::EndedUnmatched);
+        assert_eq!(apply(&mut table, late).0, Transition::EndedAlready);
         assert_eq!(apply(&mut table, gone).0, Transition::SocketUnknown);
     }
 
     #[test]
-    fn the_counts_of_a_socket_that_goes_before_the_start_of_its_flow_is_known_are_not_lost() {
+    fn counts_of_a_socket_that_closes_before_the_start_of_its_flow_is_known_are_kept() {
         let mut table = FlowTable::new(10);
         let mut gone = of(Origin::Socket, event(State::End, 1, None, 7));
         gone.usage = usage();
@@ -544,10 +787,10 @@ mod tests {
             let start = event(State::Start, 1, Some((2, 9)), start);
             apply(&mut table, of(Origin::Iperf3, start));
             let end = of(Origin::Iperf3, event(State::End, 1, None, 9));
-            let (step, end) = apply(&mut table, end);
+            let (transition, end) = apply(&mut table, end);
             assert_eq!(end.usage, expected);
-            if step == Transition::SocketClosing {
-                table.end_closing(at(60));
+            if transition == Transition::SocketClosing {
+                end_closing(&mut table, 60);
             }
             assert!(table.is_empty());
         }
@@ -567,11 +810,11 @@ mod tests {
             ..of(Origin::Socket, first)
         };
         assert_eq!(apply(&mut table, counted).0, Transition::SocketClosing);
-        assert_eq!(table.end_closing(at(8))[0].usage, usage());
+        assert_eq!(end_closing(&mut table, 8)[0].usage, usage());
     }
 
     #[test]
-    fn the_counts_of_a_socket_that_goes_just_after_the_end_of_its_flow_are_not_lost() {
+    fn counts_of_a_socket_that_closes_just_after_the_end_of_its_flow_complete_it() {
         let mut table = FlowTable::new(10);
         let mut gone = of(Origin::Socket, event(State::End, 1, None, 7));
         gone.flow = gone.flow.reversed();
@@ -583,9 +826,9 @@ mod tests {
         apply(&mut table, event(State::Start, 1, Some((2, 9)), 5));
         apply(&mut table, event(State::End, 1, None, 7));
         assert_eq!(apply(&mut table, without).0, Transition::SocketUnknown);
-        let (step, late) = apply(&mut table, gone.clone());
+        let (transition, late) = apply(&mut table, gone.clone());
         assert_eq!(
-            (step, late.effect),
+            (transition, late.effect),
             (Transition::CountedLate, Effect::Counted)
         );
         assert_eq!(
@@ -602,22 +845,22 @@ mod tests {
     }
 
     #[test]
-    fn a_producer_that_is_quick_ends_its_flow_itself_with_the_kernels_counts() {
+    fn a_producer_that_reports_the_end_in_time_gets_the_counts_of_the_kernel() {
         let mut table = FlowTable::new(10);
         apply(&mut table, event(State::Start, 1, Some((2, 9)), 5));
         let mut gone = of(Origin::Socket, event(State::End, 1, None, 7));
         gone.usage = usage();
         apply(&mut table, gone);
-        let (step, end) = apply(&mut table, event(State::End, 1, None, 8));
+        let (transition, end) = apply(&mut table, event(State::End, 1, None, 8));
         assert_eq!(
-            (step, end.time, end.usage),
+            (transition, end.time, end.usage),
             (Transition::Ended, at(8), usage())
         );
-        assert_eq!(table.end_closing(at(20)), []);
+        assert_eq!(end_closing(&mut table, 20), []);
     }
 
     #[test]
-    fn a_producer_retags_what_a_socket_told_and_not_the_other_way_round() {
+    fn a_producer_retags_a_flow_of_a_socket_and_not_the_other_way_round() {
         let mut table = FlowTable::new(10);
         let start = |origin, tag| of(origin, event(State::Start, 1, Some(tag), 5));
         apply(&mut table, start(Origin::Netlink, (2, 9)));
@@ -625,7 +868,7 @@ mod tests {
         let kept = apply(&mut table, start(Origin::Netlink, (2, 9))).0;
         assert_eq!(
             (retagged, kept),
-            (Transition::Retagged, Transition::Duplicate)
+            (Transition::Retagged, Transition::LessTrusted)
         );
     }
 
@@ -638,9 +881,9 @@ mod tests {
         );
         let mut gone = of(Origin::Socket, event(State::End, 1, None, 7));
         gone.usage = usage();
-        let (step, end) = apply(&mut table, gone);
+        let (transition, end) = apply(&mut table, gone);
         assert_eq!(
-            (step, end.origin),
+            (transition, end.origin),
             (Transition::SocketClosed, Origin::Netlink)
         );
         let again = of(Origin::Netlink, event(State::End, 1, None, 7));
@@ -658,10 +901,13 @@ mod tests {
             apply(&mut table, event(State::Start, 1, Some((2, 9)), 6)).0,
             Transition::Duplicate
         );
-        let (step, retag) = apply(&mut table, event(State::Start, 1, Some((2, 10)), 7));
-        assert_eq!((step, retag.start_time()), (Transition::Retagged, at(5)));
-        let (step, end) = apply(&mut table, event(State::End, 1, Some((10, 2)), 8));
-        assert_eq!(step, Transition::Ended);
+        let (transition, retag) = apply(&mut table, event(State::Start, 1, Some((2, 10)), 7));
+        assert_eq!(
+            (transition, retag.start_time()),
+            (Transition::Retagged, at(5))
+        );
+        let (transition, end) = apply(&mut table, event(State::End, 1, Some((10, 2)), 8));
+        assert_eq!(transition, Transition::Ended);
         assert_eq!(
             (end.tag(), end.start_time(), end.time),
             (retag.tag(), at(5), at(8))
@@ -670,29 +916,32 @@ mod tests {
     }
 
     #[test]
-    fn an_end_of_an_unknown_flow_passes_with_its_own_time_as_start() {
+    fn an_end_of_an_unknown_flow_is_forwarded_with_its_own_time_as_start() {
         let mut table = FlowTable::new(10);
-        let (step, end) = apply(&mut table, event(State::End, 1, None, 8));
+        let (transition, end) = apply(&mut table, event(State::End, 1, None, 8));
         assert_eq!(
-            (step, end.start_time),
+            (transition, end.start_time),
             (Transition::EndedUnmatched, Some(at(8)))
         );
         assert_eq!(end.tag, Some(Tag::default()));
     }
 
     #[test]
-    fn news_is_completed_opens_with_a_tag_and_is_dropped_without() {
+    fn an_ongoing_event_is_completed_opens_with_a_tag_and_is_dropped_without() {
         let mut table = FlowTable::new(10);
         assert_eq!(
             apply(&mut table, event(State::Ongoing, 1, None, 1)).0,
             Transition::OngoingUnknown
         );
-        let (step, _) = apply(&mut table, event(State::Ongoing, 1, Some((3, 3)), 2));
-        assert_eq!(step, Transition::OpenedByOngoing);
-        let (step, news) = apply(&mut table, event(State::Ongoing, 1, None, 3));
-        assert_eq!((step, news.start_time()), (Transition::Ongoing, at(2)));
+        let (transition, _) = apply(&mut table, event(State::Ongoing, 1, Some((3, 3)), 2));
+        assert_eq!(transition, Transition::OpenedByOngoing);
+        let (transition, report) = apply(&mut table, event(State::Ongoing, 1, None, 3));
         assert_eq!(
-            news.tag(),
+            (transition, report.start_time()),
+            (Transition::Ongoing, at(2))
+        );
+        assert_eq!(
+            report.tag(),
             Tag {
                 experiment: 3,
                 activity: 3
@@ -727,23 +976,157 @@ mod tests {
         let mut table = FlowTable::new(10);
         apply(&mut table, event(State::Start, 1, Some((1, 1)), 100));
         apply(&mut table, event(State::Start, 2, Some((1, 1)), 150));
-        let ended = table.expire(at(161), Duration::from_secs(60));
+        let ended = expire(&mut table, 161, Duration::from_secs(60));
         assert_eq!(ended.len(), 1);
         assert_eq!(
             (ended[0].state, ended[0].start_time()),
             (State::End, at(100))
         );
         assert_eq!(table.len(), 1);
-        assert!(table.expire(at(161), Duration::MAX).is_empty());
+        assert!(expire(&mut table, 161, Duration::MAX).is_empty());
+    }
+
+    fn from_socket(mut event: FlowEvent, cookie: u64) -> FlowEvent {
+        let info = SocketInfo {
+            cookie,
+            ..SocketInfo::default()
+        };
+        let flow = event.flow;
+        event.netlink = Some(Arc::new(Socket { flow, info }));
+        event.usage = usage();
+        of(Origin::Socket, event)
+    }
+
+    #[test]
+    fn both_directions_of_a_connection_are_one_flow() {
+        let mut table = FlowTable::new(10);
+        let start = event(State::Start, 1, Some((2, 9)), 5);
+        apply(&mut table, start.clone());
+        let reverse = |event: FlowEvent| FlowEvent {
+            flow: event.flow.reversed(),
+            ..event
+        };
+        let again = reverse(start.clone());
+        assert_eq!(apply(&mut table, again).0, Transition::Duplicate);
+        let (transition, retag) =
+            apply(&mut table, reverse(event(State::Start, 1, Some((3, 4)), 6)));
+        // It is reported in the direction in which it was started.
+        assert_eq!((transition, retag.flow), (Transition::Retagged, start.flow));
+        let end = reverse(event(State::End, 1, None, 7));
+        let (transition, end) = apply(&mut table, end);
+        assert_eq!((transition, end.flow), (Transition::Ended, start.flow));
+        assert_eq!(end.tag().experiment, 3);
+        assert!(table.is_empty());
+    }
+
+    #[test]
+    fn a_start_after_the_socket_has_closed_is_another_flow() {
+        let mut table = FlowTable::new(10);
+        let start = event(State::Start, 1, Some((2, 9)), 5);
+        apply(&mut table, start.clone());
+        apply(&mut table, from_socket(event(State::End, 1, None, 7), 1));
+        // Another producer reports the old connection.
+        assert_eq!(table.end_replaced(&start), None);
+        let next = event(State::Start, 1, Some((2, 9)), 8);
+        let end = table.end_replaced(&next).unwrap();
+        assert_eq!(
+            (end.start_time(), end.time, end.usage),
+            (at(5), at(7), usage())
+        );
+        assert_eq!(end.effect, Effect::Closed(EndReason::SocketClosed));
+        assert_eq!(apply(&mut table, next).0, Transition::Started);
+        // It is not taken for closing when the grace of the one before is over.
+        assert_eq!(end_closing(&mut table, 20), []);
+        assert_eq!(table.len(), 1);
+    }
+
+    #[test]
+    fn a_late_notification_of_a_former_socket_does_not_end_the_flow() {
+        let mut table = FlowTable::new(10);
+        apply(&mut table, event(State::Start, 1, Some((2, 9)), 5));
+        apply(&mut table, event(State::End, 1, None, 6));
+        apply(&mut table, event(State::Start, 1, Some((2, 9)), 6));
+        let former = from_socket(event(State::End, 1, None, 6), 1);
+        // The counts are those of the flow before.
+        let (transition, counted) = apply_with(&mut table, former.clone(), Some(2));
+        assert_eq!(transition, Transition::CountedLate);
+        assert_eq!(counted.start_time(), at(5));
+        assert_eq!(end_closing(&mut table, 20), []);
+        // From now on the socket is known, and nothing needs to be looked up.
+        let other = from_socket(event(State::End, 1, None, 21), 3);
+        assert_eq!(apply(&mut table, other).0, Transition::SocketUnknown);
+        let own = from_socket(event(State::End, 1, None, 21), 2);
+        assert_eq!(apply(&mut table, own).0, Transition::SocketClosing);
+        assert_eq!(end_closing(&mut table, 23).len(), 1);
+    }
+
+    #[test]
+    fn sockets_of_a_scan_are_learned_and_one_that_was_replaced_ends_its_flow() {
+        let mut table = FlowTable::new(10);
+        let start = event(State::Start, 1, Some((2, 9)), 5);
+        apply(&mut table, start.clone());
+        let (socket, other_end) = (start.flow.reversed(), start.flow);
+        let unknown = event(State::Start, 2, None, 5).flow;
+        let learned = table.learn_sockets(&[(unknown, 8), (socket, 7), (other_end, 9)], now(6));
+        assert_eq!(learned, [(socket, 7)]);
+        assert_eq!(
+            table.learn_sockets(&[(socket, 7), (other_end, 9)], now(7)),
+            []
+        );
+        assert_eq!(end_closing(&mut table, 20), []);
+        assert_eq!(table.learn_sockets(&[(socket, 10)], now(21)), []);
+        let ends = end_closing(&mut table, 22);
+        assert_eq!((ends.len(), ends[0].flow), (1, start.flow));
+    }
+
+    #[test]
+    fn a_less_trusted_source_neither_retags_nor_ends_a_flow() {
+        let mut table = FlowTable::new(10);
+        apply(&mut table, event(State::Start, 1, Some((2, 9)), 5));
+        let firefly = |event| of(Origin::Firefly, event);
+        for event in [
+            firefly(event(State::Start, 1, Some((3, 4)), 6)),
+            firefly(event(State::Start, 1, Some((0, 0)), 6)),
+            firefly(event(State::End, 1, None, 6)),
+        ] {
+            assert_eq!(apply(&mut table, event).0, Transition::LessTrusted);
+        }
+        let api = of(Origin::Api, event(State::End, 1, None, 7));
+        assert_eq!(apply(&mut table, api).0, Transition::Ended);
+    }
+
+    #[test]
+    fn a_step_of_the_wall_clock_neither_ends_flows_nor_lets_one_end_before_it_starts() {
+        let mut table = FlowTable::new(10);
+        let mut start = event(State::Start, 1, Some((2, 9)), 1_000_000);
+        let present = |wall, boot| Now {
+            wall: at(wall),
+            boot: Duration::from_secs(boot),
+        };
+        table.apply(&mut start, present(1_000_000, 10), |_| None);
+        let week = Duration::from_secs(604_800);
+        assert_eq!(
+            table.find_expired(present(9_000_000, 11), week, usize::MAX),
+            []
+        );
+        let mut gone = from_socket(event(State::End, 1, None, 9_000_000), 1);
+        table.apply(&mut gone, present(9_000_000, 12), |_| None);
+        // The grace is over although the clock was set back.
+        let ends = table.end_closing(present(500_000, 13), usize::MAX);
+        assert_eq!(ends.len(), 1);
+        let mut start = event(State::Start, 2, Some((2, 9)), 1_000_000);
+        table.apply(&mut start, present(1_000_000, 10), |_| None);
+        let mut end = event(State::End, 2, None, 400_000);
+        table.apply(&mut end, present(400_000, 14), |_| None);
+        assert_eq!((end.time, end.start_time()), (at(1_000_000), at(1_000_000)));
     }
 
     /// What happens to one flow, in the words of the table at the top of this file.
     #[derive(Clone, Copy, Debug)]
     enum Input {
-        Start(u16),
-        StartFromSocket(u16),
+        Start(Origin, u16),
         Ongoing(Option<u16>),
-        ProducerEnd,
+        ProducerEnd(Origin),
         SocketEnd {
             with_counts: bool,
         },
@@ -755,17 +1138,20 @@ mod tests {
     enum Phase {
         Unknown,
         Open,
-        Closing { with_counts: bool },
-        ClosedWithSocket,
-        ClosedWithoutCounts { at: i64 },
+        Closing { at: i64, with_counts: bool },
+        Closed { without_counts_since: Option<i64> },
     }
+
+    const CLOSED: Phase = Phase::Closed {
+        without_counts_since: None,
+    };
 
     /// One flow, by the table at the top of this file.
     #[derive(Clone, Copy, Debug)]
     struct Model {
         phase: Phase,
         tag: u16,
-        from_socket: bool,
+        origin: Origin,
         opened: i64,
         /// The counts of a socket that closed while the flow was not open: when, and how many seconds they stay.
         kept_counts: Option<(i64, u8)>,
@@ -779,18 +1165,32 @@ mod tests {
             matches!(self.phase, Phase::Open | Phase::Closing { .. })
         }
 
-        fn start(&mut self, tag: u16, from_socket: bool, now: i64, full: bool) -> Transition {
+        /// Whether a start ends the flow first.
+        fn is_replaced(&mut self, input: Input, now: i64) -> bool {
+            match (input, self.phase) {
+                (Input::Start(..), Phase::Closing { at, .. }) if now > at => {
+                    self.phase = CLOSED;
+                    true
+                }
+                _ => false,
+            }
+        }
+
+        fn start(&mut self, origin: Origin, tag: u16, now: i64, full: bool) -> Transition {
             if self.is_open() {
-                if self.tag == tag || (from_socket && !self.from_socket) {
+                if self.tag == tag {
                     return Transition::Duplicate;
                 }
-                (self.tag, self.from_socket) = (tag, from_socket);
+                if origin.trust() < self.origin.trust() {
+                    return Transition::LessTrusted;
+                }
+                (self.tag, self.origin) = (tag, origin);
                 return Transition::Retagged;
             }
             if full {
                 return Transition::Refused;
             }
-            (self.phase, self.tag, self.from_socket) = (Phase::Open, tag, from_socket);
+            (self.phase, self.tag, self.origin) = (Phase::Open, tag, origin);
             self.opened = now;
             Transition::Started
         }
@@ -802,43 +1202,63 @@ mod tests {
 
         fn apply(&mut self, input: Input, now: i64, full: bool) -> Transition {
             match (input, self.phase) {
-                (Input::Start(tag), _) => self.start(tag, false, now, full),
-                (Input::StartFromSocket(tag), _) => self.start(tag, true, now, full),
+                (Input::Start(origin, tag), _) => self.start(origin, tag, now, full),
                 (Input::Ongoing(_), _) if self.is_open() => Transition::Ongoing,
                 (Input::Ongoing(None), _) => Transition::OngoingUnknown,
-                (Input::Ongoing(Some(tag)), _) => match self.start(tag, false, now, full) {
-                    Transition::Started => Transition::OpenedByOngoing,
-                    other => other,
-                },
-                (Input::ProducerEnd, Phase::Open | Phase::Closing { .. }) => {
-                    if self.phase != (Phase::Closing { with_counts: true }) {
+                (Input::Ongoing(Some(tag)), _) => {
+                    match self.start(Origin::NamedPipe, tag, now, full) {
+                        Transition::Started => Transition::OpenedByOngoing,
+                        other => other,
+                    }
+                }
+                (Input::ProducerEnd(origin), Phase::Open | Phase::Closing { .. }) => {
+                    if origin.trust() < self.origin.trust() {
+                        return Transition::LessTrusted;
+                    }
+                    if !matches!(
+                        self.phase,
+                        Phase::Closing {
+                            with_counts: true,
+                            ..
+                        }
+                    ) {
                         self.takes_kept_counts();
                     }
-                    self.phase = Phase::ClosedWithoutCounts { at: now };
+                    self.phase = Phase::Closed {
+                        without_counts_since: Some(now),
+                    };
                     Transition::Ended
                 }
-                (Input::ProducerEnd, phase) => {
-                    self.phase = Phase::Unknown;
-                    match phase {
-                        Phase::ClosedWithSocket => Transition::EndedAlready,
-                        _ => Transition::EndedUnmatched,
-                    }
-                }
+                (Input::ProducerEnd(_), Phase::Closed { .. }) => Transition::EndedAlready,
+                (Input::ProducerEnd(_), Phase::Unknown) => Transition::EndedUnmatched,
                 (Input::SocketEnd { with_counts }, Phase::Open | Phase::Closing { .. }) => {
                     let with_counts = with_counts || self.takes_kept_counts();
-                    if self.from_socket && with_counts {
-                        self.phase = Phase::ClosedWithSocket;
+                    if self.origin.is_socket() && with_counts {
+                        self.phase = CLOSED;
                         return Transition::SocketClosed;
                     }
-                    let had = self.phase == (Phase::Closing { with_counts: true });
-                    let with_counts = with_counts || had;
-                    self.phase = Phase::Closing { with_counts };
+                    self.phase = match self.phase {
+                        Phase::Closing {
+                            at,
+                            with_counts: had,
+                        } => Phase::Closing {
+                            at,
+                            with_counts: with_counts || had,
+                        },
+                        _ => Phase::Closing {
+                            at: now,
+                            with_counts,
+                        },
+                    };
                     Transition::SocketClosing
                 }
-                (Input::SocketEnd { with_counts: true }, Phase::ClosedWithoutCounts { at })
-                    if now - at <= 1 =>
-                {
-                    self.phase = Phase::Unknown;
+                (
+                    Input::SocketEnd { with_counts: true },
+                    Phase::Closed {
+                        without_counts_since: Some(at),
+                    },
+                ) if now - at <= 1 => {
+                    self.phase = CLOSED;
                     Transition::CountedLate
                 }
                 (Input::SocketEnd { with_counts }, _) => {
@@ -856,28 +1276,29 @@ mod tests {
             let kept = self.kept_counts.filter(|(_, seconds)| *seconds > 1);
             self.kept_counts = kept.map(|(time, seconds)| (time, seconds - 1));
             if matches!(self.phase, Phase::Closing { .. }) {
-                self.phase = Phase::ClosedWithSocket;
+                self.phase = CLOSED;
                 return (true, false);
             }
             if self.phase == Phase::Open && self.opened < now - MODEL_MAX_AGE {
-                self.phase = Phase::Unknown;
+                self.phase = CLOSED;
                 return (false, true);
             }
             (false, false)
         }
     }
 
-    fn inputs() -> impl Strategy<Value = Vec<(u16, Input)>> {
+    fn inputs() -> impl Strategy<Value = Vec<(u16, bool, Input)>> {
         let tag = || 1u16..3;
+        let origins = vec![Origin::NamedPipe, Origin::Firefly, Origin::Netlink];
+        let producers = vec![Origin::NamedPipe, Origin::Firefly];
         let input = prop_oneof![
-            3 => tag().prop_map(Input::Start),
-            2 => tag().prop_map(Input::StartFromSocket),
+            5 => (proptest::sample::select(origins), tag()).prop_map(|(o, t)| Input::Start(o, t)),
             2 => proptest::option::of(tag()).prop_map(Input::Ongoing),
-            3 => Just(Input::ProducerEnd),
+            3 => proptest::sample::select(producers).prop_map(Input::ProducerEnd),
             3 => any::<bool>().prop_map(|with_counts| Input::SocketEnd { with_counts }),
             2 => Just(Input::Tick),
         ];
-        proptest::collection::vec((1u16..6, input), 0..120)
+        proptest::collection::vec((1u16..6, any::<bool>(), input), 0..120)
     }
 
     proptest! {
@@ -887,12 +1308,12 @@ mod tests {
         fn the_table_of_transitions_holds(inputs in inputs()) {
             let mut table = FlowTable::new(MODEL_MAX_FLOWS);
             let unknown = Model {
-                phase: Phase::Unknown, tag: 0, from_socket: false, opened: 0, kept_counts: None,
+                phase: Phase::Unknown, tag: 0, origin: Origin::NamedPipe, opened: 0, kept_counts: None,
             };
             let mut flows = [unknown; 6];
             let mut now = 1;
-            table.end_closing(at(now));
-            for (port, input) in inputs {
+            end_closing(&mut table, now);
+            for (port, reversed, input) in inputs {
                 if matches!(input, Input::Tick) {
                     now += 1;
                     let ticks = flows.each_mut().map(|flow| flow.tick(now));
@@ -905,26 +1326,27 @@ mod tests {
                         let ports = ticks.iter().enumerate().filter(|(_, tick)| expected(tick));
                         ports.map(|(port, _)| port).collect::<Vec<_>>()
                     };
-                    prop_assert_eq!(ports(table.end_closing(at(now))), expected(|tick| tick.0));
-                    let expired = table.expire(at(now), Duration::from_secs(MODEL_MAX_AGE as u64));
+                    prop_assert_eq!(ports(end_closing(&mut table, now)), expected(|tick| tick.0));
+                    let expired = expire(&mut table, now, Duration::from_secs(MODEL_MAX_AGE as u64));
                     prop_assert_eq!(ports(expired), expected(|tick| tick.1));
                     continue;
                 }
                 let both = |tag| Some((tag, tag));
                 let (state, tag, origin) = match input {
-                    Input::Start(tag) => (State::Start, both(tag), Origin::NamedPipe),
-                    Input::StartFromSocket(tag) => (State::Start, both(tag), Origin::Netlink),
+                    Input::Start(origin, tag) => (State::Start, both(tag), origin),
                     Input::Ongoing(tag) => (State::Ongoing, tag.and_then(both), Origin::NamedPipe),
-                    Input::ProducerEnd => (State::End, None, Origin::NamedPipe),
+                    Input::ProducerEnd(origin) => (State::End, None, origin),
                     _ => (State::End, None, Origin::Socket),
                 };
                 let mut event = of(origin, event(state, port, tag, now));
                 if let Input::SocketEnd { with_counts } = input {
                     event.usage = with_counts.then(usage).flatten();
-                    if port % 2 == 0 {
-                        event.flow = event.flow.reversed();
-                    }
                 }
+                if reversed {
+                    event.flow = event.flow.reversed();
+                }
+                let replaced = flows[usize::from(port)].is_replaced(input, now);
+                prop_assert_eq!(table.end_replaced(&event).is_some(), replaced);
                 let full = flows.iter().filter(|flow| flow.is_open()).count() >= MODEL_MAX_FLOWS;
                 let expected = flows[usize::from(port)].apply(input, now, full);
                 let (transition, out) = apply(&mut table, event);
@@ -934,7 +1356,7 @@ mod tests {
                 }
                 for (port, model) in flows.iter().enumerate().skip(1) {
                     let flow = super::tests::event(State::Start, port as u16, None, 0).flow;
-                    let open = table.get(&flow).map(|open| (open.tag.experiment, open.start_time()));
+                    let open = table.get(&flow).map(|(_, open)| (open.tag.experiment, open.start_time()));
                     prop_assert_eq!(open, model.is_open().then(|| (model.tag, at(model.opened))));
                 }
             }

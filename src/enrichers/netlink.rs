@@ -35,6 +35,9 @@ const SCAN_INTERVAL_NOTIFIED: Duration = Duration::from_secs(10);
 /// The interval of scans while some closed sockets may have gone unnoticed.
 const SCAN_INTERVAL_POLLING: Duration = Duration::from_secs(1);
 
+/// How many sockets the dispatcher learns of in one query, so that no event waits for long.
+const MAX_SOCKETS_PER_QUERY: usize = 1024;
+
 outcomes! {
     enum Outcome {
         Closed = "closed": "{socket|sockets} closed",
@@ -174,6 +177,7 @@ impl Netlink {
         let (counters, time) = (&self.counters, now());
         let mut now_seen = HashSet::with_capacity(self.seen.len());
         let mut sent = Ok(());
+        let mut cookies = Vec::new();
         let mut report = |socket: Arc<Socket>| {
             if sent.is_ok() {
                 counters.add(Outcome::Ongoing);
@@ -186,6 +190,7 @@ impl Netlink {
                 let state = 1u32.checked_shl(socket.info.state.into()).unwrap_or(0);
                 if socket.info.is_connected() {
                     now_seen.insert(socket.flow);
+                    cookies.push((socket.flow, socket.info.cookie));
                 }
                 // A time-wait entry has nothing new to report.
                 if states & state != 0 && !socket.info.is_time_wait() {
@@ -195,6 +200,12 @@ impl Netlink {
         if let Some(udp) = reported.filter(|reported| reported.protocol == Protocol::Udp) {
             self.dump
                 .sockets(Protocol::Udp, udp.states, udp.extensions, &mut report)?;
+        }
+        if self.ends_flows {
+            for chunk in cookies.chunks(MAX_SOCKETS_PER_QUERY) {
+                // The dispatcher is gone when the daemon stops.
+                let _ = self.queries.send(Query::Sockets(chunk.to_vec()));
+            }
         }
         if send_ends && self.ends_flows {
             for flow in self.seen.difference(&now_seen) {
@@ -213,12 +224,22 @@ impl Netlink {
         Ok(sent)
     }
 
-    /// Counts the restored flows that were found by their sockets as seen, so that the next scan ends those whose
+    /// Counts the restored flows whose sockets were known as seen, so that the next scan ends those whose
     /// socket has closed meanwhile.
     fn restore_seen(&mut self) {
-        let open = dispatcher::open_flows(&self.queries);
-        let by_socket = open.iter().filter(|(_, open)| open.origin.is_socket());
-        self.seen.extend(by_socket.map(|(flow, _)| *flow));
+        let Some(open) = dispatcher::open_flows(&self.queries) else {
+            log::warn!(
+                "netlink enricher: the dispatcher does not answer; flows whose socket closed meanwhile stay open"
+            );
+            return;
+        };
+        for (flow, open) in open {
+            if let Some(socket) = open.socket {
+                self.seen.insert(socket.direction(&flow));
+            } else if open.origin.is_socket() {
+                self.seen.insert(flow);
+            }
+        }
     }
 }
 

@@ -3,8 +3,6 @@
 use std::collections::HashMap;
 use std::time::Duration;
 
-use jiff::Timestamp;
-
 use crate::flow::Flow;
 
 /// A bounded map of recent entries. An entry lives for at least `ttl` and at most about twice that, unless more than
@@ -14,7 +12,7 @@ pub struct RecentFlows<V> {
     max_entries: usize,
     newer: HashMap<Flow, V>,
     older: HashMap<Flow, V>,
-    rotated_at: Timestamp,
+    rotated_at: Duration,
 }
 
 impl<V> RecentFlows<V> {
@@ -25,7 +23,7 @@ impl<V> RecentFlows<V> {
             max_entries,
             newer: HashMap::new(),
             older: HashMap::new(),
-            rotated_at: Timestamp::UNIX_EPOCH,
+            rotated_at: Duration::ZERO,
         }
     }
 
@@ -34,6 +32,7 @@ impl<V> RecentFlows<V> {
         if self.newer.len() >= self.max_entries {
             self.rotate_generations();
         }
+        self.older.remove(&flow);
         self.newer.insert(flow, value);
     }
 
@@ -43,15 +42,22 @@ impl<V> RecentFlows<V> {
         found.or_else(|| self.older.remove(flow))
     }
 
-    /// Removes an entry if it satisfies `condition`.
-    pub fn remove_if(&mut self, flow: &Flow, condition: impl Fn(&V) -> bool) -> Option<V> {
-        let found = self.newer.get(flow).or_else(|| self.older.get(flow));
-        found.is_some_and(condition).then(|| self.remove(flow))?
+    /// An entry.
+    pub fn get(&self, flow: &Flow) -> Option<&V> {
+        self.newer.get(flow).or_else(|| self.older.get(flow))
     }
 
-    /// Drops expired entries; to be called about once per `ttl` or more often.
-    pub fn expire_old(&mut self, now: Timestamp) {
-        if now.duration_since(self.rotated_at).unsigned_abs() >= self.ttl {
+    /// Removes an entry if it satisfies `condition`.
+    pub fn remove_if(&mut self, flow: &Flow, condition: impl Fn(&V) -> bool) -> Option<V> {
+        self.get(flow)
+            .is_some_and(condition)
+            .then(|| self.remove(flow))?
+    }
+
+    /// Drops expired entries; to be called about once per `ttl` or more often. `now` is the time on any clock; a step of
+    /// that clock expires entries early.
+    pub fn expire_old(&mut self, now: Duration) {
+        if now.abs_diff(self.rotated_at) >= self.ttl {
             self.rotated_at = now;
             self.rotate_generations();
         }
@@ -75,7 +81,7 @@ mod tests {
 
     #[test]
     fn entries_expire_by_age_and_by_number() {
-        let at = |second| Timestamp::from_second(second).unwrap();
+        let at = Duration::from_secs;
         let mut recent = RecentFlows::new(Duration::from_secs(10), 3);
         recent.expire_old(at(100));
         (1..=2).for_each(|n| recent.insert(flow(n), n));

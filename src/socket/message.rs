@@ -136,6 +136,7 @@ fn socket(message: &[u8], protocol: Protocol) -> Option<Socket> {
         retransmits: message[3],
         fin_received: 1u32.checked_shl(message[1].into()).unwrap_or(0) & FIN_RECEIVED != 0,
         interface: u32_at(message, 40)?,
+        cookie: u64::from(u32_at(message, 44)?) | u64::from(u32_at(message, 48)?) << 32,
         uid: u32_at(message, 64)?,
         inode: u32_at(message, 68)?,
         ..SocketInfo::default()

@@ -13,14 +13,15 @@ use crate::error::{Context, Error, Result};
 
 /// The lock. The daemon holds it as long as it runs; the kernel releases it however the daemon ends.
 pub struct Lock {
-    _file: Flock<File>,
+    _file: Option<Flock<File>>,
 }
 
 /// Creates the directory if it does not exist, and locks it.
 ///
 /// # Errors
 ///
-/// Another daemon uses the directory, or the user may not write to it.
+/// Another daemon uses the directory, or the user may not write to it. On a read-only file system there is only a warning,
+/// and no lock.
 pub fn lock(directory: &Path) -> Result<Lock> {
     let shown = directory.display();
     DirBuilder::new()
@@ -29,13 +30,19 @@ pub fn lock(directory: &Path) -> Result<Lock> {
         .create(directory)
         .map_err(|error| access_failure(directory, error))?;
     let path = directory.join("lock");
-    let mut file = OpenOptions::new()
+    let file = OpenOptions::new()
         .read(true)
         .write(true)
         .create(true)
         .truncate(false)
-        .open(&path)
-        .map_err(|error| access_failure(&path, error))?;
+        .open(&path);
+    let mut file = match file {
+        Err(error) if error.kind() == io::ErrorKind::ReadOnlyFilesystem => {
+            log::warn!("state directory {shown} (stateDir): {error}; running without its lock");
+            return Ok(Lock { _file: None });
+        }
+        file => file.map_err(|error| access_failure(&path, error))?,
+    };
     let mut holder = String::new();
     // If the process id cannot be read, it is only missing from the message.
     let _ = file.read_to_string(&mut holder);
@@ -51,7 +58,7 @@ pub fn lock(directory: &Path) -> Result<Lock> {
     let _ = file.set_len(0);
     let _ = io::Seek::rewind(&mut *file);
     let _ = writeln!(file, "{}", std::process::id());
-    Ok(Lock { _file: file })
+    Ok(Lock { _file: Some(file) })
 }
 
 /// The error of an access to the state directory. If permission is denied, it says who may access it.

@@ -19,7 +19,7 @@ use super::tracker::Tracker;
 use crate::config;
 use crate::context::DaemonContext;
 use crate::dispatcher::{self, Query};
-use crate::error::{Context, Result};
+use crate::error::{Context, Error, Result};
 use crate::event::{FlowEvent, Origin, State};
 use crate::flow::{Flow, Protocol};
 use crate::logging::LogLimit;
@@ -228,7 +228,11 @@ impl Plugin for Netlink {
 
     fn run(mut self: Box<Self>, events: EventSender, stop: Stop) -> Result<()> {
         self.waiter.watch(&stop).context(poll_loop)?;
-        let open = dispatcher::open_flows(&self.queries);
+        let open = dispatcher::open_flows(&self.queries).ok_or_else(|| {
+            Error::Failed(
+                "the dispatcher does not answer: which flows are open is not known".to_owned(),
+            )
+        })?;
         let own = open
             .iter()
             .filter(|(_, open)| open.origin == Origin::Netlink);

@@ -136,7 +136,7 @@ impl Tracker {
                 ));
             }
         }
-        self.ended.expire_old(now);
+        self.ended.expire_old(now.as_duration().unsigned_abs());
         ends
     }
 
