@@ -1,5 +1,6 @@
 //! Builds the daemon, starts its threads, and handles signals, readiness, the watchdog, reloads and shutdown.
 
+mod notifier;
 mod parts;
 mod wanted;
 
@@ -32,6 +33,7 @@ use crate::metrics::Metrics;
 use crate::registry::{self, SharedRegistry};
 use crate::sys::stop::{StopSwitch, stop};
 use crate::sys::{privileges, state_dir};
+use notifier::Notifier;
 use parts::{Parts, spawn};
 
 /// Exit status after SIGUSR2, EX_TEMPFAIL of sysexits(3): the unit makes systemd start the daemon again at once.
@@ -94,6 +96,7 @@ pub fn run(config: Config, path: &Path, log_level: Option<LevelFilter>) -> Resul
 
     // Every resource is acquired. Threads started from now on have at most the privileges of this one.
     privileges::keep_only(&privileges::needed(config.uses_bpf()));
+    let notifier = Notifier::start()?;
     let (switch, stop) = stop().context(|| "pipe of the stop switch".to_owned())?;
     let mut parts = Parts::new(context, addresses, channel, notices.clone());
     let outputs = parts.start_backends(built.backends, &config, &table)?;
@@ -124,8 +127,9 @@ pub fn run(config: Config, path: &Path, log_level: Option<LevelFilter>) -> Resul
     }
 
     log_ready("is ready", &config);
-    notify(&[NotifyState::Ready]);
+    notifier.notify(&[NotifyState::Ready]);
     let supervisor = Supervisor {
+        notifier,
         inbox,
         switch,
         parts,
@@ -156,6 +160,7 @@ fn log_ready(what: &str, config: &Config) {
 
 /// The work of the main thread once all others run.
 struct Supervisor {
+    notifier: Notifier,
     inbox: Receiver<Notice>,
     switch: StopSwitch,
     parts: Parts,
@@ -251,7 +256,7 @@ impl Supervisor {
             // If the dispatcher hangs, systemd gets no more keep-alives and restarts the daemon.
             let now = self.heartbeat.beats();
             if watchdog.is_some() && now != std::mem::replace(&mut beats, now) {
-                notify(&[NotifyState::Watchdog]);
+                self.notifier.notify(&[NotifyState::Watchdog]);
             }
         }
         Ok(())
@@ -259,7 +264,7 @@ impl Supervisor {
 
     fn stop(&mut self, why: &str) -> Instant {
         log::info!("{why}");
-        notify(&[NotifyState::Stopping]);
+        self.notifier.notify(&[NotifyState::Stopping]);
         self.parts.stop();
         self.switch.set();
         Instant::now() + STOP_DEADLINE
@@ -283,26 +288,26 @@ impl Supervisor {
     /// Applies the configuration file as it is now. A configuration that is refused is only logged. An error means
     /// that the daemon has lost a part, and must stop.
     fn reload(&mut self) -> Result<()> {
-        notify(&[
+        self.notifier.notify(&[
             NotifyState::Reloading,
             NotifyState::monotonic_usec_now().unwrap_or(NotifyState::Reloading),
         ]);
         let result = match Config::load(&self.path) {
             Ok(config) => self.apply(config),
             Err(error) => {
-                report_refused_reload(&error);
+                self.report_refused_reload(&error);
                 Ok(())
             }
         };
         let _ = self.registry_updates.send(self.config.registry.clone());
-        notify(&[NotifyState::Ready]);
+        self.notifier.notify(&[NotifyState::Ready]);
         result
     }
 
     fn apply(&mut self, mut config: Config) -> Result<()> {
         let missing = privileges::missing(config.uses_bpf());
         if !missing.is_empty() && (config.uses_bpf() && !self.config.uses_bpf()) {
-            report_refused_reload(&format!(
+            self.report_refused_reload(&format!(
                 "eBPF needs {}, which the daemon dropped at its start because nothing needed it: restart the daemon",
                 missing.join(", ")
             ));
@@ -327,29 +332,29 @@ impl Supervisor {
             .control_socket
             .clone_from(&self.config.control_socket);
         if let Err(error) = self.parts.apply(&config, &self.config, &self.inbox) {
-            report_refused_reload(&error);
+            self.report_refused_reload(&error);
             return self.parts.apply(&self.config, &config, &self.inbox);
         }
         if self.log_level.is_none() {
             log::set_max_level(config.log_level);
         }
         log_ready("has a new configuration", &config);
-        notify(&[NotifyState::Status("")]);
+        self.notifier.notify(&[NotifyState::Status("")]);
         self.config = config;
         Ok(())
+    }
+
+    /// Logs why a reload was refused, and shows it in `systemctl status`.
+    fn report_refused_reload(&self, error: &dyn std::fmt::Display) {
+        let text = format!("reload: {error}; the previous configuration stays in effect");
+        log::error!("{text}");
+        self.notifier.notify(&[NotifyState::Status(&text)]);
     }
 
     fn log_status(&self, what: &str) {
         let up = self.started.elapsed().as_secs();
         log::info!("{what}: up {up} s, {}", self.metrics.summary());
     }
-}
-
-/// Logs why a reload was refused, and shows it in `systemctl status`.
-fn report_refused_reload(error: &dyn std::fmt::Display) {
-    let text = format!("reload: {error}; the previous configuration stays in effect");
-    log::error!("{text}");
-    notify(&[NotifyState::Status(&text)]);
 }
 
 /// Starts the thread that updates the registry. A stop does not wait for it, since it may be waiting for the network.
@@ -387,13 +392,6 @@ fn listen_for_signals(notices: Sender<Notice>) -> Result<()> {
         .spawn(forward)
         .context(|| "thread signals".to_owned())?;
     Ok(())
-}
-
-/// Notifies systemd; does nothing if systemd did not start the daemon.
-fn notify(state: &[NotifyState<'_>]) {
-    if let Err(error) = sd_notify::notify(state) {
-        log::debug!("systemd could not be notified: {error}");
-    }
 }
 
 /// The file of the process id, for scripts. The lock of the state directory is what keeps a second daemon out.

@@ -10,6 +10,7 @@ use std::collections::HashSet;
 use std::fs;
 use std::io::Write;
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
+use std::os::unix::net::UnixDatagram;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
@@ -509,5 +510,40 @@ fn a_reload_may_switch_to_the_format_of_flowd() {
         fs::metadata(home.pipe()).unwrap().permissions().mode() & 0o777,
         0o666
     );
+    daemon.stop();
+}
+
+#[test]
+#[ignore = "needs root"]
+fn a_service_manager_that_does_not_read_blocks_neither_reload_nor_stop() {
+    let hosts = Hosts::new();
+    let home = Home::new("{}");
+    let daemon = home.start(&hosts.here);
+    let flood = UnixDatagram::unbound().unwrap();
+    flood.set_nonblocking(true).unwrap();
+    while flood.send_to(b"X_FULL=1", home.path("notify")).is_ok() {}
+    daemon.signal(Signal::SIGHUP);
+    home.wait_for_log("has a new configuration");
+    daemon.stop();
+}
+
+#[test]
+#[ignore = "needs root"]
+fn a_link_in_the_place_of_the_pipe_is_not_followed() {
+    let hosts = Hosts::new();
+    let home = Home::new("{}");
+    let daemon = home.start(&hosts.here);
+    let secret = home.path("secret");
+    fs::write(&secret, "").unwrap();
+    fs::set_permissions(&secret, fs::Permissions::from_mode(0o600)).unwrap();
+    let config = fs::read_to_string(home.path("flowd.cfg")).unwrap();
+    let config = config.replace("    pipePath:", "    mode: 0622\n    pipePath:");
+    fs::write(home.path("flowd.cfg"), config).unwrap();
+    fs::remove_file(home.pipe()).unwrap();
+    std::os::unix::fs::symlink(&secret, home.pipe()).unwrap();
+    daemon.signal(Signal::SIGHUP);
+    home.wait_for_log("has a new configuration");
+    let mode = fs::metadata(&secret).unwrap().permissions().mode();
+    assert_eq!(mode & 0o777, 0o600);
     daemon.stop();
 }

@@ -6,10 +6,9 @@
 pub mod line;
 pub mod line_buffer;
 
-use std::fs::{self, File};
+use std::fs::File;
 use std::io::{self, Read};
 use std::os::fd::AsFd;
-use std::os::unix::fs::PermissionsExt;
 use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant};
@@ -28,6 +27,7 @@ use crate::metrics::{Metrics, Outcomes};
 use crate::registry::{Registry, SharedRegistry};
 use crate::sys::fifo::{Fifo, group_id};
 use crate::sys::handover::Handover;
+use crate::sys::ownership;
 use crate::sys::stop::Stop;
 use crate::sys::waiter::Waiter;
 
@@ -92,8 +92,7 @@ impl NamedPipe {
 /// Sets the mode and group of an existing pipe to those of the configuration.
 pub fn adjust(config: &config::NamedPipe) -> io::Result<()> {
     let group = config.group.as_deref().map(group_id).transpose()?;
-    nix::unistd::chown(&config.path, None, group)?;
-    fs::set_permissions(&config.path, fs::Permissions::from_mode(config.mode))
+    ownership::set_fifo_mode(&config.path, group, config.mode)
 }
 
 fn open(path: &std::path::Path, mode: u32, group: Option<Gid>) -> io::Result<Fifo> {

@@ -106,7 +106,9 @@ impl Iterator for Messages<'_> {
         }
         Some(match u16_at(message, 4)? {
             NLMSG_DONE => Parsed::Done,
-            NLMSG_ERROR => Parsed::Error(u32_at(message, HEADER_SIZE).map_or(0, |e| -(e as i32))),
+            NLMSG_ERROR => {
+                Parsed::Error(u32_at(message, HEADER_SIZE).map_or(0, |e| (e as i32).wrapping_neg()))
+            }
             BY_FAMILY => match socket(&message[HEADER_SIZE..], self.protocol) {
                 Some(socket) => Parsed::Socket(Arc::new(socket)),
                 None => Parsed::Other,
@@ -241,6 +243,15 @@ mod tests {
 
     fn sockets(bytes: &[u8]) -> Vec<Parsed> {
         Messages::new(bytes, Protocol::Tcp).collect()
+    }
+
+    #[test]
+    fn an_error_of_any_number_is_read() {
+        for (number, expected) in [(-2, 2), (i32::MIN, i32::MIN), (0, 0)] {
+            let mut bytes = message(NLMSG_ERROR, 0, &[]);
+            bytes[HEADER_SIZE..HEADER_SIZE + 4].copy_from_slice(&number.to_ne_bytes());
+            assert_eq!(sockets(&bytes), [Parsed::Error(expected)]);
+        }
     }
 
     #[test]

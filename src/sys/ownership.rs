@@ -57,14 +57,23 @@ impl Owner {
 
     /// Makes this user and group the owner of a FIFO, and sets its mode.
     pub fn chown_fifo(&self, path: &Path, mode: u32) -> io::Result<()> {
-        let fifo = open_path(path)?;
-        if !fifo.metadata()?.file_type().is_fifo() {
-            return Err(io::Error::other("not a FIFO"));
-        }
-        self.chown(&fifo)?;
-        let open = format!("/proc/self/fd/{}", fifo.as_raw_fd());
-        fs::set_permissions(open, PermissionsExt::from_mode(mode))
+        change_fifo(path, Some(self.user), Some(self.group), mode)
     }
+}
+
+/// Sets the group of a FIFO, if given, and its mode. Does not follow a symbolic link.
+pub fn set_fifo_mode(path: &Path, group: Option<Gid>, mode: u32) -> io::Result<()> {
+    change_fifo(path, None, group, mode)
+}
+
+fn change_fifo(path: &Path, user: Option<Uid>, group: Option<Gid>, mode: u32) -> io::Result<()> {
+    let fifo = open_path(path)?;
+    if !fifo.metadata()?.file_type().is_fifo() {
+        return Err(io::Error::other("not a FIFO"));
+    }
+    fchownat(&fifo, "", user, group, AtFlags::AT_EMPTY_PATH)?;
+    let open = format!("/proc/self/fd/{}", fifo.as_raw_fd());
+    fs::set_permissions(open, PermissionsExt::from_mode(mode))
 }
 
 /// Opens a path with `O_PATH`, without following a symbolic link: for everything except access to the content.
