@@ -5,6 +5,7 @@
 //! time to send a response, the number of connections (beyond it, the one that has waited longest for its
 //! client is closed), and the total size of the buffers of incomplete requests.
 
+mod body;
 mod connection;
 mod message;
 mod socket;
@@ -36,6 +37,11 @@ const STOP: Token = Token(usize::MAX);
 
 /// Answers requests. It must be fast: all other clients wait meanwhile.
 pub trait Handler {
+    /// The response to a request that is refused for its head alone: its body, which is still empty, is not read.
+    fn refuse(&mut self, _head: &Request) -> Option<Response> {
+        None
+    }
+
     /// The response to a request.
     fn handle(&mut self, request: &Request) -> Response;
 }

@@ -16,6 +16,8 @@ use nix::sys::socket::{setsockopt, sockopt};
 use serde_json::{Value, json};
 
 const API: &str = "127.0.0.1:7777";
+/// The beginning of a request with a body.
+const JSON: &str = "POST /flow HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n";
 
 /// A daemon with the API enabled. `options` is the YAML of `plugins.api`, in braces.
 fn home(options: &str) -> Home {
@@ -140,7 +142,7 @@ fn both_json_formats_are_accepted_over_tcp_and_the_unix_socket() {
 #[ignore = "needs root"]
 fn the_dummy_flow_of_flowd_go_and_the_other_routes_work() {
     let ns = NetNs::new("api");
-    let home = home("{}");
+    let home = home("{dummyRoutes: true}");
     let daemon = home.start(&ns);
     let mut client = Client::tcp(&ns, API);
     let routes = client.get("/").json();
@@ -179,7 +181,7 @@ fn the_dummy_flow_of_flowd_go_and_the_other_routes_work() {
 #[ignore = "needs root"]
 fn errors_name_the_field_and_the_reason() {
     let ns = NetNs::new("api");
-    let home = home("{}");
+    let home = home("{dummyRoutes: true}");
     let daemon = home.start(&ns);
     let mut client = Client::tcp(&ns, API);
     let mut bad = flow_json("start", 1);
@@ -263,13 +265,12 @@ fn errors_name_the_field_and_the_reason() {
             ),
             431,
         ),
+        (format!("{JSON}Content-Length: 1048577\r\n\r\n"), 413),
+        (format!("{JSON}Transfer-Encoding: gzip\r\n\r\n"), 501),
+        // Trailers without an end.
         (
-            "POST /flow HTTP/1.1\r\nHost: x\r\nContent-Length: 1048577\r\n\r\n".to_owned(),
-            413,
-        ),
-        (
-            "POST /flow HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: gzip\r\n\r\n".to_owned(),
-            501,
+            format!("{JSON}Transfer-Encoding: chunked\r\n\r\n0\r\n") + &"a: b\r\n".repeat(2000),
+            431,
         ),
     ] {
         let mut client = Client::tcp(&ns, API);
@@ -278,7 +279,7 @@ fn errors_name_the_field_and_the_reason() {
         assert_eq!(answer.status, status, "{request:.40}");
         assert!(answer.headers.contains("Connection: close") && client.try_answer().is_none());
     }
-    let chunked = "POST /flow HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n";
+    let chunked = format!("{JSON}Transfer-Encoding: chunked\r\n\r\n");
     let body = flow_json("start", 1).to_string();
     client.raw(
         format!(
@@ -311,7 +312,6 @@ fn requests_without_the_token_are_refused() {
             "  api: {{bindAddress: 0.0.0.0, {token}}}\nbackends: {{firefly: {{}}}}\n"
         ));
         let daemon = home.start(&ns);
-        let mut client = Client::tcp(&ns, API);
         let body = flow_json("start", 1).to_string();
         for headers in [
             "",
@@ -325,11 +325,17 @@ fn requests_without_the_token_are_refused() {
                 ("GET", "/nothing"),
                 ("GET", "/dummy/start"),
             ] {
-                let answer = client.request(method, path, headers, &body);
+                // The body does not follow: the answer does not wait for it.
+                let mut client = Client::tcp(&ns, API);
+                let length = format!("{headers}Content-Length: 1000000\r\n");
+                let answer = client.request(method, path, &length, "");
                 assert_eq!(answer.status, 401, "{headers}{path}");
                 assert!(answer.headers.contains("WWW-Authenticate: Bearer"));
+                assert!(answer.headers.contains("Connection: close"));
+                assert!(client.try_answer().is_none());
             }
         }
+        let mut client = Client::tcp(&ns, API);
         assert_eq!(client.get("/healthz").status, 200);
         let good = "authorization: bearer s3cret-token\r\n";
         assert_eq!(client.request("POST", "/flow", good, &body).status, 200);
@@ -344,6 +350,69 @@ fn requests_without_the_token_are_refused() {
         client.request("POST", "/flow", good, &flow_json("end", 1).to_string());
         daemon.stop();
     }
+}
+
+#[test]
+#[ignore = "needs root"]
+fn a_web_page_of_another_site_can_neither_report_flows_nor_read_them() {
+    let ns = NetNs::new("api");
+    let home = home("{}");
+    let socket = home.path("socket");
+    home.configure(&format!(
+        "  api: {{unixSocket: '{}'}}\nbackends: {{firefly: {{}}}}\n",
+        socket.display()
+    ));
+    let daemon = home.start(&ns);
+    let body = flow_json("start", 1).to_string();
+    for (method, path, headers, status) in [
+        // What a form or a script may send to any address without asking first.
+        ("POST", "/flow", "Content-Type: text/plain\r\n", 415),
+        (
+            "POST",
+            "/flow",
+            "Content-Type: application/x-www-form-urlencoded\r\n",
+            415,
+        ),
+        ("POST", "/flow", "Origin: http://example.com\r\n", 403),
+        ("POST", "/flow", "Origin: null\r\n", 403),
+        ("GET", "/flows", "Origin: https://example.com\r\n", 403),
+        // A name that its owner resolves to 127.0.0.1.
+        ("GET", "/flows", "Host: example.com:7777\r\n", 421),
+        (
+            "POST",
+            "/flow",
+            "Host: example.com:7777\r\nOrigin: http://example.com:7777\r\n",
+            421,
+        ),
+        // An image.
+        ("GET", "/dummy/start", "", 404),
+    ] {
+        let answer = Client::tcp(&ns, API).request(method, path, headers, &body);
+        assert_eq!(answer.status, status, "{method} {path} {headers}");
+    }
+    assert_eq!(
+        Client::tcp(&ns, API)
+            .request("GET", "/healthz", "Host: example.com\r\n", "")
+            .status,
+        200
+    );
+    daemon.expect_status("plugin_events api rejected_origin 5");
+    daemon.expect_status("plugin_events api rejected_request 2");
+    let mut local = Client::unix(&socket);
+    assert_eq!(local.get("/flows").json(), json!({"flows": []}));
+    let host = "Host: example.com\r\n";
+    assert_eq!(local.request("POST", "/flow", host, &body).status, 200);
+    let hostname = nix::unistd::gethostname().unwrap();
+    for host in [
+        "127.0.0.1:7777",
+        "localhost:7777",
+        hostname.to_str().unwrap(),
+    ] {
+        let own = format!("Host: {host}\r\nOrigin: http://{host}\r\n");
+        let answer = Client::tcp(&ns, API).request("POST", "/flow", &own, &body);
+        assert_eq!(answer.status, 200, "{own}{}", answer.body);
+    }
+    daemon.stop();
 }
 
 #[test]
@@ -481,8 +550,7 @@ fn silent_slow_and_greedy_clients_do_not_delay_others() {
     let mut slow: Vec<_> = (0..50).map(|_| connect(&ns, API)).collect();
     for (n, stream) in slow.iter_mut().enumerate() {
         if n % 2 == 0 {
-            let _ =
-                stream.write_all(b"POST /flow HTTP/1.1\r\nHost: x\r\nContent-Length: 1000\r\n\r\n");
+            let _ = stream.write_all(format!("{JSON}Content-Length: 1000\r\n\r\n").as_bytes());
         }
     }
     for _ in 0..5 {
@@ -499,9 +567,7 @@ fn silent_slow_and_greedy_clients_do_not_delay_others() {
             let sender = scope.spawn(|| {
                 let mut client = &client;
                 client
-                    .write_all(
-                        format!("POST /flow HTTP/1.1\r\nHost: x\r\n{head}\r\n\r\n").as_bytes(),
-                    )
+                    .write_all(format!("{JSON}{head}\r\n\r\n").as_bytes())
                     .unwrap();
                 for _ in 0..1024 {
                     let size = if head.starts_with('T') {
@@ -535,8 +601,7 @@ fn silent_slow_and_greedy_clients_do_not_delay_others() {
             stream
                 .set_write_timeout(Some(Duration::from_secs(1)))
                 .unwrap();
-            let _ = stream
-                .write_all(b"POST /flow HTTP/1.1\r\nHost: x\r\nContent-Length: 1000000\r\n\r\n");
+            let _ = stream.write_all(format!("{JSON}Content-Length: 1000000\r\n\r\n").as_bytes());
             let _ = stream.write_all(&vec![b' '; 900_000]);
             stream
         })
@@ -565,7 +630,7 @@ fn a_long_listing_is_complete_and_slow_readers_delay_only_themselves() {
         // A small receive buffer, so that the daemon produces only a small part of the listing.
         setsockopt(&*stream, sockopt::RcvBuf, &4096).unwrap();
         stream
-            .write_all(b"GET /flows HTTP/1.1\r\nHost: x\r\n\r\n")
+            .write_all(b"GET /flows HTTP/1.1\r\nHost: localhost\r\n\r\n")
             .unwrap();
     }
     let mut client = Client::tcp(&hosts.here, API);

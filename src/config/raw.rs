@@ -124,6 +124,7 @@ pub struct Api {
     pub unix_socket_mode: Option<String>,
     pub token: Option<String>,
     pub token_file: Option<String>,
+    pub dummy_routes: Option<bool>,
 }
 
 /// `plugins.perfsonar`

@@ -229,6 +229,8 @@ pub struct Api {
     pub token: Option<String>,
     /// `tokenFile`.
     pub token_file: Option<PathBuf>,
+    /// `dummyRoutes`.
+    pub dummy_routes: bool,
 }
 
 /// The firefly backend.

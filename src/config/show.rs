@@ -100,6 +100,7 @@ impl Config {
                     .map(|(_, mode)| format!("{mode:04o}")),
                 token: api.token.clone(),
                 token_file: api.token_file.as_deref().map(path),
+                dummy_routes: Some(api.dummy_routes),
             }),
             perfsonar: self.perfsonar.map(|tag| raw::Perfsonar {
                 activity_id: Some(tag.activity.into()),
@@ -471,7 +472,7 @@ flows: {maxFlows: 5, maxAge: 1d, endOnSocketClose: false}
 plugins:
   namedPipe: {pipePath: /p, mode: 0600, group: users}
   firefly: {bindAddress: '::', bindPort: 5, bufferSize: 3000}
-  api: {bindPort: 0, unixSocket: /u, unixSocketMode: 0640, token: t}
+  api: {bindPort: 0, unixSocket: /u, unixSocketMode: 0640, token: t, dummyRoutes: true}
   netlink:
     experiment: cms
     activity: Cache

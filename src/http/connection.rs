@@ -4,7 +4,8 @@ use std::io::{self, Read, Write};
 use std::time::{Duration, Instant};
 
 use super::Handler;
-use super::message::{self, Body, Framing, Head, Refusal, Request, Response, problem};
+use super::body::BodyReader;
+use super::message::{self, Body, Head, Refusal, Request, Response, problem};
 use super::socket::Stream;
 
 /// How long a connection may stay open without a request.
@@ -17,7 +18,8 @@ const RESPONSE_WRITE_TIMEOUT: Duration = Duration::from_secs(10);
 /// before the client has read the response.
 const LINGER_TIMEOUT: Duration = Duration::from_secs(1);
 const READ_SIZE: usize = 16 << 10;
-/// Reads and writes in a row before other connections get their turn.
+/// Reads and writes in a row before other connections get their turn. A request, and a part of a response, which cost
+/// more, are a turn of their own.
 const MAX_IO_OPS_PER_TURN: usize = 16;
 
 /// What the server does next with a connection.
@@ -34,8 +36,10 @@ pub struct Connection {
     stream: Stream,
     /// Input that has not been processed.
     input: Vec<u8>,
-    /// The head of a request whose body is incomplete.
-    head: Option<Head>,
+    /// How many bytes of `input` are known not to complete a head.
+    searched: usize,
+    /// A request whose body is incomplete.
+    incoming: Option<(Head, BodyReader)>,
     /// Output, of which the first `sent` bytes have been sent.
     output: Vec<u8>,
     sent: usize,
@@ -58,7 +62,8 @@ impl Connection {
         Connection {
             stream,
             input: Vec::new(),
-            head: None,
+            searched: 0,
+            incoming: None,
             output: Vec::new(),
             sent: 0,
             parts: None,
@@ -81,24 +86,29 @@ impl Connection {
 
     /// The size of the buffer of an incomplete request, in bytes.
     pub fn buffered_bytes(&self) -> usize {
-        self.input.capacity()
+        let body = self.incoming.as_ref();
+        self.input.capacity() + body.map_or(0, |(_, body)| body.buffered_bytes())
     }
 
     /// Reads, answers and writes as far as possible without blocking.
     pub fn drive(&mut self, handler: &mut dyn Handler, now: Instant) -> Next {
+        let mut worked = false;
         for _ in 0..MAX_IO_OPS_PER_TURN {
             let result = match () {
                 () if self.sent < self.output.len() => self.write(now),
+                () if worked => return Next::Yield,
                 () if self.parts.is_some() => {
                     self.next_part(now);
+                    worked = true;
                     continue;
                 }
                 () if self.finished => self.discard(),
                 () if self.closing => self.finish(now),
-                () => match self.next_request() {
-                    Ok(Some(request)) => {
-                        let response = handler.handle(&request.0);
-                        self.respond(response, &request.1, now);
+                () => match self.next_request(handler, now) {
+                    Ok(Some((request, head))) => {
+                        let response = handler.handle(&request);
+                        self.respond(response, &head, now);
+                        worked = true;
                         continue;
                     }
                     Ok(None) if self.sent < self.output.len() => continue,
@@ -130,7 +140,7 @@ impl Connection {
             // A silent client occupies no buffer.
             if read == 0 {
                 self.input = Vec::new();
-            } else if self.head.is_none() {
+            } else if self.incoming.is_none() {
                 self.waiting_since = now;
                 self.deadline = now + REQUEST_READ_TIMEOUT;
             }
@@ -149,7 +159,7 @@ impl Connection {
             }
             self.sent = 0;
             self.waiting_since = now;
-            let idle = self.input.is_empty() && self.head.is_none();
+            let idle = self.input.is_empty() && self.incoming.is_none();
             self.deadline = now
                 + if idle {
                     IDLE_TIMEOUT
@@ -173,41 +183,73 @@ impl Connection {
         self.stream.finish().map(|()| 1)
     }
 
-    /// The next request, if it is complete.
-    fn next_request(&mut self) -> Result<Option<(Request, Head)>, Refusal> {
-        if self.head.is_none() {
-            // A client may send an empty line after the previous body (RFC 9112, section 2.2).
-            if self.input.starts_with(b"\r\n") {
-                self.input.drain(..2);
-            }
-            if self.input.is_empty() {
-                return Ok(None);
-            }
-            let Some(head) = message::head(&self.input)? else {
+    /// The next request, if it is complete. One that the handler does not admit is answered before its body is read.
+    fn next_request(
+        &mut self,
+        handler: &mut dyn Handler,
+        now: Instant,
+    ) -> Result<Option<(Request, Head)>, Refusal> {
+        if self.incoming.is_none() {
+            let Some(mut head) = self.next_head()? else {
                 return Ok(None);
             };
-            self.input.drain(..head.length);
-            if head.expects_continue && head.framing != Framing::Length(0) && self.input.is_empty()
-            {
+            let body = BodyReader::new(head.framing);
+            if let Some(response) = handler.refuse(&head.request) {
+                head.keep_alive &= body.is_complete();
+                self.respond(response, &head, now);
+                return Ok(None);
+            }
+            if head.expects_continue && !body.is_complete() && self.input.is_empty() {
                 self.output
                     .extend_from_slice(b"HTTP/1.1 100 Continue\r\n\r\n");
             }
-            self.head = Some(head);
+            self.incoming = Some((head, body));
         }
-        let Some(mut head) = self.head.take() else {
+        let Some((_, body)) = &mut self.incoming else {
             return Ok(None);
         };
-        let Some((body, length)) = message::body(&self.input, head.framing)? else {
-            self.head = Some(head);
-            return Ok(None);
-        };
-        self.input.drain(..length);
+        let taken = body.take(&self.input)?;
+        self.input.drain(..taken);
         if self.input.is_empty() {
             self.input = Vec::new();
         }
-        let mut request = std::mem::take(&mut head.request);
-        request.body = body;
-        Ok(Some((request, head)))
+        let complete = self.incoming.take_if(|(_, body)| body.is_complete());
+        Ok(complete.map(|(mut head, body)| {
+            let mut request = std::mem::take(&mut head.request);
+            request.body = body.into_body();
+            (request, head)
+        }))
+    }
+
+    /// The head of the next request, if it is complete. It is parsed when it begins, so that the rubbish of another
+    /// protocol is refused at once, and when its empty line has arrived.
+    fn next_head(&mut self) -> Result<Option<Head>, Refusal> {
+        // A client may send an empty line after the previous body (RFC 9112, section 2.2).
+        let is_line_end = |byte: &&u8| matches!(byte, b'\r' | b'\n');
+        let empty = self.input.iter().take_while(is_line_end).count();
+        if empty > 0 {
+            self.input.drain(..empty);
+            self.searched = 0;
+        }
+        if self.input.is_empty() {
+            return Ok(None);
+        }
+        let begins = self.searched == 0;
+        // The last three bytes may be the beginning of the empty line.
+        let unseen = &self.input[self.searched.saturating_sub(3)..];
+        let ends = memchr::memmem::find(unseen, b"\n\r\n").is_some()
+            || memchr::memmem::find(unseen, b"\n\n").is_some();
+        self.searched = self.input.len();
+        if !begins && !ends && self.input.len() < message::MAX_HEAD_BYTES {
+            return Ok(None);
+        }
+        let Some(mut head) = message::head(&self.input)? else {
+            return Ok(None);
+        };
+        self.searched = 0;
+        self.input.drain(..head.length);
+        head.request.is_unix = self.stream.is_unix();
+        Ok(Some(head))
     }
 
     fn respond(&mut self, mut response: Response, head: &Head, now: Instant) {
@@ -235,6 +277,7 @@ impl Connection {
 
     fn refuse(&mut self, refusal: Refusal, now: Instant) {
         self.closing = true;
+        self.incoming = None;
         let response = problem(refusal.status, refusal.error);
         if let Body::Whole(bytes) = &response.body {
             message::put_head(&mut self.output, &response, Some(bytes.len()), true);

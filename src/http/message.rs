@@ -5,11 +5,9 @@ use jiff::fmt::rfc2822::DateTimePrinter;
 use serde_json::json;
 
 /// The longest request line with headers, in bytes.
-const MAX_HEAD_BYTES: usize = 16 << 10;
+pub const MAX_HEAD_BYTES: usize = 16 << 10;
 /// The longest body of a request, in bytes.
 pub const MAX_BODY_BYTES: usize = 1 << 20;
-/// The longest chunked body with the sizes of its chunks, in bytes.
-const MAX_CHUNKED_BYTES: usize = 2 * MAX_BODY_BYTES;
 const MAX_HEADERS: usize = 64;
 
 /// A complete request.
@@ -21,6 +19,14 @@ pub struct Request {
     pub path: String,
     /// The query: the text after `?`.
     pub query: String,
+    /// Whether the client has connected to a Unix socket, which no browser can.
+    pub is_unix: bool,
+    /// The value of `Host`.
+    pub host: Option<String>,
+    /// The value of `Origin`: the site of the page that made a browser send the request.
+    pub origin: Option<String>,
+    /// The value of `Content-Type`.
+    pub content_type: Option<String>,
     /// The value of `Authorization`.
     pub authorization: Option<String>,
     /// The value of `Accept`.
@@ -75,7 +81,7 @@ pub struct Refusal {
     pub error: &'static str,
 }
 
-const fn refusal(status: u16, error: &'static str) -> Refusal {
+pub(super) const fn refusal(status: u16, error: &'static str) -> Refusal {
     Refusal { status, error }
 }
 
@@ -167,10 +173,15 @@ pub fn head(input: &[u8]) -> Result<Option<Head>, Refusal> {
             "expect" if value.eq_ignore_ascii_case("100-continue") => {
                 head.expects_continue = http_1_1;
             }
+            "origin" => head.request.origin = Some(value.to_owned()),
+            "content-type" => head.request.content_type = Some(value.to_owned()),
             "authorization" => head.request.authorization = Some(value.to_owned()),
             "accept" => head.request.accept = Some(value.to_owned()),
             "accept-encoding" => head.request.accepts_gzip |= value.split(',').any(is_gzip),
-            "host" => hosts += 1,
+            "host" => {
+                hosts += 1;
+                head.request.host = Some(value.to_owned());
+            }
             _ => {}
         }
     }
@@ -209,53 +220,7 @@ fn is_gzip(coding: &str) -> bool {
     is_gzip && qualities.all(|q| q.parse::<f32>().is_ok_and(|q| q > 0.0))
 }
 
-const TOO_LARGE: Refusal = refusal(413, "the body exceeds 1048576 bytes");
-
-/// Parses the body after the head. Returns the body and its length in `input`, in bytes; `None` if it is incomplete.
-pub fn body(input: &[u8], framing: Framing) -> Result<Option<(Vec<u8>, usize)>, Refusal> {
-    match framing {
-        Framing::Length(length) => Ok(input.get(..length).map(|body| (body.to_vec(), length))),
-        Framing::Chunked => chunked(input),
-    }
-}
-
-fn chunked(input: &[u8]) -> Result<Option<(Vec<u8>, usize)>, Refusal> {
-    let malformed = || refusal(400, "the chunked body is malformed");
-    let (mut body, mut at) = (Vec::new(), 0);
-    loop {
-        let (line, size) = match httparse::parse_chunk_size(&input[at..]) {
-            Ok(httparse::Status::Complete(parsed)) => parsed,
-            Ok(httparse::Status::Partial) if input.len() <= MAX_CHUNKED_BYTES => return Ok(None),
-            Ok(httparse::Status::Partial) => return Err(TOO_LARGE),
-            Err(_) => return Err(malformed()),
-        };
-        at += line;
-        if size == 0 {
-            break;
-        }
-        if size > MAX_BODY_BYTES as u64 || body.len() + size as usize > MAX_BODY_BYTES {
-            return Err(TOO_LARGE);
-        }
-        let end = at + size as usize;
-        match input.get(at..end + 2) {
-            Some([chunk @ .., b'\r', b'\n']) => body.extend_from_slice(chunk),
-            Some(_) => return Err(malformed()),
-            None if input.len() > MAX_CHUNKED_BYTES => return Err(TOO_LARGE),
-            None => return Ok(None),
-        }
-        at = end + 2;
-    }
-    // Trailers, up to the empty line.
-    loop {
-        let rest = &input[at..];
-        match memchr::memmem::find(rest, b"\r\n") {
-            Some(0) => return Ok(Some((body, at + 2))),
-            Some(line) => at += line + 2,
-            None if rest.len() > MAX_HEAD_BYTES => return Err(malformed()),
-            None => return Ok(None),
-        }
-    }
-}
+pub(super) const TOO_LARGE: Refusal = refusal(413, "the body exceeds 1048576 bytes");
 
 /// Appends status line and headers, for a body of a known length or in chunks.
 pub fn put_head(out: &mut Vec<u8>, response: &Response, length: Option<usize>, close: bool) {
@@ -287,11 +252,13 @@ fn reason(status: u16) -> &'static str {
         200 => "OK",
         400 => "Bad Request",
         401 => "Unauthorized",
+        403 => "Forbidden",
         404 => "Not Found",
         405 => "Method Not Allowed",
         408 => "Request Timeout",
         413 => "Content Too Large",
         415 => "Unsupported Media Type",
+        421 => "Misdirected Request",
         431 => "Request Header Fields Too Large",
         501 => "Not Implemented",
         503 => "Service Unavailable",
@@ -323,10 +290,8 @@ mod tests {
         );
         assert_eq!(head.request.authorization.as_deref(), Some("Bearer t"));
         assert!(head.keep_alive);
-        let (body, length) = body(&text.as_bytes()[head.length..], head.framing)
-            .unwrap()
-            .unwrap();
-        assert_eq!((body.as_slice(), length), (b"hello".as_slice(), 5));
+        assert_eq!(head.request.host.as_deref(), Some("x"));
+        assert_eq!(head.framing, Framing::Length(5));
         for cut in 0..head.length {
             assert!(super::head(&text.as_bytes()[..cut]).is_ok_and(|head| head.is_none()));
         }
@@ -375,30 +340,10 @@ mod tests {
         assert_eq!(status(&format!("GET /{}", "x".repeat(MAX_HEAD_BYTES))), 431);
     }
 
-    #[test]
-    fn chunks() {
-        let whole = b"5;x=y\r\nhello\r\n1\r\n!\r\n0\r\nTrailer: x\r\n\r\nGET";
-        let read = |input: &[u8]| body(input, Framing::Chunked);
-        assert_eq!(read(whole), Ok(Some((b"hello!".to_vec(), whole.len() - 3))));
-        for cut in 0..whole.len() - 3 {
-            assert_eq!(read(&whole[..cut]), Ok(None), "{cut}");
-        }
-        assert_eq!(read(b"zz\r\n").unwrap_err().status, 400);
-        assert_eq!(read(b"1\r\nab\r\n").unwrap_err().status, 400);
-        assert_eq!(read(b"200000\r\n").unwrap_err().status, 413);
-        assert_eq!(
-            read(&b"1\r\nx\r\n".repeat(MAX_BODY_BYTES))
-                .unwrap_err()
-                .status,
-            413
-        );
-    }
-
     proptest! {
         #[test]
         fn no_input_causes_a_panic(bytes in proptest::collection::vec(any::<u8>(), 0..200)) {
             let _ = head(&bytes);
-            let _ = body(&bytes, Framing::Chunked);
         }
     }
 }

@@ -106,6 +106,10 @@ pub(super) enum Stream {
 }
 
 impl Stream {
+    pub(super) fn is_unix(&self) -> bool {
+        matches!(self, Stream::Unix(_))
+    }
+
     /// Tells the client that no more data follows.
     pub(super) fn finish(&self) -> io::Result<()> {
         match self {

@@ -1,11 +1,13 @@
 //! The api plugin: accepts flow events over HTTP, and lists the open flows.
 
+mod browser;
 mod flow_json;
 mod openapi;
 
 use std::fs;
 use std::os::fd::{AsFd, OwnedFd};
 
+use nix::unistd::gethostname;
 use serde_json::{Value, json};
 
 use super::{EventSender, Plugin, now};
@@ -19,6 +21,7 @@ use crate::http::{Handler, Listener, Request, Response, Server, problem};
 use crate::metrics::{Outcomes, outcomes};
 use crate::sys::handover::Handover;
 use crate::sys::stop::Stop;
+use browser::OwnNames;
 
 const NAME: &str = "api";
 
@@ -27,19 +30,26 @@ outcomes! {
         Accepted = "accepted": "accepted: {event|events}",
         Invalid = "rejected_request": "rejected: invalid {request|requests}",
         Unauthorized = "rejected_token": "rejected: {request|requests} without a valid token",
+        Foreign = "rejected_origin": "rejected: {request|requests} of foreign web pages",
     }
 }
 
+type Route = (&'static str, &'static str, &'static str);
+
 /// The routes of the API that the control socket does not have.
-const OWN_ROUTES: [(&str, &str, &str); 4] = [
+const OWN_ROUTES: [Route; 2] = [
     ("POST", "/flow", "a flow event, or an array of them"),
+    ("GET", "/openapi.json", "a description of this API"),
+];
+
+/// Those of flowd-go's test flow, with `dummyRoutes`.
+const DUMMY_ROUTES: [Route; 2] = [
     (
         "GET",
         "/dummy/start",
         "starts the flow tcp [::1]:2345 > [::1]:5777 with the tag 1/2",
     ),
     ("GET", "/dummy/end", "ends that flow"),
-    ("GET", "/openapi.json", "a description of this API"),
 ];
 
 /// The plugin, with its sockets bound.
@@ -47,6 +57,8 @@ pub struct Api {
     server: Server,
     routes: Routes,
     token: Option<String>,
+    has_dummy_routes: bool,
+    own_names: OwnNames,
     counters: Outcomes<Outcome>,
     handover: Handover,
     /// The TCP socket, for the successor.
@@ -84,6 +96,8 @@ impl Api {
         Ok(Api {
             server,
             token: token(config)?,
+            has_dummy_routes: config.dummy_routes,
+            own_names: OwnNames::new(&gethostname().unwrap_or_default().to_string_lossy()),
             counters: context.metrics.plugin(NAME),
             routes: Routes::new(context),
             handover,
@@ -124,6 +138,8 @@ impl Plugin for Api {
         let mut handler = ApiHandler {
             routes: self.routes,
             token: self.token,
+            has_dummy_routes: self.has_dummy_routes,
+            own_names: self.own_names,
             counters: self.counters,
             events,
         };
@@ -138,14 +154,23 @@ impl Plugin for Api {
 struct ApiHandler {
     routes: Routes,
     token: Option<String>,
+    has_dummy_routes: bool,
+    own_names: OwnNames,
     counters: Outcomes<Outcome>,
     events: EventSender,
 }
 
 impl Handler for ApiHandler {
-    fn handle(&mut self, request: &Request) -> Response {
+    fn refuse(&mut self, request: &Request) -> Option<Response> {
         // The health of the daemon is not secret, and a health checker may not have the token.
-        if request.path != "/healthz" && !self.is_authorized(request) {
+        if request.path == "/healthz" {
+            return None;
+        }
+        if let Some(refusal) = self.own_names.refuse(request, self.token.is_some()) {
+            self.counters.add(Outcome::Foreign);
+            return Some(refusal);
+        }
+        if !self.is_authorized(request) {
             self.counters.add(Outcome::Unauthorized);
             let mut response = problem(
                 401,
@@ -154,19 +179,35 @@ impl Handler for ApiHandler {
             response
                 .headers
                 .push(("WWW-Authenticate", "Bearer".to_owned()));
-            return response;
+            return Some(response);
         }
+        let is_flow = request.path == "/flow" && request.method == "POST";
+        (is_flow && !browser::is_json(request)).then(|| {
+            self.counters.add(Outcome::Invalid);
+            problem(415, "expected the header Content-Type: application/json")
+        })
+    }
+
+    fn handle(&mut self, request: &Request) -> Response {
         match (request.path.as_str(), request.method.as_str()) {
             ("/flow", "POST") => self.post_flow(&request.body),
             ("/flow", _) => method_not_allowed("POST"),
-            ("/dummy/start", "GET") => self.dummy(State::Start),
-            ("/dummy/end", "GET") => self.dummy(State::End),
-            ("/openapi.json", "GET") => {
-                Response::json(200, &openapi::document(&self.routes.registry()))
+            ("/dummy/start", "GET") if self.has_dummy_routes => self.dummy(State::Start),
+            ("/dummy/end", "GET") if self.has_dummy_routes => self.dummy(State::End),
+            ("/dummy/start" | "/dummy/end", _) if self.has_dummy_routes => {
+                method_not_allowed("GET, HEAD")
             }
-            ("/dummy/start" | "/dummy/end" | "/openapi.json", _) => method_not_allowed("GET, HEAD"),
+            ("/openapi.json", "GET") => {
+                let registry = self.routes.registry();
+                Response::json(200, &openapi::document(&registry, self.has_dummy_routes))
+            }
+            ("/openapi.json", _) => method_not_allowed("GET, HEAD"),
             _ => {
-                let all = [&ROUTES[..], &OWN_ROUTES[..]].concat();
+                let dummy: &[Route] = match self.has_dummy_routes {
+                    true => &DUMMY_ROUTES,
+                    false => &[],
+                };
+                let all = [&ROUTES[..], &OWN_ROUTES[..], dummy].concat();
                 let answer = self.routes.answer(request, &all);
                 answer.unwrap_or_else(|| problem(404, "no such route: GET / lists them"))
             }

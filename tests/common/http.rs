@@ -69,12 +69,19 @@ impl Client {
         self.request("POST", path, "", body)
     }
 
-    /// `headers` are complete lines, each with its CRLF.
+    /// `headers` are complete lines, each with its CRLF; those that are not given have usual values.
     pub fn request(&mut self, method: &str, path: &str, headers: &str, body: &str) -> Answer {
-        let length = body.len();
-        let request = format!(
-            "{method} {path} HTTP/1.1\r\nHost: x\r\n{headers}Content-Length: {length}\r\n\r\n{body}"
-        );
+        let mut headers = headers.to_owned();
+        for (name, value) in [
+            ("Host", "localhost"),
+            ("Content-Type", "application/json"),
+            ("Content-Length", &body.len().to_string()),
+        ] {
+            if !headers.to_lowercase().contains(&name.to_lowercase()) {
+                headers += &format!("{name}: {value}\r\n");
+            }
+        }
+        let request = format!("{method} {path} HTTP/1.1\r\n{headers}\r\n{body}");
         self.raw(request.as_bytes());
         self.answer()
     }

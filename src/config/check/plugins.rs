@@ -120,6 +120,7 @@ pub fn api(raw: raw::Api) -> Result<Api> {
         unix_socket,
         token: raw.token,
         token_file,
+        dummy_routes: raw.dummy_routes.unwrap_or(false),
     })
 }
 

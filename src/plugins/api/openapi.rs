@@ -11,7 +11,7 @@ const PORT: &str =
 const IPV6: &str = "(::1|[1-9a-fA-F][0-9a-fA-F]{0,3}(:[0-9a-fA-F]{1,4}){7}|[1-9a-fA-F][0-9a-fA-F]{0,3}(:[0-9a-fA-F]{1,4}){0,5}::[0-9a-fA-F]{1,4})";
 
 /// Builds the document. The names of experiments and activities are those of `registry`.
-pub fn document(registry: &Registry) -> Value {
+pub fn document(registry: &Registry, has_dummy_routes: bool) -> Value {
     let flow = json!({"$ref": "#/components/schemas/Flow"});
     let open = json!({"$ref": "#/components/schemas/OpenFlow"});
     let body = json!({"anyOf": [
@@ -25,12 +25,13 @@ pub fn document(registry: &Registry) -> Value {
     let listing = json!({"type": "object", "required": ["flows"], "properties": {"flows": {"type": "array", "items": open}}});
     let object = json!({"type": "object"});
     let dummy = |summary: &str| json!({"get": operation(summary, &[("200", "The event was accepted.", &accepted), DISPATCHER])});
-    json!({
+    let mut document = json!({
         "openapi": "3.1.0",
         "info": {
             "title": "flowd-rs", "version": env!("CARGO_PKG_VERSION"), "license": {"name": "Apache-2.0"},
             "description": "Accepts flow events and lists the open flows. An error is an object with the member error. \
-                If a token is configured, every request except GET /healthz must carry it.",
+                If a token is configured, every request except GET /healthz must carry it. \
+                Requests that a browser sends for a page of another site are refused with 403 or 421.",
         },
         "security": [{}, {"token": []}],
         "paths": {
@@ -42,6 +43,7 @@ pub fn document(registry: &Registry) -> Value {
                     ("200", "All events were accepted.", &accepted),
                     ("400", "A field is invalid. The error names it and says what was expected.", &flow_error()),
                     ("413", "The body is larger than 1 MiB.", &flow_error()),
+                    ("415", "The content type is not application/json.", &flow_error()),
                     DISPATCHER,
                 ]),
             }},
@@ -76,8 +78,6 @@ pub fn document(registry: &Registry) -> Value {
             "/registry": {"get": operation("The SciTags registry in use.", &[("200", "The registry as published.", &object)])},
             "/status": {"get": operation("The daemon's counters.", &[("200", "Uptime, plugins, backends, queues, latest warnings.", &object)])},
             "/healthz": {"get": operation("The health of the daemon.", &[("200", "The daemon is healthy.", &object), DISPATCHER])},
-            "/dummy/start": dummy("Starts the flow tcp [::1]:2345 > [::1]:5777 with the tag 1/2."),
-            "/dummy/end": dummy("Ends that flow."),
             "/openapi.json": {"get": operation("This document.", &[("200", "This document.", &object)])},
         },
         "components": {
@@ -89,7 +89,13 @@ pub fn document(registry: &Registry) -> Value {
                 "OpenFlow": {"allOf": [flow, open_schema()]},
             },
         },
-    })
+    });
+    if has_dummy_routes {
+        let start = "Starts the flow tcp [::1]:2345 > [::1]:5777 with the tag 1/2.";
+        document["paths"]["/dummy/start"] = dummy(start);
+        document["paths"]["/dummy/end"] = dummy("Ends that flow.");
+    }
+    document
 }
 
 type Described<'a> = (&'a str, &'a str, &'a Value);
