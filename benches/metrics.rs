@@ -72,7 +72,11 @@ fn ongoing(n: u32) -> FlowEvent {
 }
 
 fn store(count: u32) -> Store {
-    let mut store = Store::new(usize::MAX, Timestamp::UNIX_EPOCH);
+    let mut store = Store::new(
+        usize::MAX,
+        Timestamp::UNIX_EPOCH,
+        SharedRegistry::new(Registry::builtin()),
+    );
     (0..count).for_each(|n| store.apply(&ongoing(n)));
     store
 }

@@ -8,6 +8,7 @@ pub mod exposition;
 mod families;
 mod page;
 mod store;
+mod sums;
 
 use std::collections::HashMap;
 use std::io::Write as _;
@@ -116,7 +117,7 @@ impl Prometheus {
         };
         Ok(Prometheus {
             endpoints,
-            store: Store::new(max_shown, Timestamp::now()),
+            store: Store::new(max_shown, Timestamp::now(), registry.clone()),
             registry: registry.clone(),
             metrics: metrics.clone(),
             marks,

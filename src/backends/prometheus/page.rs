@@ -4,7 +4,8 @@ use std::collections::HashMap;
 
 use super::Marks;
 use super::families::{COUNTERS, FAMILIES, Family, options};
-use super::store::{Series, Snapshot, Sums};
+use super::store::{Series, Snapshot};
+use super::sums::Sums;
 use crate::backends::prometheus::exposition::{
     Format, Kind, put_end, put_family, put_gathered, put_label, put_sample,
 };

@@ -6,16 +6,15 @@ use std::sync::Arc;
 
 use jiff::Timestamp;
 
-use super::families::{COUNTERS, counters};
+use super::families::counters;
+use super::sums::{Sums, SumsByTag};
 use crate::event::{Effect, EndReason, FlowEvent, State};
 use crate::flow::{Flow, Tag};
+use crate::registry::SharedRegistry;
 use crate::socket::{Field, Skops, Socket, SocketInfo};
 
 /// Limit of remembered flows that ended while their socket stayed open: another flow may follow on the same socket.
 const MAX_CARRIED: usize = 1 << 16;
-
-/// Limit of tags with their own sums: a producer may report made-up tags.
-pub const MAX_TAGS: usize = 4096;
 
 /// An open flow with a socket on this host.
 #[derive(Clone)]
@@ -88,23 +87,6 @@ impl Counts {
     }
 }
 
-/// Sums over the open and ended flows of a tag.
-#[derive(Clone, Default)]
-pub struct Sums {
-    /// Flows open now.
-    pub open: u64,
-    /// Flows started.
-    pub started: u64,
-    /// Flows ended, in the order of [`EndReason::ALL`].
-    pub ended: [u64; EndReason::ALL.len()],
-    /// Bytes and packets.
-    pub counts: Counts,
-    /// Sum of the observed round-trip times, in seconds, and their number.
-    pub rtt: (f64, u64),
-    /// Counters of flows that have no series of their own, by `sock_diag` and by sockops.
-    pub hidden: [[f64; COUNTERS]; 2],
-}
-
 /// A cheap copy of the store's data.
 pub struct Snapshot {
     /// Flows with a socket.
@@ -121,26 +103,27 @@ pub struct Store {
     /// When the store was created: earlier counts of a flow that began before are not part of the sums.
     since: Timestamp,
     flows: HashMap<Flow, Series>,
-    sums: HashMap<Tag, Sums>,
+    sums: SumsByTag,
     carried: HashMap<Flow, Counted>,
 }
 
 impl Store {
-    /// A store without flows. At most `max_shown` flows get series of their own; `since` is the current time.
-    pub fn new(max_shown: usize, since: Timestamp) -> Store {
+    /// A store without flows. At most `max_shown` flows get series of their own; `since` is the current time. Every tag of
+    /// `registry` has sums of its own.
+    pub fn new(max_shown: usize, since: Timestamp, registry: SharedRegistry) -> Store {
         Store {
             max_shown,
             shown: 0,
             since,
             flows: HashMap::new(),
-            sums: HashMap::new(),
+            sums: SumsByTag::new(registry),
             carried: HashMap::new(),
         }
     }
 
     /// Adds a flow that is already open.
     pub fn restore(&mut self, tag: Tag) {
-        sums_of(&mut self.sums, tag).open += 1;
+        self.sums.get(tag).open += 1;
     }
 
     /// A copy of all flows and sums.
@@ -151,11 +134,7 @@ impl Store {
                 .iter()
                 .map(|(flow, s)| (*flow, s.clone()))
                 .collect(),
-            sums: self
-                .sums
-                .iter()
-                .map(|(tag, sums)| (*tag, sums.clone()))
-                .collect(),
+            sums: self.sums.snapshot(),
         }
     }
 
@@ -168,13 +147,13 @@ impl Store {
         match event.effect {
             Effect::Nothing | Effect::Counted => {}
             Effect::Opened => {
-                let sums = sums_of(&mut self.sums, tag);
+                let sums = self.sums.get(tag);
                 sums.started += 1;
                 sums.open += 1;
             }
             Effect::Retagged(former) => {
                 self.count_end(former, EndReason::Retagged);
-                let sums = sums_of(&mut self.sums, tag);
+                let sums = self.sums.get(tag);
                 sums.started += 1;
                 sums.open += 1;
                 if let Some(series) = self.flows.get_mut(&event.flow) {
@@ -189,7 +168,7 @@ impl Store {
     }
 
     fn count_end(&mut self, tag: Tag, reason: EndReason) {
-        let sums = sums_of(&mut self.sums, tag);
+        let sums = self.sums.get_open(tag);
         sums.open = sums.open.saturating_sub(1);
         sums.ended[reason as usize] += 1;
     }
@@ -242,7 +221,7 @@ impl Store {
                 counts: Counts::of(event, Counts::default()),
             };
         }
-        let sums = sums_of(&mut self.sums, series.tag);
+        let sums = self.sums.get(series.tag);
         let inode = event.netlink.as_ref().map_or(0, |socket| socket.info.inode);
         if inode != 0 && inode != std::mem::replace(&mut series.counted.inode, inode) {
             // A new socket of the same flow counts from 0; so does the first one, unless the flow began before
@@ -281,13 +260,6 @@ impl Store {
     }
 }
 
-/// The sums of a tag; beyond [`MAX_TAGS`], further tags share those of 0/0.
-fn sums_of(sums: &mut HashMap<Tag, Sums>, tag: Tag) -> &mut Sums {
-    let full = sums.len() >= MAX_TAGS && !sums.contains_key(&tag);
-    let tag = if full { Tag::default() } else { tag };
-    sums.entry(tag).or_default()
-}
-
 /// The smoothed round-trip time, in µs.
 fn rtt(event: &FlowEvent) -> Option<u64> {
     let of_socket = |socket: &Arc<Socket>| socket.info.tcp.as_ref()?.get(Field::Rtt);
@@ -306,6 +278,7 @@ mod tests {
     use super::*;
     use crate::event::Origin;
     use crate::flow::{Protocol, Usage};
+    use crate::registry::Registry;
     use crate::socket::TcpInfo;
 
     fn at(second: i64) -> Timestamp {
@@ -353,39 +326,18 @@ mod tests {
         }
     }
 
-    fn bytes(store: &Store) -> (u64, u64) {
-        let counts = store.sums[&TAG].counts;
+    fn store(max_shown: usize, since: Timestamp) -> Store {
+        Store::new(max_shown, since, SharedRegistry::new(Registry::builtin()))
+    }
+
+    fn bytes(store: &mut Store) -> (u64, u64) {
+        let counts = store.sums.get(TAG).counts;
         (counts.received_bytes, counts.sent_bytes)
     }
 
     #[test]
-    fn tags_beyond_the_limit_share_their_sums() {
-        let mut store = Store::new(10, at(0));
-        for n in 1..=10_000u16 {
-            for (state, effect) in [
-                (State::Start, Effect::Opened),
-                (State::End, Effect::Closed(EndReason::Producer)),
-            ] {
-                let tag = Tag {
-                    experiment: n,
-                    activity: 1,
-                };
-                store.apply(&FlowEvent {
-                    tag: Some(tag),
-                    ..event(state, 1, effect)
-                });
-            }
-        }
-        let sums = store.snapshot().sums;
-        assert_eq!(sums.len(), MAX_TAGS + 1);
-        assert!(sums.iter().all(|(_, sums)| sums.open == 0));
-        let started: u64 = sums.iter().map(|(_, sums)| sums.started).sum();
-        assert_eq!(started, 10_000);
-    }
-
-    #[test]
     fn sums_count_only_growth_and_outlive_the_flow() {
-        let mut store = Store::new(10, at(0));
+        let mut store = store(10, at(0));
         store.apply(&event(State::Start, 1, Effect::Opened));
         for (received, sent) in [(10, 100), (10, 100), (30, 400)] {
             store.apply(&with_socket(
@@ -395,19 +347,19 @@ mod tests {
                 sent,
             ));
         }
-        assert_eq!(bytes(&store), (30, 400));
+        assert_eq!(bytes(&mut store), (30, 400));
         let end = event(State::End, 1, Effect::Closed(EndReason::SocketClosed));
         store.apply(&with_socket(end, 0, 31, 500));
-        assert_eq!(bytes(&store), (31, 500));
+        assert_eq!(bytes(&mut store), (31, 500));
         assert!(store.flows.is_empty() && store.carried.is_empty() && store.shown == 0);
-        let sums = &store.sums[&TAG];
+        let sums = &store.sums.get(TAG);
         assert_eq!((sums.started, sums.open, sums.ended), (1, 0, [0, 1, 0, 0]));
         assert_eq!(sums.rtt.1, 4);
     }
 
     #[test]
     fn successive_flows_on_one_socket_count_each_byte_once() {
-        let mut store = Store::new(10, at(0));
+        let mut store = store(10, at(0));
         let end = || event(State::End, 1, Effect::Closed(EndReason::Producer));
         store.apply(&with_socket(
             event(State::Ongoing, 1, Effect::Nothing),
@@ -422,7 +374,7 @@ mod tests {
             0,
             180,
         ));
-        assert_eq!(bytes(&store), (0, 180));
+        assert_eq!(bytes(&mut store), (0, 180));
         store.apply(&with_socket(end(), 7, 0, 180));
         // Another socket of the same flow has its own bytes.
         store.apply(&with_socket(
@@ -437,12 +389,12 @@ mod tests {
             0,
             5,
         ));
-        assert_eq!(bytes(&store), (0, 205));
+        assert_eq!(bytes(&mut store), (0, 205));
     }
 
     #[test]
     fn bytes_sent_before_the_daemon_started_are_not_counted() {
-        let mut store = Store::new(10, at(15));
+        let mut store = store(10, at(15));
         store.restore(TAG);
         store.apply(&with_socket(
             event(State::Ongoing, 1, Effect::Nothing),
@@ -456,12 +408,12 @@ mod tests {
             0,
             130,
         ));
-        assert_eq!((bytes(&store), store.sums[&TAG].open), ((0, 30), 1));
+        assert_eq!((bytes(&mut store), store.sums.get(TAG).open), ((0, 30), 1));
     }
 
     #[test]
     fn usage_alone_does_not_count_and_a_retag_moves_the_flow() {
-        let mut store = Store::new(10, at(0));
+        let mut store = store(10, at(0));
         let other = Tag {
             experiment: 3,
             activity: 3,
@@ -483,13 +435,13 @@ mod tests {
             ..end
         });
         assert_eq!(
-            (store.sums[&TAG].open, store.sums[&TAG].ended),
+            (store.sums.get(TAG).open, store.sums.get(TAG).ended),
             (0, [0, 0, 0, 1])
         );
         assert_eq!(
             (
-                store.sums[&other].open,
-                store.sums[&other].counts.received_bytes
+                store.sums.get(other).open,
+                store.sums.get(other).counts.received_bytes
             ),
             // Usage reported by producers is not counted.
             (0, 0)
@@ -498,7 +450,7 @@ mod tests {
 
     #[test]
     fn a_flow_within_this_host_is_counted_once() {
-        let mut store = Store::new(10, at(0));
+        let mut store = store(10, at(0));
         let of = |reversed: bool, inode, received, sent| {
             let mut event = with_socket(
                 event(State::Ongoing, 1, Effect::Nothing),
@@ -517,12 +469,12 @@ mod tests {
             store.apply(&of(false, 7, 0, sent));
             store.apply(&of(true, 8, sent, 0));
         }
-        assert_eq!(bytes(&store), (0, 300));
+        assert_eq!(bytes(&mut store), (0, 300));
     }
 
     #[test]
     fn flows_beyond_the_limit_are_summed_and_their_counters_never_go_down() {
-        let mut store = Store::new(1, at(0));
+        let mut store = store(1, at(0));
         let sent = counters()
             .position(|f| f.name == "flow_tcp_bytes_sent_total")
             .unwrap();
@@ -543,14 +495,14 @@ mod tests {
                 .count(),
             1
         );
-        assert_eq!(store.sums[&TAG].hidden[0][sent], 200.0);
+        assert_eq!(store.sums.get(TAG).hidden[0][sent], 200.0);
         store.apply(&with_socket(
             event(State::End, 2, Effect::Closed(EndReason::SocketClosed)),
             0,
             0,
             120,
         ));
-        assert_eq!(store.sums[&TAG].hidden[0][sent], 220.0);
+        assert_eq!(store.sums.get(TAG).hidden[0][sent], 220.0);
         store.apply(&event(State::End, 1, Effect::Closed(EndReason::Producer)));
         store.apply(&with_socket(
             event(State::Ongoing, 9, Effect::Nothing),
