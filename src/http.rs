@@ -177,3 +177,62 @@ fn make_room(connections: &mut Slab<Connection>) -> bool {
         true
     })
 }
+
+#[cfg(test)]
+mod tests {
+    use std::io::{Read, Write};
+    use std::os::unix::net::UnixStream;
+    use std::sync::{Arc, Mutex};
+
+    use super::*;
+    use crate::sys::stop::stop;
+
+    /// Answers /short at once and /long in parts, and records both.
+    struct Recorder(Arc<Mutex<Vec<&'static str>>>);
+
+    impl Handler for Recorder {
+        fn handle(&mut self, request: &Request) -> Response {
+            let record = self.0.clone();
+            if request.path == "/short" {
+                record.lock().unwrap().push("short");
+                return problem(200, "");
+            }
+            let mut left = 20;
+            let parts = std::iter::from_fn(move || {
+                record.lock().unwrap().push("part");
+                left -= 1;
+                (left > 0).then(|| b"x".to_vec())
+            });
+            Response {
+                body: Body::Parts(Box::new(parts)),
+                ..problem(200, "")
+            }
+        }
+    }
+
+    #[test]
+    fn a_part_of_a_response_is_a_turn() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("socket");
+        let server = Server::new(vec![Listener::unix(&path, 0o600).unwrap()]).unwrap();
+        // Both have sent their requests before the server begins.
+        let clients = ["/long", "/short"].map(|target| {
+            let mut client = UnixStream::connect(&path).unwrap();
+            write!(client, "GET {target} HTTP/1.0\r\n\r\n").unwrap();
+            client
+        });
+        let record = Arc::default();
+        let (mut switch, stop) = stop().unwrap();
+        let mut handler = Recorder(Arc::clone(&record));
+        let thread = std::thread::spawn(move || server.run(&mut handler, stop));
+        for mut client in clients {
+            client.read_to_end(&mut Vec::new()).unwrap();
+        }
+        switch.set();
+        thread.join().unwrap().unwrap();
+        let record = record.lock().unwrap();
+        let before = record.iter().position(|entry| *entry == "short").unwrap();
+        assert!(before <= 2, "{record:?}");
+        assert_eq!(record.len(), 21);
+    }
+}

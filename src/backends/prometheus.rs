@@ -13,7 +13,7 @@ mod sums;
 use std::collections::HashMap;
 use std::io::Write as _;
 use std::net::SocketAddr;
-use std::sync::{Arc, Weak};
+use std::sync::{Arc, Mutex, PoisonError, Weak};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
@@ -44,8 +44,10 @@ pub use page::{Page, Source};
 pub use store::{Snapshot, Store};
 
 const NAME: &str = "prometheus";
-/// How many scrapes of an endpoint may be in progress at once: each holds a snapshot in memory.
+/// How many pages of an endpoint may be sent at once: each holds a snapshot in memory.
 const MAX_SCRAPES: usize = 8;
+/// How long clients that accept gzip get the same page.
+const SHARED_FOR: Duration = Duration::from_secs(1);
 /// How long a request for a snapshot, and its answer, may take.
 const SNAPSHOT_TIMEOUT: Duration = Duration::from_millis(900);
 const TICK_INTERVAL: Duration = Duration::from_secs(1);
@@ -149,11 +151,7 @@ impl Prometheus {
     }
 
     /// Starts a thread for every endpoint; the last one to end closes the channel of requests.
-    fn serve(
-        &mut self,
-        stop: &Stop,
-        requests: Sender<Sender<Snapshot>>,
-    ) -> Result<Vec<JoinHandle<Result<()>>>> {
+    fn serve(&mut self, stop: &Stop, requests: Sender<Ask>) -> Result<Vec<JoinHandle<Result<()>>>> {
         let start = |(address, source, server): (SocketAddr, Source, Server)| {
             let mut scrapes = Scrapes {
                 source,
@@ -162,6 +160,7 @@ impl Prometheus {
                 metrics: self.metrics.clone(),
                 marks: self.marks.clone(),
                 shown_marks: HashMap::new(),
+                shared: Vec::new(),
                 in_progress: Vec::new(),
             };
             let stop = stop.clone();
@@ -192,7 +191,7 @@ impl Backend for Prometheus {
 
     fn run(mut self: Box<Self>, events: Receiver<Arc<FlowEvent>>) -> Result<()> {
         let (mut switch, stop) = stop().context(|| "pipe of the stop switch".to_owned())?;
-        let (requests, inbox) = bounded::<Sender<Snapshot>>(MAX_SCRAPES);
+        let (requests, inbox) = bounded::<Ask>(MAX_SCRAPES);
         let threads = self.serve(&stop, requests)?;
         let ticks = tick(TICK_INTERVAL);
         loop {
@@ -206,8 +205,10 @@ impl Backend for Prometheus {
                     }
                 }
                 // The scraper may have timed out: a failed reply is ignored.
-                recv(inbox) -> reply => if let Ok(reply) = reply {
-                    let _ = reply.send(self.store.snapshot());
+                recv(inbox) -> ask => match ask {
+                    Ok(Ask::Snapshot(reply)) => drop(reply.send(self.store.snapshot())),
+                    Ok(Ask::Health(reply)) => drop(reply.send(())),
+                    Err(_) => {}
                 },
                 recv(ticks) -> _ => {
                     self.lookup_failure_log.tick(Instant::now());
@@ -227,16 +228,25 @@ impl Backend for Prometheus {
     }
 }
 
+/// What an endpoint asks the thread that applies events.
+enum Ask {
+    Snapshot(Sender<Snapshot>),
+    /// Whether it works.
+    Health(Sender<()>),
+}
+
 /// Answers the requests to one endpoint.
 struct Scrapes {
     source: Source,
-    requests: Sender<Sender<Snapshot>>,
+    requests: Sender<Ask>,
     registry: SharedRegistry,
     metrics: Metrics,
     marks: Option<ReadMarks>,
     /// The highest counts shown so far: a flow that ends while the maps are read must not decrease them.
     shown_marks: HashMap<Tag, Marked>,
-    /// One entry per scrape whose page is still being sent.
+    /// The latest compressed page of each format.
+    shared: Vec<(Instant, Format, Arc<Mutex<SharedPage>>)>,
+    /// One entry per page that is kept, or still being sent.
     in_progress: Vec<Weak<()>>,
 }
 
@@ -246,8 +256,8 @@ impl Handler for Scrapes {
             ("/metrics" | "/healthz" | "/", method) if method != "GET" => {
                 method_not_allowed("GET, HEAD")
             }
-            ("/metrics", _) => self.metrics(request),
-            ("/healthz", _) => match self.snapshot() {
+            ("/metrics", _) => self.metrics(request, Instant::now()),
+            ("/healthz", _) => match self.ask(Ask::Health) {
                 Some(_) => Response::json(200, &serde_json::json!({"status": "ok"})),
                 None => busy(),
             },
@@ -269,22 +279,63 @@ fn busy() -> Response {
 }
 
 impl Scrapes {
-    fn snapshot(&self) -> Option<Snapshot> {
+    fn ask<T>(&self, ask: impl FnOnce(Sender<T>) -> Ask) -> Option<T> {
         let (reply, answer) = bounded(1);
-        self.requests.send_timeout(reply, SNAPSHOT_TIMEOUT).ok()?;
+        self.requests
+            .send_timeout(ask(reply), SNAPSHOT_TIMEOUT)
+            .ok()?;
         answer.recv_timeout(SNAPSHOT_TIMEOUT).ok()
     }
 
-    fn metrics(&mut self, request: &Request) -> Response {
+    fn metrics(&mut self, request: &Request, now: Instant) -> Response {
+        let format = Format::negotiate(request.accept.as_deref().unwrap_or_default());
+        let is_recent = |made: Instant| now.saturating_duration_since(made) < SHARED_FOR;
+        self.shared.retain(|(made, ..)| is_recent(*made));
+        let mut response = Response {
+            status: 200,
+            content_type: format.content_type(),
+            headers: vec![("Vary", "Accept, Accept-Encoding".to_owned())],
+            body: Body::Whole(Vec::new()),
+        };
+        if !request.accepts_gzip {
+            match self.page(format) {
+                Ok((page, in_progress)) => {
+                    let page = page.inspect(move |_| {
+                        let _ = &in_progress;
+                    });
+                    response.body = Body::Parts(Box::new(page));
+                }
+                Err(refusal) => return refusal,
+            }
+            return response;
+        }
+        let shared = self.shared.iter().find(|(_, other, _)| *other == format);
+        let page = match shared {
+            Some((.., page)) => page.clone(),
+            None => match self.page(format) {
+                Ok((page, in_progress)) => {
+                    let page = Arc::new(Mutex::new(SharedPage::new(page, in_progress)));
+                    self.shared.push((now, format, page.clone()));
+                    page
+                }
+                Err(refusal) => return refusal,
+            },
+        };
+        response
+            .headers
+            .push(("Content-Encoding", "gzip".to_owned()));
+        response.body = Body::Parts(Box::new(SharedReader { page, next: 0 }));
+        response
+    }
+
+    /// A new page, and what counts it as in progress until it is dropped.
+    fn page(&mut self, format: Format) -> std::result::Result<(Page, Arc<()>), Response> {
         self.in_progress.retain(|scrape| scrape.strong_count() > 0);
         if self.in_progress.len() >= MAX_SCRAPES {
-            return problem(503, "8 scrapes are already in progress");
+            return Err(problem(503, "8 scrapes are already in progress"));
         }
-        let Some(snapshot) = self.snapshot() else {
-            return busy();
-        };
+        let snapshot = self.ask(Ask::Snapshot).ok_or_else(busy)?;
         let marks = self.read_marks();
-        let format = Format::negotiate(request.accept.as_deref().unwrap_or_default());
         let page = Page::new(
             format,
             self.source,
@@ -295,23 +346,7 @@ impl Scrapes {
         );
         let in_progress = Arc::new(());
         self.in_progress.push(Arc::downgrade(&in_progress));
-        let page = page.inspect(move |_| {
-            let _ = &in_progress;
-        });
-        let mut headers = vec![("Vary", "Accept, Accept-Encoding".to_owned())];
-        let body: Body = match request.accepts_gzip {
-            true => {
-                headers.push(("Content-Encoding", "gzip".to_owned()));
-                Body::Parts(Box::new(Compressed::new(page)))
-            }
-            false => Body::Parts(Box::new(page)),
-        };
-        Response {
-            status: 200,
-            content_type: format.content_type(),
-            headers,
-            body,
-        }
+        Ok((page, in_progress))
     }
 
     fn read_marks(&mut self) -> Option<Marks> {
@@ -327,6 +362,47 @@ impl Scrapes {
             .map(|(tag, marked)| (*tag, *marked))
             .collect();
         Some(marks)
+    }
+}
+
+/// A compressed page that several clients read. It is compressed as far as the fastest of them has read.
+struct SharedPage {
+    parts: Vec<Arc<[u8]>>,
+    rest: Box<dyn Iterator<Item = Vec<u8>> + Send>,
+    _in_progress: Arc<()>,
+}
+
+impl SharedPage {
+    fn new(page: Page, in_progress: Arc<()>) -> SharedPage {
+        // Parts that are still in the compressor are empty.
+        let parts = Compressed::new(page).filter(|part| !part.is_empty());
+        SharedPage {
+            parts: Vec::new(),
+            rest: Box::new(parts.fuse()),
+            _in_progress: in_progress,
+        }
+    }
+}
+
+/// One client's way through a shared page.
+struct SharedReader {
+    page: Arc<Mutex<SharedPage>>,
+    next: usize,
+}
+
+impl Iterator for SharedReader {
+    type Item = Vec<u8>;
+
+    fn next(&mut self) -> Option<Vec<u8>> {
+        // All readers are on the thread of the endpoint: nobody waits.
+        let mut page = self.page.lock().unwrap_or_else(PoisonError::into_inner);
+        if page.parts.len() == self.next {
+            let part = page.rest.next()?;
+            page.parts.push(part.into());
+        }
+        let part = page.parts.get(self.next)?.to_vec();
+        self.next += 1;
+        Some(part)
     }
 }
 
@@ -358,5 +434,88 @@ impl<I: Iterator<Item = Vec<u8>>> Iterator for Compressed<I> {
             }
             None => self.encoder.take()?.finish().ok(),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::registry::Registry;
+
+    /// A handler, and a thread that counts the snapshots which it asks for.
+    fn scrapes() -> (Scrapes, JoinHandle<usize>) {
+        let (requests, inbox) = bounded(MAX_SCRAPES);
+        let counter = std::thread::spawn(move || {
+            let store = Store::new(10, Timestamp::UNIX_EPOCH);
+            let mut snapshots = 0;
+            for ask in inbox {
+                match ask {
+                    Ask::Snapshot(reply) => {
+                        snapshots += 1;
+                        reply.send(store.snapshot()).unwrap();
+                    }
+                    Ask::Health(reply) => reply.send(()).unwrap(),
+                }
+            }
+            snapshots
+        });
+        let scrapes = Scrapes {
+            source: Source::Any,
+            requests,
+            registry: SharedRegistry::new(Registry::builtin()),
+            metrics: Metrics::new(),
+            marks: None,
+            shown_marks: HashMap::new(),
+            shared: Vec::new(),
+            in_progress: Vec::new(),
+        };
+        (scrapes, counter)
+    }
+
+    fn request(path: &str, accepts_gzip: bool) -> Request {
+        Request {
+            method: "GET".to_owned(),
+            path: path.to_owned(),
+            accepts_gzip,
+            ..Request::default()
+        }
+    }
+
+    fn parts(response: Response) -> Box<dyn Iterator<Item = Vec<u8>> + Send> {
+        match response.body {
+            Body::Parts(parts) => parts,
+            Body::Whole(body) => panic!("{}", String::from_utf8_lossy(&body)),
+        }
+    }
+
+    #[test]
+    fn a_compressed_page_is_made_once_for_all_who_ask_within_a_second() {
+        let (mut scrapes, counter) = scrapes();
+        let start = Instant::now();
+        let gzip = request("/metrics", true);
+        // More than may be in progress with pages of their own; the first has read a part before the others ask.
+        let mut first = parts(scrapes.metrics(&gzip, start));
+        let mut begin = first.next().unwrap();
+        let others: Vec<_> = (0..256)
+            .map(|_| parts(scrapes.metrics(&gzip, start + SHARED_FOR / 2)))
+            .collect();
+        begin.extend(first.flatten());
+        let mut text = String::new();
+        let mut decoder = flate2::read::GzDecoder::new(begin.as_slice());
+        std::io::Read::read_to_string(&mut decoder, &mut text).unwrap();
+        assert!(text.contains("# TYPE process_cpu_seconds_total counter"));
+        for other in others {
+            assert_eq!(other.flatten().collect::<Vec<u8>>(), begin);
+        }
+        // Another second, a client without gzip, and a format of its own have other pages.
+        drop(scrapes.metrics(&gzip, start + SHARED_FOR));
+        drop(scrapes.metrics(&request("/metrics", false), start + SHARED_FOR));
+        let mut open_metrics = request("/metrics", true);
+        open_metrics.accept = Some("application/openmetrics-text; version=1.0.0".to_owned());
+        drop(scrapes.metrics(&open_metrics, start + SHARED_FOR));
+        // The health is no reason to copy all series.
+        assert_eq!(scrapes.handle(&request("/healthz", false)).status, 200);
+        drop(scrapes);
+        assert_eq!(counter.join().unwrap(), 4);
     }
 }
