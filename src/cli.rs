@@ -14,6 +14,7 @@ mod send;
 mod status;
 mod stun;
 mod tag;
+mod terminal;
 mod usage;
 
 use std::ffi::OsString;

@@ -7,7 +7,7 @@ mod decode;
 mod encode;
 pub mod netlink_object;
 
-pub use decode::{DecodeError, Rejection, decode, syslog_hostname};
+pub use decode::{DecodeError, Rejection, decode, object, syslog_hostname};
 pub use encode::{Encoder, MAX_DATAGRAM_SIZE};
 
 /// The port that fireflies are sent to.

@@ -299,6 +299,17 @@ fn listen_prints_one_line_per_firefly() {
         line.contains("2001:db8::1 ongoing udp 192.0.2.1:1 > 192.0.2.2:2 3333 / 1 sent 7 bytes"),
         "{line}"
     );
+    // Nothing that a terminal obeys is printed.
+    let firefly = r#"{"version":1,"flow-lifecycle":{"state":"ongoing"},"flow-id":{"protocol":"udp","src-ip":"192.0.2.1","src-port":1,"dst-ip":"192.0.2.2","dst-port":2},"context":{"experiment-id":3333,"activity-id":1,"application":"a\u001b[2J\u009bm"}}"#;
+    let hostile = format!("<134>1 - h\u{1b}]0;x\u{7} flowd - firefly-json - {firefly}");
+    stray
+        .send_to(hostile.as_bytes(), "[2001:db8::2]:10514")
+        .unwrap();
+    let line = printed.next().unwrap().unwrap();
+    assert!(
+        line.contains(r" h\u{1b}]0;x\u{7} ongoing ") && line.ends_with(r" by a\u{1b}[2J\u{9b}m"),
+        "{line:?}"
+    );
     child.kill().unwrap();
     let output = child.wait_with_output().unwrap();
     let errors = String::from_utf8(output.stderr).unwrap();
@@ -311,6 +322,22 @@ fn listen_prints_one_line_per_firefly() {
     home.write(&lines("start", 5..6, "2 9"));
     let object: Value = serde_json::from_str(&printed.next().unwrap().unwrap()).unwrap();
     assert_eq!(object["context"]["experiment-id"], 2);
+    // One datagram is one line: what stands behind the object is no record, nor is an object on a line within it.
+    let first = firefly.replacen(',', ",\n\"x\":\n{\"version\":1}\n,\"y\":\"\u{9b}\",", 1);
+    for datagram in [
+        format!("{first}\n{{\"version\":1,\"forged\":true}}"),
+        firefly.replace("activity-id\":1", "activity-id\":2"),
+    ] {
+        stray
+            .send_to(datagram.as_bytes(), "[2001:db8::2]:10514")
+            .unwrap();
+    }
+    for activity in [1, 2] {
+        let line = printed.next().unwrap().unwrap();
+        assert!(!line.contains(char::is_control), "{line:?}");
+        let object: Value = serde_json::from_str(&line).unwrap();
+        assert_eq!(object["context"]["activity-id"], activity);
+    }
     child.kill().unwrap();
     child.wait().unwrap();
     let (code, _, error) = run(&["listen", "--address", "192.0.2.99"]);

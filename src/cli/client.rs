@@ -8,6 +8,7 @@ use std::time::Duration;
 use serde_json::Value;
 
 use super::access;
+use super::terminal::escaped;
 use crate::config::{Config, control_socket};
 use crate::error::{Context, Error, Result};
 
@@ -86,7 +87,7 @@ fn get_within(timeout: Duration, socket: &Path, path: &str) -> Result<Value> {
     let error = document["error"]
         .as_str()
         .unwrap_or("the daemon refused the request without a reason");
-    Err(Error::Failed(error.to_owned()))
+    Err(Error::Failed(escaped(error)))
 }
 
 #[cfg(test)]

@@ -12,6 +12,7 @@ use serde_json::Value;
 use terminal_size::{Width, terminal_size};
 
 use super::client;
+use super::terminal::escaped;
 use crate::error::{Error, Result};
 
 const WATCH_INTERVAL: Duration = Duration::from_secs(2);
@@ -211,9 +212,9 @@ fn layout(lines: &[Vec<String>], widths: &[usize], max_width: usize) -> String {
 }
 
 fn row(flow: &Value) -> [String; 9] {
-    let text = |key: &str| flow[key].as_str().unwrap_or("?").to_owned();
+    let text = |key: &str| escaped(flow[key].as_str().unwrap_or("?"));
     let end = |ip: &str, port: &str| {
-        let (ip, port) = (text(ip), &flow[port]);
+        let (ip, port) = (text(ip), escaped(&flow[port].to_string()));
         match ip.contains(':') {
             true => format!("[{ip}]:{port}"),
             false => format!("{ip}:{port}"),

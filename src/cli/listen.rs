@@ -6,6 +6,7 @@ use std::net::{IpAddr, Ipv6Addr, SocketAddr, UdpSocket};
 use argh::{ArgsInfo, FromArgs};
 use jiff::Timestamp;
 
+use super::terminal::{escaped, escaped_json};
 use crate::error::{Context, Error, Result};
 use crate::event::{FlowEvent, State};
 use crate::firefly::{self, PORT};
@@ -63,15 +64,18 @@ impl Listen {
             let datagram = &datagram[..length];
             let now = Timestamp::now();
             let line = match firefly::decode(datagram, now) {
-                Ok(_) if self.json => json(datagram),
+                Ok(_) if self.json => firefly::object(datagram)
+                    .map(|object| escaped_json(&object))
+                    .unwrap_or_default(),
                 Ok(event) => {
                     let sender = from.ip().to_canonical().to_string();
                     let host = firefly::syslog_hostname(datagram).unwrap_or(&sender);
-                    describe(&event, host, now, &registry)
+                    escaped(&describe(&event, host, now, &registry))
                 }
                 Err(error) => {
                     eprintln!(
-                        "flowd-rs: not a firefly, from {from}: {error}: {}",
+                        "flowd-rs: not a firefly, from {from}: {}: {}",
+                        escaped(&error.to_string()),
                         quote(datagram)
                     );
                     continue;
@@ -96,13 +100,6 @@ fn bind_error(local: SocketAddr, error: io::Error) -> Error {
     }
 }
 
-/// The JSON object, without the syslog header before it and anything after it.
-fn json(datagram: &[u8]) -> String {
-    let begin = memchr::memchr(b'{', datagram).unwrap_or(0);
-    let end = memchr::memrchr(b'}', datagram).map_or(datagram.len(), |at| at + 1);
-    String::from_utf8_lossy(&datagram[begin..end.max(begin)]).into_owned()
-}
-
 fn describe(event: &FlowEvent, host: &str, now: Timestamp, registry: &Registry) -> String {
     let (experiment, activity) = registry.names(event.tag());
     let mut line = format!(
@@ -111,7 +108,7 @@ fn describe(event: &FlowEvent, host: &str, now: Timestamp, registry: &Registry) 
         event.flow
     );
     if let Some(application) = &event.application {
-        line += &format!(" by {}", application.escape_debug());
+        line += &format!(" by {application}");
     }
     if event.state == State::End {
         let lasted = event.time.duration_since(event.start_time());

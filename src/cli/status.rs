@@ -7,6 +7,7 @@ use std::path::PathBuf;
 use argh::{ArgsInfo, FromArgs};
 use serde_json::Value;
 
+use super::terminal::{escaped, escaped_json};
 use super::{client, flows};
 use crate::error::Result;
 
@@ -33,7 +34,7 @@ impl Status {
         let socket = client::socket(self.socket, self.config)?;
         let status = client::get(&socket, "/status")?;
         let text = match self.json {
-            true => format!("{status}\n"),
+            true => escaped_json(&status.to_string()) + "\n",
             false => describe(&status),
         };
         // The reader (head, less) may close the pipe early.
@@ -43,17 +44,18 @@ impl Status {
 }
 
 fn describe(status: &Value) -> String {
-    let text = |value: &Value| value.as_str().unwrap_or("?").to_owned();
+    let text = |value: &Value| escaped(value.as_str().unwrap_or("?"));
+    let number = |value: &Value| escaped(&value.to_string());
     let list = |key: &str| status[key].as_array().cloned().unwrap_or_default();
     let mut out = format!(
         "flowd-rs {}, process {}, up {} since {}\n",
         text(&status["version"]),
-        status["pid"],
+        number(&status["pid"]),
         flows::age(status["uptime"].as_u64().unwrap_or(0)),
         text(&status["started"]),
     );
     // Writing to a String cannot fail, here and below.
-    let _ = writeln!(out, "open flows  {}", status["flows-open"]);
+    let _ = writeln!(out, "open flows  {}", number(&status["flows-open"]));
     for (title, key) in [
         ("plugin", "plugins"),
         ("backend", "backends"),
@@ -72,12 +74,13 @@ fn describe(status: &Value) -> String {
         let _ = writeln!(
             out,
             "{name:<20} {} waiting, {} at most since the start",
-            queue["depth"], queue["high-water"]
+            number(&queue["depth"]),
+            number(&queue["high-water"])
         );
     }
     if status["ongoing-dropped"] != 0 {
-        let dropped = &status["ongoing-dropped"];
-        let plural = if *dropped == 1 { "" } else { "s" };
+        let dropped = number(&status["ongoing-dropped"]);
+        let plural = if dropped == "1" { "" } else { "s" };
         let _ = writeln!(
             out,
             "{:<20} {dropped} ongoing event{plural}: a queue was full",
@@ -109,6 +112,6 @@ fn counts(part: &Value) -> String {
     let texts: Vec<&str> = texts.collect();
     match texts.is_empty() {
         true => "nothing yet".to_owned(),
-        false => texts.join("; "),
+        false => escaped(&texts.join("; ")),
     }
 }

@@ -75,6 +75,18 @@ pub fn decode(datagram: &[u8], now: Timestamp) -> Result<FlowEvent, DecodeError>
     }
 }
 
+/// The JSON object of a datagram as received, without the syslog header before it and whatever stands behind it. Quotes in
+/// XRootD's application are escaped, and what is not UTF-8 is replaced.
+pub fn object(datagram: &[u8]) -> Option<String> {
+    fn first(json: &[u8]) -> Option<String> {
+        let text = String::from_utf8_lossy(json);
+        let mut values = serde_json::Deserializer::from_str(&text).into_iter::<Box<RawValue>>();
+        Some(values.next()?.ok()?.get().to_owned())
+    }
+    let json = &datagram[memchr::memchr(b'{', datagram)?..];
+    first(json).or_else(|| first(&escape_application(json)?))
+}
+
 /// The hostname in the syslog header (RFC 5424), if there is one.
 pub fn syslog_hostname(datagram: &[u8]) -> Option<&str> {
     let json = memchr::memchr(b'{', datagram)?;

@@ -9,6 +9,7 @@ use serde_json::{Map, Value};
 use crate::config::nearest::nearest;
 use crate::event::{FlowEvent, Origin, State};
 use crate::flow::{Flow, Protocol, Tag, Usage, parse_address};
+use crate::logging::quote;
 use crate::registry::Registry;
 
 type Object = Map<String, Value>;
@@ -60,9 +61,12 @@ pub fn events(document: &Value, registry: &Registry, now: Timestamp) -> Result<V
 
 fn event(object: &Object, registry: &Registry, now: Timestamp) -> Result<FlowEvent> {
     if let Some(unknown) = object.keys().find(|key| !KEYS.contains(&key.as_str())) {
-        let near =
-            nearest(unknown, &KEYS).map_or(String::new(), |key| format!(", did you mean {key}?"));
-        return Err(format!("{unknown:?}: unknown field{near}"));
+        let name = quote(unknown.as_bytes());
+        // A longer key is near none, and takes long to compare.
+        let near = Some(unknown).filter(|key| key.len() <= 32);
+        let near = near.and_then(|key| nearest(key, &KEYS));
+        let near = near.map_or(String::new(), |key| format!(", did you mean {key}?"));
+        return Err(format!("{name}: unknown field{near}"));
     }
     let state = text(object, "state", "start, ongoing or end", State::from_word)?;
     let protocol = text(object, "protocol", "tcp or udp", Protocol::from_word)?;
@@ -457,6 +461,18 @@ mod tests {
         assert_eq!(
             read(&json!("x")).unwrap_err(),
             "a flow is a string, expected an object"
+        );
+    }
+
+    #[test]
+    fn a_long_key_is_cut_in_the_error() {
+        let mut document = own_format();
+        document["x".repeat(1 << 20)] = json!(1);
+        let error = read(&document).unwrap_err();
+        assert!(
+            error.len() < 200 && error.ends_with("…\": unknown field"),
+            "{} bytes",
+            error.len()
         );
     }
 }
