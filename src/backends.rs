@@ -118,7 +118,10 @@ fn with_socket(
     let Some(flow) = outgoing.filter(|flow| flow.protocol == Protocol::Tcp) else {
         return Ok(None);
     };
-    let socket = sockets.socket(&flow, ALL_EXTENSIONS)?;
+    let socket = match event.state {
+        State::End => sockets.settled_socket(&flow, ALL_EXTENSIONS)?,
+        _ => sockets.socket(&flow, ALL_EXTENSIONS)?,
+    };
     let socket = socket.filter(|socket| socket.info.was_established());
     Ok(socket.map(|socket| FlowEvent {
         usage: match event.state {

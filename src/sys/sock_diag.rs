@@ -11,10 +11,12 @@ use nix::libc;
 use nix::sys::socket::{setsockopt, sockopt};
 
 use crate::flow::{Flow, Protocol};
-use crate::socket::{Messages, Parsed, Socket, request, request_one};
+use crate::socket::{Field, Messages, Parsed, Socket, request, request_one};
 
 /// Size of the buffer for a netlink datagram, in bytes.
 const MAX_DATAGRAM_SIZE: usize = 64 << 10;
+/// How often to read a socket that receives data until two reads agree.
+const MAX_SETTLING_READS: usize = 3;
 /// How often to request a dump that was interrupted.
 const MAX_DUMP_ATTEMPTS: usize = 3;
 /// Size of the receive buffer for notifications, in bytes: room for about 10,000 sockets.
@@ -72,6 +74,31 @@ impl Dump {
             Some(Parsed::Error(number)) => Err(io::Error::from_raw_os_error(number)),
             _ => Ok(None),
         }
+    }
+
+    /// Like [`Dump::socket`], but with a state that agrees with the byte counts. The kernel reads the state before the
+    /// counts: a FIN that arrives in between is in `bytes_received`, but not in the state. The state of a second read
+    /// with the same counts is right.
+    pub fn settled_socket(
+        &mut self,
+        flow: &Flow,
+        extensions: u8,
+    ) -> io::Result<Option<Arc<Socket>>> {
+        let received = |socket: &Socket| socket.info.tcp.as_ref()?.get(Field::BytesReceived);
+        let Some(mut socket) = self.socket(flow, extensions)? else {
+            return Ok(None);
+        };
+        for _ in 0..MAX_SETTLING_READS {
+            let Some(next) = self.socket(flow, extensions)? else {
+                break;
+            };
+            let has_settled = received(&next) == received(&socket);
+            socket = next;
+            if has_settled {
+                break;
+            }
+        }
+        Ok(Some(socket))
     }
 
     /// Reads a dump to its end. Returns whether it is complete: it was not interrupted.
