@@ -445,8 +445,9 @@ mod tests {
     /// A handler, and a thread that counts the snapshots which it asks for.
     fn scrapes() -> (Scrapes, JoinHandle<usize>) {
         let (requests, inbox) = bounded(MAX_SCRAPES);
+        let registry = SharedRegistry::new(Registry::builtin());
+        let store = Store::new(10, Timestamp::UNIX_EPOCH, registry.clone());
         let counter = std::thread::spawn(move || {
-            let store = Store::new(10, Timestamp::UNIX_EPOCH);
             let mut snapshots = 0;
             for ask in inbox {
                 match ask {
@@ -462,7 +463,7 @@ mod tests {
         let scrapes = Scrapes {
             source: Source::Any,
             requests,
-            registry: SharedRegistry::new(Registry::builtin()),
+            registry,
             metrics: Metrics::new(),
             marks: None,
             shown_marks: HashMap::new(),
