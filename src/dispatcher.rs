@@ -227,7 +227,7 @@ impl Dispatcher {
             if let Some(query) = query {
                 self.answer(query);
             }
-            self.journal.tend(&self.table, now);
+            self.journal.maintain(&self.table, now);
             self.queue.observe(events.len());
             self.heartbeat.beat();
         }

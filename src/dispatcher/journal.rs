@@ -300,7 +300,7 @@ impl Journal {
         &self.path
     }
 
-    /// Whether a rewrite is under way, which [`Journal::tend`] continues.
+    /// Whether a rewrite is under way, which [`Journal::maintain`] continues.
     pub fn is_rewriting(&self) -> bool {
         self.rewrite.is_some()
     }
@@ -334,7 +334,7 @@ impl Journal {
 
     /// Continues a rewrite by one shard. Begins one if more than half of the journal is about closed flows. Tries to
     /// repair a journal that lacks events. To be called after every batch and about once a second.
-    pub fn tend(&mut self, table: &FlowTable, now: Instant) {
+    pub fn maintain(&mut self, table: &FlowTable, now: Instant) {
         self.limit.tick(now);
         if self.file.is_none() {
             return;
@@ -652,7 +652,7 @@ mod tests {
             assert!(journal.length > 1 << 20);
             // As often as there are shards, and once to begin.
             for _ in 0..=SHARDS {
-                journal.tend(&table, Instant::now());
+                journal.maintain(&table, Instant::now());
             }
             if journal.length < 1 << 20 {
                 break;
