@@ -474,19 +474,9 @@ fn an_end_that_comes_before_the_socket_closes_has_the_counts_so_far() {
     for to in [THERE4.to_owned(), format!("[{THERE6}]")] {
         let (mut near, mut far) = connect(&hosts, &listener, &to);
         exchange(&mut near, &mut far, 1234, 567);
-        let (source, destination) = (near.local_addr().unwrap(), near.peer_addr().unwrap());
-        let line = |state: &str| {
-            format!(
-                "{state} tcp {} {} {} {} 2 9\n",
-                source.ip(),
-                source.port(),
-                destination.ip(),
-                destination.port()
-            )
-        };
-        home.write(&line("start"));
+        home.write(&line_of("start", &near));
         sink.collect("start", 1);
-        home.write(&line("end"));
+        home.write(&line_of("end", &near));
         let usage = sink.firefly().event.usage.unwrap();
         assert_eq!((usage.sent, usage.received), (Some(1234), Some(567)));
         close(near, far);
@@ -505,15 +495,10 @@ fn an_end_with_its_socket_has_the_last_counts_whichever_comes_first() {
     let listener = listen(&hosts, "[::]:5000");
     for n in 0..200 {
         let (mut near, mut far) = connect(&hosts, &listener, THERE4);
-        let (source, port) = (near.local_addr().unwrap(), near.peer_addr().unwrap().port());
-        let line = |state: &str| {
-            let port_here = source.port();
-            format!("{state} tcp {HERE4} {port_here} {THERE4} {port} 2 9\n")
-        };
-        home.write(&line("start"));
+        home.write(&line_of("start", &near));
         sink.collect("start", 1);
         exchange(&mut near, &mut far, 5000, 700);
-        let end = line("end");
+        let end = line_of("end", &near);
         let mut pipe = home.writer();
         if n % 2 == 0 {
             drop(far);
