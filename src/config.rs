@@ -16,8 +16,11 @@ use std::io::Read;
 use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 
+use nix::unistd::Uid;
+
 use crate::error::ConfigError;
 use crate::registry;
+use crate::sys::directory::is_changed_by_root_only;
 
 pub use check::log_level;
 pub use flowd::KEYS as FLOWD_KEYS;
@@ -127,6 +130,9 @@ impl Config {
 pub const WRITABLE_BY_ALL: &str =
     "every user can write to this file, expected mode 0664 or stricter (chmod o-w)";
 
+/// The error for a file that root obeys, but others may change.
+const NOT_OF_ROOT: &str = "users other than root may change this file, or a directory of its path, and root would obey them; expected owner root and no write permission for group and others (chown root, chmod go-w), also for the directories; or run flowd-rs as another user";
+
 /// Whether every user of this host can write to the file.
 pub fn is_writable_by_all(path: &Path) -> bool {
     let metadata = std::fs::metadata(path);
@@ -142,9 +148,14 @@ fn read(path: &Path) -> Result<String, ConfigError> {
         return Err(error(WRITABLE_BY_ALL.to_owned()));
     }
     let mut bytes = Vec::new();
-    std::fs::File::open(path)
-        .and_then(|file| file.take(MAX_FILE_SIZE + 1).read_to_end(&mut bytes))
-        .map_err(|e| error(format!("cannot be read: {e}")))?;
+    let unreadable = |e| error(format!("cannot be read: {e}"));
+    let file = std::fs::File::open(path).map_err(unreadable)?;
+    if Uid::effective().is_root() && !is_changed_by_root_only(path, &file).map_err(unreadable)? {
+        return Err(error(NOT_OF_ROOT.to_owned()));
+    }
+    file.take(MAX_FILE_SIZE + 1)
+        .read_to_end(&mut bytes)
+        .map_err(unreadable)?;
     if bytes.len() as u64 > MAX_FILE_SIZE {
         let limit = MAX_FILE_SIZE >> 10;
         return Err(error(format!(

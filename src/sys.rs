@@ -3,6 +3,7 @@
 pub mod clock;
 #[cfg(feature = "bpf")]
 pub mod clsact;
+pub mod directory;
 pub mod fifo;
 pub mod handover;
 pub mod http_client;

@@ -354,3 +354,114 @@ fn a_file_that_everybody_may_write_to_is_refused() {
         (2, format!("flowd-rs: {}: {expected}\n", config.display()))
     );
 }
+
+/// Root obeys a configuration. One that the user of the service may write would let that user become root.
+#[test]
+#[ignore = "needs root"]
+fn root_refuses_a_configuration_that_others_may_change() {
+    use std::os::unix::fs::{chown, symlink};
+    const USER: u32 = 64123;
+    let root = tempfile::tempdir_in("/run").unwrap();
+    let path = |name: &str| root.path().join(name);
+    let mode = |name: &str, mode| {
+        fs::set_permissions(path(name), fs::Permissions::from_mode(mode)).unwrap();
+    };
+    mode("", 0o755);
+    let victim = path("profile.d/z.sh");
+    let text = format!(
+        "plugins: {{namedPipe: {{pipePath: {}}}}}\nbackends: {{dummy: }}\n",
+        victim.display()
+    );
+    for directory in [
+        "profile.d",
+        "ours",
+        "theirs",
+        "theirs/ours",
+        "group",
+        "sticky",
+    ] {
+        fs::create_dir(path(directory)).unwrap();
+    }
+    for name in [
+        "ours/f",
+        "ours/g",
+        "ours/t",
+        "theirs/f",
+        "theirs/ours/f",
+        "group/f",
+    ] {
+        write(&path(name), &text);
+    }
+    write(&path("sticky/f"), &text);
+    write(&path("sticky/t"), &text);
+    symlink(path("ours/f"), path("theirs/link")).unwrap();
+    symlink(path("theirs/f"), path("ours/link")).unwrap();
+    for theirs in ["theirs", "ours/t", "sticky/t"] {
+        chown(path(theirs), Some(USER), None).unwrap();
+    }
+    chown(path("group"), None, Some(USER)).unwrap();
+    mode("group", 0o775);
+    mode("ours/g", 0o664);
+    mode("sticky", 0o1777);
+    let expected = "users other than root may change this file, or a directory of its path";
+    for refused in [
+        "ours/g",
+        "ours/t",
+        "ours/link",
+        "theirs/f",
+        "theirs/ours/f",
+        "theirs/link",
+        "group/f",
+        "sticky/t",
+    ] {
+        let file = path(refused);
+        let file = file.to_str().unwrap();
+        for command in [
+            &["prepare", "--user", "64123"][..],
+            &["run"],
+            &["config", "check"],
+            &["config", "show"],
+            &["config", "convert"],
+            &["flows"],
+            &["status"],
+            &[
+                "send",
+                "start",
+                "tcp",
+                "192.0.2.1",
+                "1",
+                "192.0.2.2",
+                "2",
+                "2",
+                "9",
+            ],
+            &["registry", "update"],
+            &["stun", "sample"],
+        ] {
+            // The option comes before the line of `send` and before the subcommand of `registry`.
+            let split = match command[0] {
+                "config" | "stun" => 2,
+                _ => 1,
+            };
+            let mut arguments = command[..split].to_vec();
+            arguments.extend(["-c", file]);
+            arguments.extend(&command[split..]);
+            let (code, _, error) = run(&arguments);
+            assert_eq!(code, 2, "{arguments:?}: {error}");
+            assert!(error.contains(expected), "{arguments:?}: {error}");
+        }
+    }
+    assert!(!victim.exists());
+    for accepted in ["ours/f", "sticky/f"] {
+        let (code, _, error) = run(&["config", "check", "-c", path(accepted).to_str().unwrap()]);
+        assert_eq!(code, 0, "{error}");
+    }
+    // The user's own file is fine for the user.
+    let mut command = Command::new("setpriv");
+    command.args(["--reuid=64123", "--regid=64123", "--clear-groups", PROGRAM]);
+    let status = command
+        .args(["config", "check", "-c"])
+        .arg(path("theirs/f"))
+        .output();
+    assert!(status.unwrap().status.success());
+}

@@ -337,6 +337,13 @@ fn ensure_bpffs(path: &Path) -> Result<()> {
         .recursive(true)
         .create(path)
         .context(|| format!("{shown} (backends.marker.bpfFsPath)"))?;
+    let mut entries =
+        std::fs::read_dir(path).context(|| format!("{shown} (backends.marker.bpfFsPath)"))?;
+    if entries.next().is_some() {
+        return Err(Error::Failed(format!(
+            "{shown} (backends.marker.bpfFsPath): found files, expected a bpffs or an empty directory to mount one on"
+        )));
+    }
     mount(Some("bpffs"), path, Some("bpf"), MsFlags::empty(), Some("mode=0711")).map_err(|errno| {
         let error = io::Error::from(errno);
         Error::Failed(format!("{shown} (backends.marker.bpfFsPath): not a bpffs, and mounting one failed: {error}; run as root: mount -t bpf bpffs {shown}"))

@@ -1,17 +1,16 @@
 //! Files that root creates for an unprivileged user, safe against a user who replaces parts of their path.
 
-use std::fs::{self, DirBuilder, File, OpenOptions};
+use std::fs::{self, File, OpenOptions};
 use std::io;
 use std::os::fd::{AsFd, AsRawFd};
-use std::os::unix::fs::{DirBuilderExt, FileTypeExt, MetadataExt, OpenOptionsExt, PermissionsExt};
-use std::path::{Component, Path, PathBuf};
+use std::os::unix::fs::{FileTypeExt, OpenOptionsExt, PermissionsExt};
+use std::path::{Path, PathBuf};
 
 use nix::fcntl::AtFlags;
 use nix::libc;
 use nix::unistd::{Gid, Uid, User, fchownat};
 
-/// The most symbolic links in a path, as in Linux.
-const MAX_SYMLINKS: usize = 40;
+use super::directory::{self, Found, Others};
 
 /// Who may use the files of the service, for errors.
 pub const DENIED: &str =
@@ -84,49 +83,15 @@ fn open_path(path: &Path) -> io::Result<File> {
 
 /// Resolves the path of a directory, creating missing directories. `None` if users other than root may write to a
 /// directory on the way, because they could change where the path leads.
-pub fn ensure_root_only_directory(directory: &Path) -> io::Result<Option<PathBuf>> {
-    let mut pending: Vec<PathBuf> = vec![std::path::absolute(directory)?];
-    let mut at = PathBuf::from("/");
-    let mut links = 0;
-    while let Some(rest) = pending.pop() {
-        let mut components = rest.components();
-        let Some(next) = components.next() else {
-            continue;
-        };
-        pending.push(components.as_path().to_owned());
-        let below = match next {
-            Component::RootDir => PathBuf::from("/"),
-            Component::ParentDir => at.parent().unwrap_or(&at).to_owned(),
-            next => at.join(next),
-        };
-        let found = match fs::symlink_metadata(&below) {
-            Err(error) if error.kind() == io::ErrorKind::NotFound => {
-                DirBuilder::new().mode(0o755).create(&below)?;
-                fs::symlink_metadata(&below)?
-            }
-            found => found?,
-        };
-        if found.is_symlink() {
-            links += 1;
-            if links > MAX_SYMLINKS {
-                return Err(io::Error::from_raw_os_error(libc::ELOOP));
-            }
-            // Only root can change the link, because only root may write to the directory that contains it.
-            pending.push(fs::read_link(&below)?);
-        } else if !found.is_dir() {
-            return Err(io::Error::from_raw_os_error(libc::ENOTDIR));
-        } else if found.uid() != 0 || found.mode() & 0o022 != 0 {
-            return Ok(None);
-        } else {
-            at = below;
-        }
-    }
-    Ok(Some(at))
+pub fn ensure_root_only_directory(path: &Path) -> io::Result<Option<PathBuf>> {
+    let found = directory::walk(path, Others::Refuse, Some(0o755))?;
+    found.map(Found::into_directory_path).transpose()
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::os::unix::fs::MetadataExt;
 
     #[test]
     fn users_by_name_and_by_number() {
