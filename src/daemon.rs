@@ -4,7 +4,8 @@ mod notifier;
 mod parts;
 mod wanted;
 
-use std::fs;
+use std::ffi::OsString;
+use std::io::{self, Write as _};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::Arc;
@@ -31,6 +32,7 @@ use crate::dispatcher::{Dispatcher, Heartbeat};
 use crate::error::{Context, Error, Result};
 use crate::metrics::Metrics;
 use crate::registry::{self, SharedRegistry};
+use crate::sys::directory::Directory;
 use crate::sys::stop::{StopSwitch, stop};
 use crate::sys::{privileges, state_dir};
 use notifier::Notifier;
@@ -395,14 +397,22 @@ fn listen_for_signals(notices: Sender<Notice>) -> Result<()> {
 }
 
 /// The file of the process id, for scripts. The lock of the state directory is what keeps a second daemon out.
-struct PidFile(Option<PathBuf>);
+struct PidFile(Option<(Directory, OsString)>);
 
 impl PidFile {
     fn write(config: &Config) -> PidFile {
         let Some(path) = &config.pid_path else {
             return PidFile(None);
         };
-        if let Err(error) = fs::write(path, format!("{}\n", std::process::id())) {
+        let write = || {
+            let (directory, name) = Directory::open_parent(path)?;
+            let mut file = directory.open_or_create(&name)?;
+            file.set_len(0)?;
+            writeln!(file, "{}", std::process::id())?;
+            io::Result::Ok((directory, name))
+        };
+        let written = write();
+        if let Err(error) = &written {
             // The service needs no such file, and may not write to the default path, which is flowd-go's.
             let level = match config.pid_path_given {
                 true => Level::Warn,
@@ -413,16 +423,15 @@ impl PidFile {
                 "{}: {error}; running without a PID file (pidPath)",
                 path.display()
             );
-            return PidFile(None);
         }
-        PidFile(Some(path.clone()))
+        PidFile(written.ok())
     }
 }
 
 impl Drop for PidFile {
     fn drop(&mut self) {
-        if let Some(path) = &self.0 {
-            let _ = fs::remove_file(path);
+        if let Some((directory, name)) = &self.0 {
+            let _ = directory.remove(name);
         }
     }
 }

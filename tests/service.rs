@@ -465,3 +465,85 @@ fn root_refuses_a_configuration_that_others_may_change() {
         .output();
     assert!(status.unwrap().status.success());
 }
+
+/// Run by hand as root, the daemon uses directories of the user of the service, who may lay links in them.
+#[test]
+#[ignore = "needs root"]
+fn a_daemon_of_root_follows_no_link_in_a_directory_of_another_user() {
+    use std::os::unix::fs::{chown, symlink};
+    const USER: u32 = 64123;
+    let ns = NetNs::new("service");
+    let home = Home::new("{}");
+    let path = |name: &str| home.path(name);
+    for directory in ["state", "run", "victim"] {
+        fs::create_dir(path(directory)).unwrap();
+        chown(path(directory), Some(USER), None).unwrap();
+    }
+    chown(path("victim"), Some(0), None).unwrap();
+    let victim = path("victim/file");
+    let untouched = || fs::read_to_string(&victim).unwrap() == "precious\n";
+    write(&victim, "precious\n");
+    let link = |name: &str, target: &std::path::Path| {
+        symlink(target, path(name)).unwrap();
+        nix::unistd::fchownat(
+            nix::fcntl::AT_FDCWD,
+            &path(name),
+            Some(USER.into()),
+            None,
+            nix::fcntl::AtFlags::AT_SYMLINK_NOFOLLOW,
+        )
+        .unwrap();
+    };
+    let configure = |pid: &str, socket: &str, pipe: &str| {
+        let shown = |name: &str| path(name).display().to_string();
+        let text = format!(
+            "registry: {{url: ''}}\npidPath: {}\nstateDir: {}\ncontrolSocket: {}\nplugins: {{namedPipe: {{pipePath: {}}}}}\nbackends: {{firefly: {{}}}}\n",
+            shown(pid),
+            shown("state"),
+            shown(socket),
+            shown(pipe)
+        );
+        write(&path("flowd.cfg"), &text);
+    };
+    let refused = |expected: &str| {
+        let (code, _, error) = run(&["run", "-c", path("flowd.cfg").to_str().unwrap()]);
+        assert!(code == 1 && error.contains(expected), "{code}: {error}");
+        assert!(untouched());
+        assert_eq!(fs::read_dir(path("victim")).unwrap().count(), 1);
+    };
+    // Files with fixed names: what is replaced, replaces the link; what is kept, is refused.
+    configure("run/pid", "run/control.sock", "run/pipe");
+    for name in ["state/journal.new", "state/label-key", "run/pid"] {
+        link(name, &victim);
+    }
+    let daemon = home.start(&ns);
+    assert!(
+        home.log()
+            .contains("pid: is a symbolic link, expected a file"),
+        "{}",
+        home.log()
+    );
+    assert!(untouched());
+    daemon.stop();
+    assert!(untouched() && path("run/pid").is_symlink());
+    for name in ["state/lock", "state/journal"] {
+        fs::remove_file(path(name)).unwrap();
+        link(name, &victim);
+        refused("is a symbolic link, expected a file");
+        fs::remove_file(path(name)).unwrap();
+        fs::hard_link(&victim, path(name)).unwrap();
+        refused("has another name (a hard link)");
+        fs::remove_file(path(name)).unwrap();
+    }
+    // Directories on the way.
+    link("run/elsewhere", &path("victim"));
+    for (socket, pipe) in [
+        ("run/elsewhere/control.sock", "run/pipe"),
+        ("run/elsewhere/new/control.sock", "run/pipe"),
+        ("run/control.sock", "run/elsewhere/pipe"),
+        ("run/control.sock", "run/elsewhere/new/pipe"),
+    ] {
+        configure("run/pid", socket, pipe);
+        refused("is a symbolic link, and not only root may change it");
+    }
+}

@@ -13,7 +13,7 @@
 //! survives the daemon, and a host that goes down takes its flows with it.
 
 use std::fmt::Write as _;
-use std::fs::{self, File, OpenOptions};
+use std::fs::File;
 use std::io::{self, BufRead, BufReader, BufWriter, Write};
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
@@ -31,6 +31,7 @@ use crate::flow::{Flow, Protocol, Tag};
 use crate::logging::LogLimit;
 use crate::metrics::{Metrics, Outcomes, outcomes};
 use crate::sys::clock;
+use crate::sys::directory::Directory;
 
 /// The version of the journals that are written.
 pub const VERSION: u8 = 2;
@@ -176,6 +177,7 @@ fn decode_flow<'a>(fields: &mut impl Iterator<Item = &'a str>) -> Option<Flow> {
 
 /// The journal's file. Only the dispatcher writes to it.
 pub struct Journal {
+    directory: Directory,
     path: PathBuf,
     /// `None` if the state directory is on a read-only file system.
     file: Option<File>,
@@ -190,9 +192,12 @@ pub struct Journal {
     limit: LogLimit,
 }
 
+/// The name of the journal in the state directory, and of a new one that is not complete.
+const FILE: &str = "journal";
+const NEW_FILE: &str = "journal.new";
+
 /// A new journal that is being written beside the old one, shard by shard.
 struct Rewrite {
-    path: PathBuf,
     out: BufWriter<File>,
     length: u64,
     next_shard: usize,
@@ -200,15 +205,9 @@ struct Rewrite {
 
 impl Rewrite {
     /// Creates the new file, with its header.
-    fn begin(journal: &Path) -> io::Result<Rewrite> {
-        let path = journal.with_extension("new");
-        let file = OpenOptions::new()
-            .append(true)
-            .create(true)
-            .open(&path)
-            .and_then(|file| file.set_len(0).map(|()| file))?;
+    fn begin(directory: &Directory) -> io::Result<Rewrite> {
+        let file = directory.create_new(NEW_FILE)?;
         let mut rewrite = Rewrite {
-            path,
             out: BufWriter::with_capacity(1 << 20, file),
             length: 0,
             next_shard: 0,
@@ -234,10 +233,10 @@ impl Rewrite {
     }
 
     /// Renames the new file into the place of the old one. Returns it, open for appending, and its length.
-    fn finish(self, journal: &Path) -> io::Result<(File, u64)> {
+    fn finish(self, directory: &Directory) -> io::Result<(File, u64)> {
         let file = self.out.into_inner();
         let file = file.map_err(io::IntoInnerError::into_error)?;
-        fs::rename(&self.path, journal)?;
+        directory.rename(NEW_FILE, FILE)?;
         Ok((file, self.length))
     }
 }
@@ -260,13 +259,14 @@ impl Journal {
     /// warning too; on a read-only file system the daemon runs without a journal. Other failures to open or read the
     /// file are errors.
     pub fn open(state_dir: &Path, table: &mut FlowTable, metrics: &Metrics) -> io::Result<Journal> {
-        let path = state_dir.join("journal");
-        let length = match File::open(&path) {
-            Ok(file) => read(&path, file, table)?,
+        let directory = Directory::open(state_dir)?;
+        let path = directory.shown(FILE);
+        let length = match directory.read(FILE) {
+            Ok(file) => read(&directory, file, table)?,
             Err(error) if error.kind() == io::ErrorKind::NotFound => 0,
             Err(error) => return Err(error),
         };
-        let file = match OpenOptions::new().append(true).create(true).open(&path) {
+        let file = match directory.append(FILE) {
             Ok(file) => Some(file),
             Err(error) if error.kind() == io::ErrorKind::ReadOnlyFilesystem => {
                 let path = path.display();
@@ -276,6 +276,7 @@ impl Journal {
             Err(error) => return Err(error),
         };
         let mut journal = Journal {
+            directory,
             path,
             file,
             length,
@@ -348,7 +349,7 @@ impl Journal {
         let result = match &mut self.rewrite {
             Some(new) => new.write_shard(table),
             None if self.length > MIN_COMPACT_SIZE && self.length > 2 * self.compact_length => {
-                Rewrite::begin(&self.path).map(|new| self.rewrite = Some(new))
+                Rewrite::begin(&self.directory).map(|new| self.rewrite = Some(new))
             }
             None => return,
         };
@@ -364,7 +365,7 @@ impl Journal {
     /// The old file is longer than necessary, but complete.
     fn give_up_rewrite(&mut self, error: &io::Error) {
         self.rewrite = None;
-        let _ = fs::remove_file(self.path.with_extension("new"));
+        let _ = self.directory.remove(NEW_FILE);
         self.compact_length = self.length;
         let path = self.path.display();
         log::warn!("journal {path}: cannot be compacted: {error}");
@@ -395,7 +396,7 @@ impl Journal {
             return Ok(());
         }
         let rewrite = || {
-            let mut new = Rewrite::begin(&self.path)?;
+            let mut new = Rewrite::begin(&self.directory)?;
             while !new.is_complete() {
                 new.write_shard(table)?;
             }
@@ -403,12 +404,12 @@ impl Journal {
         };
         let replaced = rewrite().and_then(|new| self.replace(new));
         replaced.inspect_err(|_| {
-            let _ = fs::remove_file(self.path.with_extension("new"));
+            let _ = self.directory.remove(NEW_FILE);
         })
     }
 
     fn replace(&mut self, new: Rewrite) -> io::Result<()> {
-        let (file, length) = new.finish(&self.path)?;
+        let (file, length) = new.finish(&self.directory)?;
         self.file = Some(file);
         self.note_rewrite(length);
         Ok(())
@@ -424,7 +425,7 @@ impl Journal {
                 return Err(io::ErrorKind::StorageFull.into());
             }
         }
-        let file = OpenOptions::new().write(true).open(&self.path)?;
+        let file = self.directory.open_or_create(FILE)?;
         file.write_all_at(lines.as_bytes(), 0)?;
         file.set_len(lines.len() as u64)?;
         self.note_rewrite(lines.len() as u64);
@@ -451,10 +452,11 @@ impl Journal {
 }
 
 /// Reads a journal into `table`. Returns the length of its whole lines, in bytes.
-fn read(path: &Path, file: File, table: &mut FlowTable) -> io::Result<u64> {
+fn read(directory: &Directory, file: File, table: &mut FlowTable) -> io::Result<u64> {
     let mut input = BufReader::with_capacity(1 << 20, file);
     let mut line = Vec::new();
     let (mut number, mut length, mut skipped) = (0u64, 0, 0u64);
+    let path = directory.shown(FILE);
     let shown = path.display();
     let (boot, wall) = (clock::boottime().as_secs(), Timestamp::now().as_second());
     let (mut version, mut has_header) = (VERSION, true);
@@ -476,7 +478,7 @@ fn read(path: &Path, file: File, table: &mut FlowTable) -> io::Result<u64> {
                 Some(HEADER) => {}
                 Some(HEADER_1) => version = 1,
                 // Another version; or a header that was damaged, in front of good lines.
-                Some(other) if other.starts_with(HEADER_ANY) => return set_aside(path),
+                Some(other) if other.starts_with(HEADER_ANY) => return set_aside(directory),
                 _ => has_header = false,
             }
             continue;
@@ -503,7 +505,7 @@ fn read(path: &Path, file: File, table: &mut FlowTable) -> io::Result<u64> {
     }
     if !has_header {
         if number == skipped + 1 {
-            return set_aside(path);
+            return set_aside(directory);
         }
         log::warn!("journal {shown}: its first line is damaged; the others are used");
     }
@@ -514,9 +516,10 @@ fn read(path: &Path, file: File, table: &mut FlowTable) -> io::Result<u64> {
 }
 
 /// Keeps a file that is not a journal of this version under another name.
-fn set_aside(path: &Path) -> io::Result<u64> {
-    let aside = path.with_extension(format!("unreadable.{}", Timestamp::now().as_second()));
-    fs::rename(path, &aside)?;
+fn set_aside(directory: &Directory) -> io::Result<u64> {
+    let aside = format!("{FILE}.unreadable.{}", Timestamp::now().as_second());
+    directory.rename(FILE, &aside)?;
+    let (path, aside) = (directory.shown(FILE), directory.shown(&aside));
     log::warn!(
         "journal {}: does not begin with \"{HEADER}\"; kept as {}, starting without open flows",
         path.display(),
@@ -531,6 +534,7 @@ mod tests {
     use crate::dispatcher::flow_table::Now;
     use crate::event::{FlowEvent, State};
     use proptest::prelude::*;
+    use std::fs;
 
     fn flow(port: u16) -> Flow {
         let end = |n: u8| ([192, 0, 2, n].into(), port);

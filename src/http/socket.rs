@@ -1,15 +1,18 @@
 //! Listening sockets and streams, TCP and Unix.
 
-use std::fs::{self, DirBuilder, Permissions};
+use std::ffi::OsString;
+use std::fs;
 use std::io::{self, Read, Write};
 use std::net::{Shutdown, SocketAddr};
 use std::os::fd::{AsFd, OwnedFd};
-use std::os::unix::fs::{DirBuilderExt, FileTypeExt, PermissionsExt};
-use std::path::{Path, PathBuf};
+use std::os::unix::fs::FileTypeExt;
+use std::path::Path;
 
 use mio::event::Source;
 use mio::net::{TcpListener, TcpStream, UnixListener, UnixStream};
 use mio::{Interest, Registry, Token};
+
+use crate::sys::directory::Directory;
 
 /// A bound socket that clients connect to.
 pub enum Listener {
@@ -20,11 +23,11 @@ pub enum Listener {
 }
 
 /// The path of a Unix socket. Dropping it removes the file.
-pub struct UnixPath(PathBuf);
+pub struct UnixPath(Directory, OsString);
 
 impl Drop for UnixPath {
     fn drop(&mut self) {
-        let _ = fs::remove_file(&self.0);
+        let _ = self.0.remove(&self.1);
     }
 }
 
@@ -53,31 +56,29 @@ impl Listener {
     /// Listens on a Unix socket with these permissions. Creates its directory if necessary, and replaces a
     /// socket that no process listens on.
     pub fn unix(path: &Path, mode: u32) -> io::Result<Listener> {
-        if let Some(directory) = path.parent().filter(|d| !d.as_os_str().is_empty()) {
-            DirBuilder::new()
-                .recursive(true)
-                .mode(0o755)
-                .create(directory)?;
-        }
-        if let Ok(metadata) = fs::symlink_metadata(path) {
+        let (directory, name) = Directory::ensure_parent(path, 0o755)?;
+        let place = directory.proc_path(&name);
+        if let Ok(metadata) = fs::symlink_metadata(&place) {
             if !metadata.file_type().is_socket() {
                 let message = "the file at this path is not a socket";
                 return Err(io::Error::new(io::ErrorKind::AlreadyExists, message));
             }
-            if std::os::unix::net::UnixStream::connect(path).is_ok() {
+            if std::os::unix::net::UnixStream::connect(&place).is_ok() {
                 let message = "another process is listening on it";
                 return Err(io::Error::new(io::ErrorKind::AddrInUse, message));
             }
         }
         // Bound under a temporary name until the permissions are set, so that no other user can connect before.
-        let mut name = path.as_os_str().to_owned();
-        name.push(format!(".{}", std::process::id()));
-        let temporary = UnixPath(name.into());
-        let _ = fs::remove_file(&temporary.0);
-        let listener = UnixListener::bind(&temporary.0)?;
-        fs::set_permissions(&temporary.0, Permissions::from_mode(mode))?;
-        fs::rename(&temporary.0, path)?;
-        Ok(Listener::Unix(listener, UnixPath(path.to_owned())))
+        let mut temporary = name.clone();
+        temporary.push(format!(".{}", std::process::id()));
+        let _ = directory.remove(&temporary);
+        let listener = UnixListener::bind(directory.proc_path(&temporary))?;
+        let placed = directory.set_socket_mode(&temporary, mode);
+        let placed = placed.and_then(|()| directory.rename(&temporary, &name));
+        placed.inspect_err(|_| {
+            let _ = directory.remove(&temporary);
+        })?;
+        Ok(Listener::Unix(listener, UnixPath(directory, name)))
     }
 
     pub(super) fn accept(&self) -> io::Result<Stream> {

@@ -1,7 +1,7 @@
 //! Fetches the registry from its URL, caches it in `workDir`, and shares it among the threads.
 
-use std::fs::{self, File};
-use std::io::{self, Read};
+use std::fs::File;
+use std::io::{self, Read, Write};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -15,6 +15,7 @@ use serde::{Deserialize, Serialize};
 use super::Registry;
 use super::document::{MAX_DOCUMENT_SIZE, TOO_LARGE};
 use crate::metrics::{Metrics, Outcomes, outcomes};
+use crate::sys::directory::Directory;
 use crate::sys::http_client::{Agent, agent};
 
 /// The file in `workDir` with the cached registry.
@@ -90,10 +91,11 @@ impl Cached {
             etag,
             registry: registry.to_json(),
         };
-        fs::create_dir_all(&settings.cache_dir)?;
-        let new = settings.cache_dir.join(format!("{CACHE_FILE}.new"));
-        fs::write(&new, serde_json::to_vec(&cached)?)?;
-        fs::rename(new, settings.cache_dir.join(CACHE_FILE))
+        let directory = Directory::ensure(&settings.cache_dir, 0o755)?;
+        let new = format!("{CACHE_FILE}.new");
+        let mut file = directory.create_new(&new)?;
+        file.write_all(&serde_json::to_vec(&cached)?)?;
+        directory.rename(new, CACHE_FILE)
     }
 }
 

@@ -228,10 +228,19 @@ impl Directory {
     }
 
     /// Opens the directory of a file, and returns also the name of the file.
+    pub fn open_parent(path: &Path) -> io::Result<(Directory, OsString)> {
+        Directory::find_parent(path, None)
+    }
+
+    /// Like [`Directory::open_parent`], and creates the directory as [`Directory::ensure`] does.
     pub fn ensure_parent(path: &Path, mode: u32) -> io::Result<(Directory, OsString)> {
+        Directory::find_parent(path, Some(mode))
+    }
+
+    fn find_parent(path: &Path, create: Option<u32>) -> io::Result<(Directory, OsString)> {
         let name = path.file_name().ok_or(Errno::EISDIR)?;
         let parent = path.parent().filter(|p| !p.as_os_str().is_empty());
-        let directory = Directory::ensure(parent.unwrap_or(Path::new(".")), mode)?;
+        let directory = Directory::find(parent.unwrap_or(Path::new(".")), create)?;
         Ok((directory, name.to_owned()))
     }
 

@@ -1,16 +1,17 @@
 //! A FIFO in the file system: created or adopted, watched, retired.
 
-use std::fs::{self, DirBuilder, File, OpenOptions};
+use std::fs::{self, File, OpenOptions};
 use std::io;
 use std::os::fd::AsRawFd;
-use std::os::unix::fs::{DirBuilderExt, FileTypeExt, MetadataExt, OpenOptionsExt, PermissionsExt};
+use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 
 use jiff::Timestamp;
 use nix::fcntl::{FcntlArg, fcntl};
 use nix::libc;
-use nix::sys::stat::Mode;
 use nix::unistd::{Gid, Group};
+
+use super::directory::Directory;
 
 /// Requested capacity in bytes: the most that the kernel grants an unprivileged process, room for about 13,000 lines.
 const PIPE_CAPACITY: i32 = 1 << 20;
@@ -46,7 +47,7 @@ impl Fifo {
         let file = OpenOptions::new()
             .read(true)
             .write(true)
-            .custom_flags(libc::O_NONBLOCK)
+            .custom_flags(libc::O_NONBLOCK | if created { libc::O_NOFOLLOW } else { 0 })
             .open(path)?;
         if !file.metadata()?.file_type().is_fifo() {
             return Err(io::Error::other("was replaced while it was being opened"));
@@ -119,12 +120,6 @@ pub fn ensure(path: &Path) -> io::Result<Ensured> {
             return Err(io::Error::new(io::ErrorKind::AlreadyExists, message));
         }
         Err(error) if error.kind() == io::ErrorKind::NotFound => {
-            if let Some(parent) = path.parent().filter(|p| !p.as_os_str().is_empty()) {
-                DirBuilder::new()
-                    .recursive(true)
-                    .mode(0o755)
-                    .create(parent)?;
-            }
             created = create(path)?;
         }
         Err(error) => return Err(error),
@@ -134,11 +129,8 @@ pub fn ensure(path: &Path) -> io::Result<Ensured> {
 
 /// Creates the FIFO. False if another process has created it meanwhile.
 fn create(path: &Path) -> io::Result<bool> {
-    match nix::unistd::mkfifo(path, Mode::from_bits_truncate(0o600)) {
-        Ok(()) => Ok(true),
-        Err(nix::errno::Errno::EEXIST) => Ok(false),
-        Err(errno) => Err(errno.into()),
-    }
+    let (directory, name) = Directory::ensure_parent(path, 0o755)?;
+    directory.create_fifo(name)
 }
 
 /// `path` with the current time appended, and a number if that path exists.

@@ -1,13 +1,13 @@
 //! The state directory, and its lock against a second daemon.
 
-use std::fs::{self, DirBuilder, File, OpenOptions};
+use std::fs::{self, File};
 use std::io::{self, Read, Write};
-use std::os::unix::fs::DirBuilderExt;
 use std::path::Path;
 
 use nix::errno::Errno;
 use nix::fcntl::{Flock, FlockArg};
 
+use super::directory::Directory;
 use super::ownership;
 use crate::error::{Context, Error, Result};
 
@@ -24,19 +24,10 @@ pub struct Lock {
 /// and no lock.
 pub fn lock(directory: &Path) -> Result<Lock> {
     let shown = directory.display();
-    DirBuilder::new()
-        .recursive(true)
-        .mode(0o750)
-        .create(directory)
-        .map_err(|error| access_failure(directory, error))?;
     let path = directory.join("lock");
-    let file = OpenOptions::new()
-        .read(true)
-        .write(true)
-        .create(true)
-        .truncate(false)
-        .open(&path);
-    let mut file = match file {
+    let opened = Directory::ensure(directory, 0o750);
+    let opened = opened.map_err(|error| access_failure(directory, error))?;
+    let mut file = match opened.open_or_create("lock") {
         Err(error) if error.kind() == io::ErrorKind::ReadOnlyFilesystem => {
             log::warn!("state directory {shown} (stateDir): {error}; running without its lock");
             return Ok(Lock { _file: None });
@@ -79,20 +70,23 @@ fn access_failure(path: &Path, error: io::Error) -> Error {
 /// The key of the entropy bits of flow labels. It is random, and stored in the state directory so that labels do not
 /// change with a restart.
 pub fn label_key(state_dir: &Path) -> Result<[u8; 16]> {
-    let path = state_dir.join("label-key");
-    if let Ok(bytes) = fs::read(&path)
-        && let Ok(key) = bytes.try_into()
+    let directory = Directory::open(state_dir).context(|| state_dir.display().to_string())?;
+    let mut key = [0; 16];
+    let stored = directory.read("label-key");
+    if let Ok(mut file) = stored
+        && file.metadata().is_ok_and(|found| found.len() == 16)
+        && file.read_exact(&mut key).is_ok()
     {
         return Ok(key);
     }
-    let mut key = [0; 16];
     fs::File::open("/dev/urandom")
         .and_then(|mut random| random.read_exact(&mut key))
         .context(|| "/dev/urandom".to_owned())?;
-    if let Err(error) = fs::write(&path, key) {
+    let written = directory.create_new("label-key");
+    if let Err(error) = written.and_then(|mut file| file.write_all(&key)) {
         log::warn!(
             "{}: {error}; the entropy bits of flow labels will change at the next start",
-            path.display()
+            directory.shown("label-key").display()
         );
     }
     Ok(key)
