@@ -17,12 +17,11 @@ use crate::config::Config;
 use crate::dispatcher::flow_table::FlowTable;
 use crate::error::Result;
 use crate::event::{FlowEvent, State};
-use crate::flow::Protocol;
+use crate::flow::{Flow, Protocol};
 use crate::metrics::Metrics;
 use crate::registry::SharedRegistry;
 use crate::scitag::Labeller;
 use crate::sys::handover::Handover;
-use crate::sys::interfaces::LocalAddresses;
 use crate::sys::sock_diag::Dump;
 
 /// All extensions of `sock_diag`, as a bit mask.
@@ -107,14 +106,13 @@ pub fn wants_socket_reports(name: &str, config: &Config) -> bool {
     }
 }
 
-/// Adds the kernel's socket statistics to an event of a TCP flow with an end on this host. `None` for other flows, and
-/// if the kernel no longer knows the socket.
+/// Adds the kernel's socket statistics to an event of a TCP flow with an end on this host; `outgoing` is the flow with
+/// that end as its source. `None` for other flows, and if the kernel no longer knows the socket.
 fn with_socket(
     event: &FlowEvent,
-    local: &LocalAddresses,
+    outgoing: Option<Flow>,
     sockets: &mut Dump,
 ) -> io::Result<Option<FlowEvent>> {
-    let outgoing = local.outgoing(&event.flow);
     let Some(flow) = outgoing.filter(|flow| flow.protocol == Protocol::Tcp) else {
         return Ok(None);
     };

@@ -1,5 +1,6 @@
 //! Flow events: what plugins send, the dispatcher completes and backends act on. No I/O, no clock.
 
+use std::net::IpAddr;
 use std::sync::Arc;
 
 use jiff::Timestamp;
@@ -103,6 +104,15 @@ impl Origin {
     }
 }
 
+/// Who sent a flow event, where the kernel tells. Lines of the named pipe have no known sender.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Sender {
+    /// The address that a datagram or a TCP connection came from.
+    Address(IpAddr),
+    /// The user id of the process at the other end of a Unix socket.
+    User(u32),
+}
+
 /// A member of a received firefly's JSON object that is relayed unchanged: `netlink`, `skOps`, `storage-stats`
 /// and whatever else a producer adds.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -192,6 +202,8 @@ pub struct FlowEvent {
     pub skops: Option<Arc<Skops>>,
     /// Where the event came from.
     pub origin: Origin,
+    /// Who sent it, if known.
+    pub sender: Option<Sender>,
     /// What it did to the table of open flows.
     pub effect: Effect,
 }
@@ -212,6 +224,7 @@ impl FlowEvent {
             netlink: None,
             skops: None,
             origin,
+            sender: None,
             effect: Effect::Nothing,
         }
     }

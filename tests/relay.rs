@@ -391,6 +391,138 @@ fn relayed_fireflies_go_to_the_remote_end_or_only_to_the_collector() {
 
 #[test]
 #[ignore = "needs root"]
+fn fireflies_are_accepted_from_allowed_sources() {
+    let hosts = Hosts::new();
+    // A sender behind a router, with an address that no network of this host contains.
+    hosts
+        .there
+        .ip(&["addr", "add", "198.51.100.7/32", "dev", "lo"]);
+    hosts
+        .here
+        .ip(&["route", "add", "198.51.100.7", "via", "192.0.2.2"]);
+    let far = hosts.there.enter(|| {
+        let socket = UdpSocket::bind("198.51.100.7:0").unwrap();
+        socket.connect("192.0.2.1:10514").unwrap();
+        socket
+    });
+    let near = near(&hosts);
+    let neighbour = producer(&hosts.there, "[2001:db8::1]:10514");
+    let settings = |allowed: &str| {
+        Home::with(&format!(
+            "  firefly: {{bindAddress: '::', {allowed}}}\nbackends:\n  firefly: {{relayed: collector}}\n"
+        ))
+    };
+    for (allowed, accepted) in [
+        ("", 2),
+        ("allowedSources: ['::1', 198.51.100.0/24]", 1),
+        ("allowedSources: [0.0.0.0/0, '::/0']", 3),
+    ] {
+        let home = settings(allowed);
+        let daemon = home.start(&hosts.here);
+        for (port, socket) in [&far, &near, &neighbour].into_iter().enumerate() {
+            let firefly = firefly("start", 1 + port as u16).to_string();
+            socket.send(firefly.as_bytes()).unwrap();
+        }
+        let status = expect_counted(&daemon, 3);
+        assert!(
+            status.contains(&format!("plugin_events firefly accepted {accepted}")),
+            "{status}"
+        );
+        if accepted < 3 {
+            let rejected = format!("plugin_events firefly rejected_source {}", 3 - accepted);
+            assert!(status.contains(&rejected), "{status}");
+            home.wait_for_log("plugins.firefly.allowedSources");
+        }
+        daemon.stop();
+    }
+}
+
+#[test]
+#[ignore = "needs root"]
+fn a_firefly_from_outside_sends_to_no_loopback_multicast_or_broadcast_address() {
+    let hosts = Hosts::new();
+    let home = home("relayed: destination, destinationPort: 20514");
+    let daemon = home.start(&hosts.here);
+    let loopback = Sink::bind(&hosts.here, "127.0.0.9:20514");
+    let victim = Sink::bind(&hosts.there, "192.0.2.2:20514");
+    let outside = producer(&hosts.there, "192.0.2.1:10514");
+    for (n, (source, destination)) in [
+        ("192.0.2.2", "224.0.0.1"),
+        ("192.0.2.2", "255.255.255.255"),
+        ("192.0.2.2", "192.0.2.255"),
+        ("2001:db8::2", "ff02::1"),
+        ("192.0.2.2", "127.0.0.9"),
+        ("127.0.0.1", "127.0.0.9"),
+    ]
+    .into_iter()
+    .enumerate()
+    {
+        let mut sent = firefly("start", 10);
+        sent["flow-id"]["src-ip"] = source.into();
+        sent["flow-id"]["dst-ip"] = destination.into();
+        outside.send(sent.to_string().as_bytes()).unwrap();
+        daemon.expect_status(&format!("backend_events firefly not_one_host {}", n + 1));
+    }
+    victim.assert_silent();
+    loopback.assert_silent();
+    daemon.stop();
+
+    // A loopback source is not an end on this host: nothing but the collector learns of the flow.
+    let home = Home::with(
+        "  firefly: {bindAddress: '::'}\nbackends:\n  firefly: {destinationPort: 20514}\n",
+    );
+    let daemon = home.start(&hosts.here);
+    let mut sent = firefly("start", 11);
+    sent["flow-id"]["src-ip"] = "127.0.0.1".into();
+    sent["flow-id"]["dst-ip"] = "192.0.2.2".into();
+    outside.send(sent.to_string().as_bytes()).unwrap();
+    let status = daemon.expect_status("backend_events firefly not_relayed 1");
+    assert!(!status.contains("firefly sent"), "{status}");
+    victim.assert_silent();
+    daemon.stop();
+}
+
+#[test]
+#[ignore = "needs root"]
+fn received_fireflies_cause_a_limited_rate_to_one_destination() {
+    const SENT: usize = 20_000;
+    let hosts = Hosts::new();
+    let home = home("maxRelayRate: 5");
+    let collector = Sink::bind(&hosts.there, COLLECTOR);
+    let daemon = home.start(&hosts.here);
+    let socket = near(&hosts);
+    let datagrams: Vec<String> = (1..=SENT)
+        .map(|n| firefly("start", n as u16).to_string())
+        .collect();
+    flood(&socket, &datagrams);
+    let accepted = collector.collect("start", SENT).len();
+    assert_eq!(accepted, SENT);
+    home.wait_for_log("backends.firefly.maxRelayRate");
+    let status = daemon.status();
+    let over: usize = status
+        .split(", ")
+        .find_map(|word| word.strip_prefix("backend_events firefly over_rate "))
+        .unwrap()
+        .parse()
+        .unwrap();
+    assert!(over > SENT / 2, "{status}");
+    // A flow of the pipe to the same destination is not limited.
+    let end = Sink::bind(&hosts.there, "[2001:db8::2]:10514");
+    let lines: String = (1..=100)
+        .map(|n| format!("start tcp 2001:db8::1 {} 2001:db8::2 9 2 9\n", 30_000 + n))
+        .collect();
+    home.write(&lines);
+    let told = || end.datagram(Duration::from_millis(10)).map(|_| ());
+    let mut count = 0;
+    common::wait_for("the fireflies of the pipe", || {
+        count += std::iter::from_fn(told).count();
+        (count >= 100).then_some(())
+    });
+    daemon.stop();
+}
+
+#[test]
+#[ignore = "needs root"]
 fn nothing_is_sent_to_the_daemons_own_listener() {
     let hosts = Hosts::new();
     let own = "  firefly: {bindAddress: BIND}\nbackends:\n  firefly: {sendToCollector: true, collectorAddress: COLLECTOR, relayed: destination}\n";

@@ -2,6 +2,9 @@
 //!
 //! If an incoming flow was learned from a firefly, the firefly is sent to the remote end: it is to take the same
 //! path as the data. Nothing is sent to the daemon's own listener.
+//!
+//! Anyone who can send a datagram names a flow's ends. The backend must not become a reflector: it sends to no address that
+//! reaches several hosts, and the datagrams that received fireflies cause have a maximum rate for each destination.
 
 pub mod public_addresses;
 
@@ -19,7 +22,7 @@ use super::{Backend, with_socket};
 use crate::backends::firefly::public_addresses::{AddressCache, PublicAddresses};
 use crate::config::{self, Relayed};
 use crate::error::{Context, Result};
-use crate::event::{Effect, EndReason, FlowEvent, Origin, State};
+use crate::event::{self, Effect, EndReason, FlowEvent, Origin, State};
 use crate::firefly::Encoder;
 use crate::flow::{Flow, Protocol};
 use crate::logging::LogLimit;
@@ -43,6 +46,8 @@ outcomes! {
         Failed = "failed": "not sent: {datagram|datagrams} that the system refused",
         CollectorUnresolved = "collector_unresolved": "not sent: {datagram|datagrams} because the collector's name is not resolved",
         OwnListener = "own_listener": "not sent: {datagram|datagrams} to this daemon's own listener",
+        NotOneHost = "not_one_host": "not sent: {datagram|datagrams} to multicast, broadcast or foreign loopback addresses",
+        OverRate = "over_rate": "not sent: {datagram|datagrams} of received fireflies beyond maxRelayRate",
         NotRelayed = "not_relayed": "not relayed: {firefly|fireflies}",
         MembersLeftOut = "members_left_out": "left out for lack of room: {field|fields}",
     }
@@ -53,6 +58,7 @@ pub struct Firefly {
     destination_port: u16,
     collector: Option<Collector>,
     relayed: Relayed,
+    rate: RateLimit,
     /// The address at which the firefly plugin listens.
     listener: Option<SocketAddr>,
     local: LocalAddresses,
@@ -102,6 +108,7 @@ impl Firefly {
             destination_port: config.destination_port,
             collector,
             relayed: config.relayed,
+            rate: RateLimit::new(config.max_relay_rate),
             listener,
             local: LocalAddresses::watch().context(|| "addresses of this host".to_owned())?,
             encoder: Encoder::new(
@@ -146,20 +153,22 @@ impl Firefly {
         if destination.is_none() && self.collector.is_none() {
             self.counters.add(Datagram::NotRelayed);
         }
+        let configured = collector;
         let collector = collector.filter(|c| Some(*c) != destination);
-        [destination, collector]
-            .map(|to| self.skip_own_listener(to))
+        let destination = self.skip_own_listener(destination);
+        let is_collector = destination.is_some() && destination == configured;
+        let destination = destination.filter(|to| is_collector || self.may_send(event, to.ip()));
+        [destination, self.skip_own_listener(collector)]
             .into_iter()
             .flatten()
     }
 
     fn destination(&self, event: &FlowEvent) -> Option<SocketAddr> {
-        let (source, destination) = (event.flow.source.address, event.flow.destination.address);
-        let mut end = destination;
+        let mut end = event.flow.destination.address;
         if event.origin == Origin::Firefly {
-            let local = [source, destination].map(|address| self.local.contains(&address));
+            let local = self.local_ends(event);
             if local == [false, true] {
-                end = source;
+                end = event.flow.source.address;
             }
             match self.relayed {
                 Relayed::Collector => return None,
@@ -168,6 +177,51 @@ impl Firefly {
             }
         }
         Some(SocketAddr::new(end, self.destination_port))
+    }
+
+    /// Which ends of the flow are on this host: source, destination. Every host has a loopback address: in a firefly, it
+    /// means this host only if the firefly was sent here and the other end is here as well.
+    fn local_ends(&self, event: &FlowEvent) -> [bool; 2] {
+        let ends = [event.flow.source.address, event.flow.destination.address];
+        let local = ends.map(|end| self.local.contains(&end));
+        let is_loopback = ends.iter().any(IpAddr::is_loopback);
+        if event.origin != Origin::Firefly || !is_loopback {
+            return local;
+        }
+        let sent_here = matches!(event.sender, Some(event::Sender::Address(sender)) if self.local.contains(&sender));
+        match sent_here && local == [true; 2] {
+            true => local,
+            false => [0, 1].map(|end| local[end] && !ends[end].is_loopback()),
+        }
+    }
+
+    /// The flow as the socket on this host sees it. `None` if neither end is on this host.
+    fn outgoing(&self, event: &FlowEvent) -> Option<Flow> {
+        match self.local_ends(event) {
+            [true, _] => Some(event.flow),
+            [false, true] => Some(event.flow.reversed()),
+            [false, false] => None,
+        }
+    }
+
+    /// Whether the end of a flow may be sent a datagram. Anyone may name an end in a firefly.
+    fn may_send(&mut self, event: &FlowEvent, to: IpAddr) -> bool {
+        let is_foreign_loopback = to.is_loopback()
+            && event.origin == Origin::Firefly
+            && self.local_ends(event) != [true; 2];
+        if self.local.is_for_many(&to) || is_foreign_loopback {
+            self.counters.add(Datagram::NotOneHost);
+            return false;
+        }
+        if event.origin == Origin::Firefly && !self.rate.take(to, Instant::now()) {
+            self.counters.add(Datagram::OverRate);
+            let max = self.rate.max;
+            self.failure_log.log(Instant::now(), || {
+                format!("firefly: to {to}: dropped, as received fireflies cause more than {max} datagrams a second (backends.firefly.maxRelayRate)")
+            });
+            return false;
+        }
+        true
     }
 
     /// Drops an address at which this daemon would receive its own firefly.
@@ -210,7 +264,7 @@ impl Firefly {
         let awaits_counts = event.effect == Effect::Closed(EndReason::Producer)
             && event.usage.is_none()
             && event.flow.protocol == Protocol::Tcp
-            && self.local.outgoing(&event.flow).is_some();
+            && self.outgoing(&event).is_some();
         let event = match awaits_counts {
             true => self.held.insert(event),
             false => Some(event),
@@ -226,8 +280,9 @@ impl Firefly {
             State::Ongoing => false,
             State::End => event.usage.is_none(),
         };
+        let outgoing = self.outgoing(&event);
         let completed = match &mut self.sockets {
-            Some(sockets) if needs_lookup => with_socket(&event, &self.local, sockets),
+            Some(sockets) if needs_lookup => with_socket(&event, outgoing, sockets),
             _ => Ok(None),
         };
         match completed {
@@ -247,7 +302,7 @@ impl Firefly {
             return event;
         }
         let mut flow = event.flow;
-        let ends = [&flow.source, &flow.destination].map(|end| self.local.contains(&end.address));
+        let ends = self.local_ends(&event);
         // If neither end is on this host, manualMapping may still map the source.
         let end = match ends {
             [false, true] => &mut flow.destination,
@@ -300,6 +355,35 @@ impl Firefly {
         self.counters
             .add_many(Datagram::Sent, batch.len() as u64 - failures);
         batch.clear();
+    }
+}
+
+/// How many datagrams received fireflies cause to be sent to each address in this second.
+struct RateLimit {
+    max: u32,
+    since: Instant,
+    sent: HashMap<IpAddr, u32>,
+}
+
+impl RateLimit {
+    fn new(max: u32) -> RateLimit {
+        RateLimit {
+            max,
+            since: Instant::now(),
+            sent: HashMap::new(),
+        }
+    }
+
+    /// Whether one more datagram may be sent to `to`.
+    fn take(&mut self, to: IpAddr, now: Instant) -> bool {
+        if now.duration_since(self.since) >= Duration::from_secs(1) {
+            self.since = now;
+            self.sent.clear();
+        }
+        let sent = self.sent.entry(to).or_default();
+        let may = *sent < self.max;
+        *sent += u32::from(may);
+        may
     }
 }
 
@@ -380,5 +464,23 @@ impl Held {
             }
         }
         None
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn each_destination_has_its_own_rate() {
+        let start = Instant::now();
+        let mut rate = RateLimit::new(2);
+        rate.since = start;
+        let [a, b] = ["192.0.2.1", "2001:db8::1"].map(|text| text.parse().unwrap());
+        let take =
+            |rate: &mut RateLimit, to, millis| rate.take(to, start + Duration::from_millis(millis));
+        assert!(take(&mut rate, a, 0) && take(&mut rate, a, 1));
+        assert!(!take(&mut rate, a, 999) && take(&mut rate, b, 999));
+        assert!(take(&mut rate, a, 1000));
     }
 }

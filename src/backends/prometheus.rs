@@ -143,7 +143,12 @@ impl Prometheus {
         if !closed || event.netlink.is_some() {
             return None;
         }
-        with_socket(event, &self.local, self.sockets.as_mut()?).unwrap_or_else(|error| {
+        with_socket(
+            event,
+            self.local.outgoing(&event.flow),
+            self.sockets.as_mut()?,
+        )
+        .unwrap_or_else(|error| {
             let message = || format!("prometheus: sock_diag: {error}");
             self.lookup_failure_log.log(Instant::now(), message);
             None

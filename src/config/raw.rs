@@ -105,6 +105,7 @@ pub struct FireflyPlugin {
     pub bind_address: Option<String>,
     pub bind_port: Option<i64>,
     pub buffer_size: Option<i64>,
+    pub allowed_sources: Option<Vec<String>>,
     pub deadline: Option<i64>,
     pub has_syslog_header: Option<bool>,
 }
@@ -302,6 +303,7 @@ pub struct Firefly {
     pub collector_address: Option<String>,
     pub collector_port: Option<i64>,
     pub relayed: Option<String>,
+    pub max_relay_rate: Option<i64>,
     pub enrich: Option<bool>,
     pub enrichment_mode: Option<String>,
     pub ongoing: Option<bool>,

@@ -124,6 +124,8 @@ pub struct FireflyPlugin {
     pub bind: SocketAddr,
     /// `bufferSize`: the maximum length of a datagram, in bytes.
     pub buffer_size: usize,
+    /// `allowedSources`: the networks that fireflies are accepted from; `None` for those of this host.
+    pub allowed_sources: Option<Vec<IpNet>>,
 }
 
 /// The netlink plugin or the netstat plugin.
@@ -246,6 +248,9 @@ pub struct Firefly {
     pub stun: Option<Stun>,
     /// `relayed`.
     pub relayed: Relayed,
+    /// `maxRelayRate`: how many datagrams of received fireflies are sent to one address in a second, the collector
+    /// excepted.
+    pub max_relay_rate: u32,
     /// `destinationPort`.
     pub destination_port: u16,
     /// `prependSyslog`.

@@ -87,6 +87,7 @@ impl Config {
                     bind_address: Some(plugin.bind.ip().to_string()),
                     bind_port: Some(plugin.bind.port().into()),
                     buffer_size: Some(plugin.buffer_size as i64),
+                    allowed_sources: plugin.allowed_sources.as_deref().map(networks),
                     deadline: None,
                     has_syslog_header: None,
                 }),
@@ -139,6 +140,7 @@ impl Config {
                 collector_address: firefly.collector.as_ref().map(|c| c.host.clone()),
                 collector_port: firefly.collector.as_ref().map(|c| c.port.into()),
                 relayed: Some(firefly.relayed.as_str().to_owned()),
+                max_relay_rate: Some(firefly.max_relay_rate.into()),
                 enrich: Some(firefly.enrichment.is_some()),
                 enrichment_mode: firefly.enrichment.map(|mode| mode.as_str().to_owned()),
                 ongoing: Some(firefly.ongoing),
@@ -471,7 +473,7 @@ registry: {url: 'file:///r'}
 flows: {maxFlows: 5, maxAge: 1d, endOnSocketClose: false}
 plugins:
   namedPipe: {pipePath: /p, mode: 0600, group: users}
-  firefly: {bindAddress: '::', bindPort: 5, bufferSize: 3000}
+  firefly: {bindAddress: '::', bindPort: 5, bufferSize: 3000, allowedSources: [10.0.0.0/8, '::1']}
   api: {bindPort: 0, unixSocket: /u, unixSocketMode: 0640, token: t, dummyRoutes: true}
   netlink:
     experiment: cms
@@ -490,6 +492,7 @@ backends:
     enrich: true
     enrichmentMode: ''
     ongoing: false
+    maxRelayRate: 50
     publicIPv4: 9.9.9.9
     stun: {manualMapping: {10.0.0.1: 9.9.9.8}, stunServers: ['[::1]:5', 'a']}
   prometheus: {port: 9, perFlow: false}

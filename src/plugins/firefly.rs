@@ -2,21 +2,26 @@
 //! when it ends.
 //!
 //! The content of a firefly is passed on unchanged: see [`crate::firefly`]. Datagrams that the kernel drops because the
-//! receive buffer is full are counted, and rejected datagrams are counted by reason.
+//! receive buffer is full are counted, and rejected datagrams are counted by reason. A datagram is accepted only from the
+//! networks of `allowedSources`, since anyone may put any address into it.
 
+use std::net::IpAddr;
 use std::os::fd::OwnedFd;
 use std::time::{Duration, Instant};
 
+use ipnet::IpNet;
 use jiff::Timestamp;
 use log::Level;
 
 use super::{Closed, EventSender, Plugin, now};
 use crate::config;
 use crate::error::{Context, Result};
+use crate::event::Sender;
 use crate::firefly::{self, Rejection};
 use crate::logging::{LogLimit, quote};
 use crate::metrics::{Metrics, Outcomes, outcomes};
 use crate::sys::handover::Handover;
+use crate::sys::interfaces::LocalAddresses;
 use crate::sys::stop::Stop;
 use crate::sys::udp_receiver::{Datagram, ReceiveBuffer, Receiver};
 use crate::sys::waiter::Waiter;
@@ -31,6 +36,7 @@ outcomes! {
     enum Outcome {
         Accepted = "accepted": "accepted: {datagram|datagrams}",
         TooLong = "rejected_length": "rejected: {datagram|datagrams} over the length limit",
+        Source = "rejected_source": "rejected: {datagram|datagrams} from addresses outside allowedSources",
         KernelDropped = "kernel_dropped": "dropped by the kernel: {datagram|datagrams}",
     }
 }
@@ -43,6 +49,41 @@ pub struct Firefly {
     counters: Outcomes<Outcome>,
     rejections: Outcomes<Rejection>,
     handover: Handover,
+    allowed: AllowedSources,
+}
+
+/// Whose datagrams are accepted.
+enum AllowedSources {
+    /// Everybody's: the socket is bound to loopback, where only this host sends to.
+    All,
+    /// Those from networks that this host has an address in.
+    OwnNetworks(LocalAddresses),
+    /// Those from these networks.
+    Networks(Vec<IpNet>),
+}
+
+impl AllowedSources {
+    fn new(config: &config::FireflyPlugin) -> std::io::Result<AllowedSources> {
+        Ok(match &config.allowed_sources {
+            Some(networks) => AllowedSources::Networks(networks.clone()),
+            None if config.bind.ip().is_loopback() => AllowedSources::All,
+            None => AllowedSources::OwnNetworks(LocalAddresses::watch()?),
+        })
+    }
+
+    fn refresh(&mut self) {
+        if let AllowedSources::OwnNetworks(local) = self {
+            local.refresh();
+        }
+    }
+
+    fn contains(&self, address: IpAddr) -> bool {
+        match self {
+            AllowedSources::All => true,
+            AllowedSources::OwnNetworks(local) => local.is_in_own_network(&address),
+            AllowedSources::Networks(networks) => networks.iter().any(|n| n.contains(&address)),
+        }
+    }
 }
 
 impl Firefly {
@@ -71,6 +112,7 @@ impl Firefly {
             counters: metrics.plugin(NAME),
             rejections: metrics.plugin(NAME),
             handover,
+            allowed: AllowedSources::new(config).context(|| "addresses of this host".to_owned())?,
         })
     }
 }
@@ -91,6 +133,7 @@ impl Plugin for Firefly {
             rejections: &self.rejections,
             buffer_size: self.config.buffer_size,
             rejected_log: LogLimit::new(Level::Warn, "firefly: rejected datagrams"),
+            allowed: &mut self.allowed,
             events,
         };
         let mut buffer = ReceiveBuffer::new(self.config.buffer_size);
@@ -105,6 +148,7 @@ impl Plugin for Firefly {
                 DROP_CHECK_INTERVAL
             };
             self.waiter.wait(Some(timeout)).context(poll_loop)?;
+            handler.allowed.refresh();
             let time = now();
             let mut closed = Ok(());
             let received = self
@@ -155,6 +199,7 @@ struct DatagramHandler<'a> {
     rejections: &'a Outcomes<Rejection>,
     buffer_size: usize,
     rejected_log: LogLimit,
+    allowed: &'a mut AllowedSources,
     events: EventSender,
 }
 
@@ -164,6 +209,14 @@ impl DatagramHandler<'_> {
         datagram: &Datagram<'_>,
         time: Timestamp,
     ) -> std::result::Result<(), Closed> {
+        let sender = datagram.from().map(|from| from.ip());
+        if !sender.is_some_and(|sender| self.allowed.contains(sender)) {
+            self.counters.add(Outcome::Source);
+            self.log_rejected(datagram, || {
+                "the sender is not in plugins.firefly.allowedSources".to_owned()
+            });
+            return Ok(());
+        }
         if datagram.truncated {
             self.counters.add(Outcome::TooLong);
             let size = self.buffer_size;
@@ -173,7 +226,8 @@ impl DatagramHandler<'_> {
             return Ok(());
         }
         match firefly::decode(datagram.bytes, time) {
-            Ok(event) => {
+            Ok(mut event) => {
+                event.sender = sender.map(Sender::Address);
                 self.counters.add(Outcome::Accepted);
                 self.events.send(event)
             }

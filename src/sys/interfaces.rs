@@ -2,11 +2,12 @@
 
 use std::collections::HashSet;
 use std::io;
-use std::net::{IpAddr, Ipv6Addr};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::os::fd::AsRawFd;
 use std::thread;
 
 use crossbeam_channel::{Receiver, bounded};
+use ipnet::{IpNet, Ipv4Net};
 use nix::errno::Errno;
 use nix::ifaddrs::getifaddrs;
 use nix::libc;
@@ -79,6 +80,26 @@ pub fn list() -> io::Result<(Vec<Interface>, HashSet<IpAddr>)> {
     Ok((interfaces, addresses))
 }
 
+/// The networks that the addresses of this host belong to.
+fn networks() -> io::Result<Vec<IpNet>> {
+    let mut networks = Vec::new();
+    for entry in getifaddrs()? {
+        let (Some(address), Some(mask)) = (entry.address, entry.netmask) else {
+            continue;
+        };
+        let (address, mask): (IpAddr, IpAddr) =
+            match (address.as_sockaddr_in(), mask.as_sockaddr_in()) {
+                (Some(address), Some(mask)) => (address.ip().into(), mask.ip().into()),
+                _ => match (address.as_sockaddr_in6(), mask.as_sockaddr_in6()) {
+                    (Some(address), Some(mask)) => (address.ip().into(), mask.ip().into()),
+                    _ => continue,
+                },
+            };
+        networks.extend(IpNet::with_netmask(address, mask).map(|network| network.trunc()));
+    }
+    Ok(networks)
+}
+
 fn is_global(address: Ipv6Addr) -> bool {
     address.segments()[0] & 0xe000 == 0x2000
 }
@@ -86,6 +107,7 @@ fn is_global(address: Ipv6Addr) -> bool {
 /// The addresses of this host, kept up to date.
 pub struct LocalAddresses {
     addresses: HashSet<IpAddr>,
+    networks: Vec<IpNet>,
     changes: Changes,
 }
 
@@ -94,21 +116,49 @@ impl LocalAddresses {
     pub fn watch() -> io::Result<LocalAddresses> {
         let changes = watch()?;
         let (_, addresses) = list()?;
-        Ok(LocalAddresses { addresses, changes })
+        Ok(LocalAddresses {
+            addresses,
+            networks: networks()?,
+            changes,
+        })
     }
 
     /// Reads the addresses again if they may have changed. Call this regularly.
     pub fn refresh(&mut self) {
         if self.changes.receiver.try_recv().is_ok()
-            && let Ok((_, addresses)) = list()
+            && let (Ok((_, addresses)), Ok(networks)) = (list(), networks())
         {
-            self.addresses = addresses;
+            (self.addresses, self.networks) = (addresses, networks);
         }
     }
 
     /// Whether packets to this address stay on this host.
     pub fn contains(&self, address: &IpAddr) -> bool {
         address.is_loopback() || self.addresses.contains(address)
+    }
+
+    /// Whether the address is in a network that this host has an address in.
+    pub fn is_in_own_network(&self, address: &IpAddr) -> bool {
+        address.is_loopback() || self.networks.iter().any(|n| n.contains(address))
+    }
+
+    /// Whether a datagram to this address may reach more than one host: multicast, or a broadcast address of a network
+    /// of this host. Also true for the unspecified address.
+    pub fn is_for_many(&self, address: &IpAddr) -> bool {
+        let is_broadcast = |address: Ipv4Addr| {
+            let of = |network: &Ipv4Net| {
+                let ends = [network.network(), network.broadcast()];
+                network.prefix_len() < 31 && ends.contains(&address)
+            };
+            address.is_broadcast()
+                || self.networks.iter().any(|network| match network {
+                    IpNet::V4(network) => of(network),
+                    IpNet::V6(_) => false,
+                })
+        };
+        address.is_multicast()
+            || address.is_unspecified()
+            || matches!(address, IpAddr::V4(v4) if is_broadcast(*v4))
     }
 
     /// The flow as the socket on this host sees it, with the local end as its source. `None` if neither end is on this

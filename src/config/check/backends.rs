@@ -11,6 +11,8 @@ use crate::firefly::netlink_object::Mode;
 use crate::flow::parse_address;
 use crate::scitag::Strategy;
 
+/// The fireflies of 500 transfers a second between this host and another.
+const MAX_RELAY_RATE: i64 = 1000;
 /// Before most filters, as one of them may end the chain; lower than the priorities that tc(8) chooses by itself.
 const MARKER_PRIORITY: i64 = 10;
 
@@ -92,6 +94,13 @@ pub fn firefly(raw: raw::Firefly) -> Result<Firefly> {
         enrichment: raw.enrich.unwrap_or(false).then_some(mode),
         relayed,
         destination_port: port("destinationPort", raw.destination_port)?,
+        max_relay_rate: range(
+            "backends.firefly.maxRelayRate",
+            raw.max_relay_rate,
+            MAX_RELAY_RATE,
+            1,
+            i64::from(u32::MAX),
+        )?,
         prepend_syslog: raw.prepend_syslog.unwrap_or(true),
         collector: raw.send_to_collector.unwrap_or(false).then(|| Collector {
             host: bare.to_owned(),

@@ -2,7 +2,7 @@
 
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 
-use super::{Result, error, octal, path, range};
+use super::{Result, connections, error, error_in, octal, path, range};
 use crate::config::{Api, FireflyPlugin, NamedPipe, PIPE_PATH, raw};
 use crate::firefly;
 use crate::flow::{Tag, parse_address};
@@ -71,7 +71,23 @@ pub fn firefly(raw: raw::FireflyPlugin, notes: &mut Vec<String>) -> Result<Firef
             key("hasSyslogHeader")
         ));
     }
+    let allowed_sources = match raw.allowed_sources {
+        None => None,
+        Some(texts) if texts.is_empty() => {
+            let message = "empty, expected at least one network or address";
+            return error(&key("allowedSources"), message);
+        }
+        Some(texts) => {
+            let mut networks = Vec::new();
+            for (index, text) in texts.iter().enumerate() {
+                let network = connections::network(text);
+                networks.push(network.or_else(|why| error_in(&key("allowedSources"), index, why))?);
+            }
+            Some(networks)
+        }
+    };
     Ok(FireflyPlugin {
+        allowed_sources,
         bind: SocketAddr::new(ip, port),
         buffer_size: buffer.min(MAX_BUFFER_SIZE),
     })
