@@ -29,7 +29,7 @@ use crate::dispatcher::echo_filter::EchoFilter;
 use crate::dispatcher::flow_table::FlowTable;
 use crate::dispatcher::journal::Journal;
 use crate::dispatcher::{Dispatcher, Heartbeat};
-use crate::error::{Context, Error, Result};
+use crate::error::{ConfigError, Context, Error, Result};
 use crate::metrics::Metrics;
 use crate::registry::{self, SharedRegistry};
 use crate::sys::directory::Directory;
@@ -53,6 +53,8 @@ const SECOND_SIGNAL_GRACE: Duration = Duration::from_secs(2);
 /// A message to the main thread.
 enum Notice {
     Signal(i32),
+    /// A reload has read the configuration file.
+    Loaded(Box<std::result::Result<Config, ConfigError>>),
     /// A thread has ended.
     Ended(String, Result<()>),
 }
@@ -124,7 +126,7 @@ pub fn run(config: Config, path: &Path, log_level: Option<LevelFilter>) -> Resul
             privileges::drop_all();
             control.run(stop)
         };
-        spawn("control".to_owned(), notices, Box::new(serve))?;
+        spawn("control".to_owned(), notices.clone(), Box::new(serve))?;
         others += 1;
     }
 
@@ -145,6 +147,9 @@ pub fn run(config: Config, path: &Path, log_level: Option<LevelFilter>) -> Resul
         path: path.to_owned(),
         log_level,
         registry_updates,
+        notices,
+        reading: false,
+        reload_again: false,
     };
     let result = supervisor.run();
     drop(pid_file);
@@ -178,6 +183,10 @@ struct Supervisor {
     path: PathBuf,
     log_level: Option<LevelFilter>,
     registry_updates: Sender<registry::Settings>,
+    notices: Sender<Notice>,
+    /// A thread reads the configuration file.
+    reading: bool,
+    reload_again: bool,
 }
 
 impl Supervisor {
@@ -204,14 +213,15 @@ impl Supervisor {
             };
             match notice {
                 Ok(Notice::Signal(SIGUSR1)) => self.log_status("status"),
-                Ok(Notice::Signal(SIGHUP)) if deadline.is_none() => {
-                    if let Err(error) = self.reload() {
+                Ok(Notice::Signal(SIGHUP)) if deadline.is_none() => self.reload(),
+                Ok(Notice::Loaded(loaded)) if deadline.is_none() => {
+                    if let Err(error) = self.finish_reload(*loaded) {
                         let why = format!("{error}: stopping");
                         deadline = Some(self.stop(&why));
                         self.result = Err(error);
                     }
                 }
-                Ok(Notice::Signal(SIGHUP)) => {}
+                Ok(Notice::Signal(SIGHUP) | Notice::Loaded(_)) => {}
                 Ok(Notice::Signal(SIGUSR2)) if deadline.is_none() => {
                     self.parts.hand_over();
                     self.exit_code = ExitCode::from(EXIT_CODE_RESTART);
@@ -287,14 +297,37 @@ impl Supervisor {
         }
     }
 
-    /// Applies the configuration file as it is now. A configuration that is refused is only logged. An error means
-    /// that the daemon has lost a part, and must stop.
-    fn reload(&mut self) -> Result<()> {
+    /// Reads the configuration file, on a thread of its own: signals are answered meanwhile. A reload that is asked for
+    /// while the file is read begins when this one has ended.
+    fn reload(&mut self) {
+        if self.reading {
+            self.reload_again = true;
+            return;
+        }
         self.notifier.notify(&[
             NotifyState::Reloading,
             NotifyState::monotonic_usec_now().unwrap_or(NotifyState::Reloading),
         ]);
-        let result = match Config::load(&self.path) {
+        let (path, notices) = (self.path.clone(), self.notices.clone());
+        let read = move || {
+            // Nobody receives it after a stop.
+            let _ = notices.send(Notice::Loaded(Box::new(Config::load(&path))));
+        };
+        let thread = thread::Builder::new().name("configuration".to_owned());
+        match thread.spawn(read) {
+            Ok(_) => self.reading = true,
+            Err(error) => {
+                self.report_refused_reload(&format!("thread configuration: {error}"));
+                self.notifier.notify(&[NotifyState::Ready]);
+            }
+        }
+    }
+
+    /// Applies the configuration that was read. One that is refused is only logged. An error means that the daemon has lost
+    /// a part, and must stop.
+    fn finish_reload(&mut self, loaded: std::result::Result<Config, ConfigError>) -> Result<()> {
+        self.reading = false;
+        let result = match loaded {
             Ok(config) => self.apply(config),
             Err(error) => {
                 self.report_refused_reload(&error);
@@ -303,6 +336,9 @@ impl Supervisor {
         };
         let _ = self.registry_updates.send(self.config.registry.clone());
         self.notifier.notify(&[NotifyState::Ready]);
+        if std::mem::take(&mut self.reload_again) && result.is_ok() {
+            self.reload();
+        }
         result
     }
 

@@ -547,3 +547,19 @@ fn a_link_in_the_place_of_the_pipe_is_not_followed() {
     assert_eq!(mode & 0o777, 0o600);
     daemon.stop();
 }
+
+#[test]
+#[ignore = "needs root"]
+fn a_reload_that_cannot_read_its_file_does_not_hold_up_a_stop() {
+    let ns = NetNs::new("reload");
+    let home = Home::with("backends: {dummy: }\n");
+    let daemon = home.start(&ns);
+    // Opening it waits for a writer.
+    let config = home.path("flowd.cfg");
+    fs::remove_file(&config).unwrap();
+    nix::unistd::mkfifo(&config, nix::sys::stat::Mode::from_bits_truncate(0o600)).unwrap();
+    daemon.signal(Signal::SIGHUP);
+    daemon.expect_notice("RELOADING=1");
+    daemon.status();
+    daemon.stop();
+}

@@ -13,6 +13,9 @@ use super::raw::Raw;
 /// Line and column, from 1; a column is a character.
 type Place = (usize, usize);
 
+/// How deep brackets and braces may be nested: the parser takes quadratic time for more.
+const MAX_NESTING: usize = 64;
+
 /// An error at a place of the file.
 #[derive(Debug, PartialEq, Eq)]
 pub struct YamlError {
@@ -32,6 +35,13 @@ pub fn read(text: &str) -> Result<Raw, YamlError> {
     {
         return Ok(Raw::default());
     }
+    if let Some(place) = too_deep(text) {
+        return Err(YamlError {
+            place: Some(place),
+            key: String::new(),
+            message: "lists and mappings are nested too deeply".to_owned(),
+        });
+    }
     serde_path_to_error::deserialize(Deserializer::from_str(text)).map_err(|error| {
         let path = error.path().to_string();
         // "?" is a key that was not read yet, "." the whole file.
@@ -49,6 +59,28 @@ pub fn read(text: &str) -> Result<Raw, YamlError> {
             },
         }
     })
+}
+
+/// Where brackets and braces are nested too deeply. Those in comments are not counted, those in quotes are: a text with
+/// so many more that open than close is no configuration either.
+fn too_deep(text: &str) -> Option<Place> {
+    let mut depth = 0_usize;
+    for (line, content) in text.lines().enumerate() {
+        if content.trim_start().starts_with('#') {
+            continue;
+        }
+        for (column, c) in content.chars().enumerate() {
+            match c {
+                '[' | '{' => depth += 1,
+                ']' | '}' => depth = depth.saturating_sub(1),
+                _ => {}
+            }
+            if depth > MAX_NESTING {
+                return Some((line + 1, column + 1));
+            }
+        }
+    }
+    None
 }
 
 /// Line and column of the value of a key, given by its parts, or of an element of it.
@@ -245,6 +277,27 @@ mod tests {
             Some((4, 10))
         );
         assert_eq!(locate(text, &["backends", "marker"], None), None);
+    }
+
+    #[test]
+    fn deep_nesting_is_refused_before_it_is_parsed() {
+        // The parser would take minutes for each of them: a megabyte is the limit of a file.
+        for text in ["[", "{", "a: [{", "[[]"] {
+            let error = read(&text.repeat((1 << 20) / text.len())).unwrap_err();
+            assert_eq!(error.message, "lists and mappings are nested too deeply");
+            assert!(
+                error
+                    .place
+                    .is_some_and(|(line, column)| line == 1 && column <= 4 * 65)
+            );
+        }
+        let deepest = |depth: usize| format!("a: {}{}", "[".repeat(depth), "]".repeat(depth));
+        assert_eq!(too_deep(&deepest(MAX_NESTING)), None);
+        assert_eq!(
+            too_deep(&deepest(MAX_NESTING + 1)),
+            Some((1, 4 + MAX_NESTING))
+        );
+        assert_eq!(too_deep(&"# [\n - []\n".repeat(1000)), None);
     }
 
     proptest! {
