@@ -52,10 +52,12 @@ struct options_header {
 };
 
 struct packet {
+	struct flow_key key;	/* ports and protocol are zero if there are none */
 	__u32 offset;		/* of the IPv6 header */
-	struct ipv6hdr ip;
-	struct flow_key key;
-	int fragment;
+	__be32 word;		/* the first of the IPv6 header: version, traffic class, flow label */
+	__u16 length;		/* of the payload */
+	__u8 next_header;	/* of the IPv6 header */
+	__u8 fragment;
 };
 
 static __always_inline int count_unmarked(__u32 reason)
@@ -69,10 +71,21 @@ static __always_inline int count_unmarked(__u32 reason)
 	return TC_ACT_UNSPEC;
 }
 
+/* Copies what is needed of an IPv6 header; the addresses go straight into the key. */
+static __always_inline void take_header(struct packet *packet, const struct ipv6hdr *ip)
+{
+	__builtin_memcpy(&packet->word, ip, sizeof(packet->word));
+	packet->length = bpf_ntohs(ip->payload_len);
+	packet->next_header = ip->nexthdr;
+	__builtin_memcpy(packet->key.source, &ip->saddr, 16);
+	__builtin_memcpy(packet->key.destination, &ip->daddr, 16);
+}
+
 /* Finds the IPv6 header after any VLAN tags in the frame. */
 static __always_inline int find_ipv6(struct __sk_buff *skb, struct packet *packet, int ethernet)
 {
 	__be16 type = bpf_htons(ETH_P_IPV6);
+	struct ipv6hdr ip;
 	__u32 offset = 0;
 
 	if (ethernet) {
@@ -89,17 +102,18 @@ static __always_inline int find_ipv6(struct __sk_buff *skb, struct packet *packe
 	}
 	if (type != bpf_htons(ETH_P_IPV6))
 		return -1;
-	if (bpf_skb_load_bytes(skb, offset, &packet->ip, sizeof(packet->ip)))
+	if (bpf_skb_load_bytes(skb, offset, &ip, sizeof(ip)) || ip.version != 6)
 		return -1;
 	packet->offset = offset;
-	return packet->ip.version == 6 ? 0 : -1;
+	take_header(packet, &ip);
+	return 0;
 }
 
 /* Finds the ports after any extension headers. */
 static __always_inline int find_ports(struct __sk_buff *skb, struct packet *packet)
 {
-	__u32 offset = packet->offset + sizeof(packet->ip);
-	__u8 next = packet->ip.nexthdr;
+	__u32 offset = packet->offset + sizeof(struct ipv6hdr);
+	__u8 next = packet->next_header;
 
 	for (int headers = 0; headers <= EXTENSION_HEADERS; headers++) {
 		struct {
@@ -134,7 +148,8 @@ static __always_inline int find_ports(struct __sk_buff *skb, struct packet *pack
 
 /* Fast path: reads a packet in place if TCP or UDP directly follows IPv6 and IPv6 directly follows
  * Ethernet. `make bench` showed a third to a half of the cost of the general path. Packets are not written
- * in place: the kernel would then copy the linear part of every cloned packet before the program runs. */
+ * in place: the kernel would then make the linear part of every cloned packet writable before the program
+ * runs, which costs a TCP packet more than a hit gains, also if it is not marked (benches/README.md). */
 static __always_inline int find_plain(struct __sk_buff *skb, struct packet *packet, int ethernet)
 {
 	void *data = (void *)(long)skb->data, *end = (void *)(long)skb->data_end;
@@ -149,7 +164,7 @@ static __always_inline int find_plain(struct __sk_buff *skb, struct packet *pack
 	if (ip->version != 6 || (ip->nexthdr != IPPROTO_TCP && ip->nexthdr != IPPROTO_UDP))
 		return -1;
 	packet->offset = ethernet ? ETH_HLEN : 0;
-	packet->ip = *ip;
+	take_header(packet, ip);
 	packet->key.source_port = ports[0];
 	packet->key.destination_port = ports[1];
 	packet->key.protocol = ip->nexthdr;
@@ -161,9 +176,7 @@ static __always_inline __u32 entropy(const struct packet *packet)
 {
 	__u64 words[5], hash = settings.entropy_key;
 
-	__builtin_memcpy(words, &packet->ip.saddr, 16);
-	__builtin_memcpy(words + 2, &packet->ip.daddr, 16);
-	__builtin_memcpy(words + 4, &packet->key.source_port, 8);
+	__builtin_memcpy(words, &packet->key, sizeof(words));
 	for (int i = 0; i < 5; i++) {
 		hash = (hash ^ words[i]) * 0x9e3779b97f4a7c15ULL;
 		hash ^= hash >> 32;
@@ -173,11 +186,9 @@ static __always_inline __u32 entropy(const struct packet *packet)
 
 static __always_inline int write_label(struct __sk_buff *skb, const struct packet *packet, __u32 label)
 {
-	__be32 word;
-
 	/* Leave version and traffic class (DSCP, ECN) unchanged. */
-	__builtin_memcpy(&word, &packet->ip, sizeof(word));
-	word = (word & bpf_htonl(~LABEL_MASK)) | bpf_htonl(label & LABEL_MASK);
+	__be32 word = (packet->word & bpf_htonl(~LABEL_MASK)) | bpf_htonl(label & LABEL_MASK);
+
 	return bpf_skb_store_bytes(skb, packet->offset, &word, sizeof(word), 0);
 }
 
@@ -211,14 +222,14 @@ static __always_inline int too_large(struct __sk_buff *skb, const struct packet 
 static __always_inline int add_headers(struct __sk_buff *skb, const struct packet *packet, __u32 tag)
 {
 	__u32 grow = (settings.hop_by_hop ? HEADER_SIZE : 0) + (settings.destination ? HEADER_SIZE : 0);
-	__u32 length = bpf_ntohs(packet->ip.payload_len);
+	__u32 length = packet->length;
 	struct options_header headers[2];
 	__be16 payload;
 	__u8 first;
 
 	/* A Hop-by-Hop header must come first and only once; all fragments of a packet must have the same
 	 * headers; the length of a jumbogram is in an option. */
-	if (packet->ip.nexthdr == IPPROTO_HOPOPTS || packet->fragment || length == 0 || length + grow > 65535)
+	if (packet->next_header == IPPROTO_HOPOPTS || packet->fragment || length == 0 || length + grow > 65535)
 		return 1 + UNMARKED_HEADERS;
 	if (too_large(skb, packet, grow))
 		return 1 + UNMARKED_MTU;
@@ -227,11 +238,11 @@ static __always_inline int add_headers(struct __sk_buff *skb, const struct packe
 	first = settings.hop_by_hop ? IPPROTO_HOPOPTS : IPPROTO_DSTOPTS;
 	if (settings.hop_by_hop && settings.destination) {
 		fill_header(&headers[0], IPPROTO_DSTOPTS, tag);
-		fill_header(&headers[1], packet->ip.nexthdr, tag);
-		bpf_skb_store_bytes(skb, packet->offset + sizeof(packet->ip), headers, 2 * HEADER_SIZE, 0);
+		fill_header(&headers[1], packet->next_header, tag);
+		bpf_skb_store_bytes(skb, packet->offset + sizeof(struct ipv6hdr), headers, 2 * HEADER_SIZE, 0);
 	} else {
-		fill_header(&headers[0], packet->ip.nexthdr, tag);
-		bpf_skb_store_bytes(skb, packet->offset + sizeof(packet->ip), headers, HEADER_SIZE, 0);
+		fill_header(&headers[0], packet->next_header, tag);
+		bpf_skb_store_bytes(skb, packet->offset + sizeof(struct ipv6hdr), headers, HEADER_SIZE, 0);
 	}
 	payload = bpf_htons(length + grow);
 	bpf_skb_store_bytes(skb, packet->offset + offsetof(struct ipv6hdr, payload_len), &payload, 2, 0);
@@ -257,8 +268,6 @@ static __always_inline int mark(struct __sk_buff *skb, int ethernet)
 
 		flow = bpf_map_lookup_elem(&flows, &all);
 	} else {
-		__builtin_memcpy(packet.key.source, &packet.ip.saddr, 16);
-		__builtin_memcpy(packet.key.destination, &packet.ip.daddr, 16);
 		flow = bpf_map_lookup_elem(&flows, &packet.key);
 	}
 	if (!flow)
