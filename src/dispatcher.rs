@@ -11,6 +11,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use crossbeam_channel::{Receiver, Sender, bounded, never, select};
+use ipnet::IpNet;
 use jiff::Timestamp;
 use log::Level;
 use prometheus::{IntCounter, IntGauge};
@@ -21,7 +22,7 @@ use self::journal::Journal;
 use self::queue::{Pushed, push};
 pub use self::shards::SHARDS;
 use crate::event::{FlowEvent, Origin, State};
-use crate::flow::Flow;
+use crate::flow::{Flow, Tag};
 use crate::logging::LogLimit;
 use crate::metrics::{Metrics, Outcomes, Queue};
 use crate::sys::clock;
@@ -59,16 +60,36 @@ pub struct Settings {
 /// A request to the dispatcher. The answer goes into the channel that comes with it.
 pub enum Query {
     /// From now on the events for the backend of this name go to this output, or nowhere. The answer is the flows
-    /// that are open at that moment.
+    /// that are open at that moment, if there is an output.
     Output(&'static str, Option<Output>, Sender<Vec<(Flow, OpenFlow)>>),
     /// New settings.
     Settings(Settings),
-    /// The open flows of one of the [`SHARDS`], in no order.
-    Shard(usize, Sender<Vec<(Flow, OpenFlow)>>),
+    /// The open flows of one of the [`SHARDS`] that pass the filter, in no order.
+    Shard(usize, Filter, Sender<Vec<(Flow, OpenFlow)>>),
     /// One flow, in either direction, if it is open.
     Flow(Flow, Sender<Option<(Flow, OpenFlow)>>),
     /// Sockets that a scan showed, each with its cookie; the flow has the local end as its source.
     Sockets(Vec<(Flow, u64)>),
+}
+
+/// Selects flows. The dispatcher filters, so that it copies only the flows that are wanted.
+#[derive(Clone, Copy, Default)]
+pub struct Filter {
+    /// The id of the experiment.
+    pub experiment: Option<u16>,
+    /// A prefix that has one of the ends.
+    pub address: Option<IpNet>,
+}
+
+impl Filter {
+    /// Whether the filter selects a flow with this tag.
+    pub fn admits(&self, flow: &Flow, tag: Tag) -> bool {
+        let ends = [flow.source.address, flow.destination.address];
+        self.experiment.is_none_or(|id| id == tag.experiment)
+            && self
+                .address
+                .is_none_or(|net| ends.iter().any(|end| net.contains(end)))
+    }
 }
 
 /// How long the dispatcher may take to list the open flows.
@@ -89,7 +110,9 @@ pub fn ask<T>(
 pub fn open_flows(queries: &Sender<Query>) -> Option<Vec<(Flow, OpenFlow)>> {
     let mut flows = Vec::new();
     for index in 0..SHARDS {
-        let shard = ask(queries, ANSWER_TIMEOUT, |reply| Query::Shard(index, reply))?;
+        let shard = ask(queries, ANSWER_TIMEOUT, |reply| {
+            Query::Shard(index, Filter::default(), reply)
+        })?;
         flows.extend(shard);
     }
     Some(flows)
@@ -243,8 +266,9 @@ impl Dispatcher {
         match query {
             Query::Output(name, output, reply) => {
                 self.outputs.retain(|output| output.name != name);
+                let open = output.is_some().then(|| flows(&self.table));
                 self.outputs.extend(output);
-                let _ = reply.send(flows(&self.table));
+                let _ = reply.send(open.unwrap_or_default());
             }
             Query::Settings(settings) => {
                 self.table.set_max_flows(settings.max_flows);
@@ -254,8 +278,9 @@ impl Dispatcher {
                     false => self.echoes = None,
                 }
             }
-            Query::Shard(index, reply) => {
+            Query::Shard(index, filter, reply) => {
                 let flows = self.table.shard(index);
+                let flows = flows.filter(|(flow, open)| filter.admits(flow, open.tag));
                 let flows = flows.map(|(flow, open)| (flow, open.clone()));
                 let _ = reply.send(flows.collect());
             }

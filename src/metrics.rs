@@ -309,6 +309,14 @@ impl Metrics {
         self.outcomes(&self.registry_updates, "registry", "")
     }
 
+    /// Forgets a queue that no longer exists.
+    pub fn remove_queue(&self, queue: &str) {
+        for gauges in [&self.queue_depth, &self.queue_high_water] {
+            // Fails if the queue was never observed.
+            let _ = gauges.remove_label_values(&[queue]);
+        }
+    }
+
     /// Depth and high-water mark of a queue.
     pub fn queue(&self, queue: &str) -> Queue {
         Queue {

@@ -21,6 +21,42 @@ fn run_with_config(home: &Home, command: &str, more: &[&str]) -> (i32, String, S
     run(&[&[command, "-c", config.to_str().unwrap()], more].concat())
 }
 
+/// The client prints what it receives, so that its memory does not grow with the table.
+#[test]
+#[ignore = "needs root"]
+fn a_long_list_of_flows_is_streamed() {
+    const FLOWS: usize = 200_000;
+    /// Less than the listing has by far.
+    const MEMORY: &str = "65536";
+    let hosts = Hosts::new();
+    let home = Home::new("{}");
+    let daemon = home.start(&hosts.here);
+    home.write(&lines("start", 0..FLOWS, "2 9"));
+    daemon.expect_status(&format!("flows_open {FLOWS}"));
+    let list = |arguments: &[&str]| {
+        let shell = r#"ulimit -d "$1"; shift; exec "$@""#;
+        let output = Command::new("sh")
+            .args(["-c", shell, "sh", MEMORY, PROGRAM, "flows", "-c"])
+            .arg(home.path("flowd.cfg"))
+            .args(arguments)
+            .output()
+            .unwrap();
+        let error = String::from_utf8_lossy(&output.stderr);
+        assert!(output.status.success(), "{arguments:?}: {error}");
+        String::from_utf8(output.stdout).unwrap()
+    };
+    let table = list(&[]);
+    assert_eq!(table.lines().count(), FLOWS + 2);
+    let last =
+        format!("\n{FLOWS} flows are open; so many are sorted only with --sort or --limit\n");
+    assert!(table.ends_with(&last));
+    let document: Value = serde_json::from_str(&list(&["--json"])).unwrap();
+    assert_eq!(document["flows"].as_array().unwrap().len(), FLOWS);
+    let first = list(&["--limit", "2", "--sort", "source"]);
+    assert_eq!(first.lines().count(), 4, "{first}");
+    daemon.stop();
+}
+
 #[test]
 #[ignore = "needs root"]
 fn flows_lists_the_open_flows() {
@@ -112,6 +148,11 @@ fn flows_lists_the_open_flows() {
         ),
         "{error}"
     );
+
+    let (_, out, _) = run_with_config(&home, "flows", &["--sort", "source", "--limit", "1"]);
+    assert!(out.contains("192.0.2.1:40002"), "{out}");
+    assert!(!out.contains("40001"), "{out}");
+    assert!(out.ends_with("\n3 flows are open\n"), "{out}");
 
     // --watch prints the table until it is killed.
     let mut watch = Command::new(PROGRAM)

@@ -14,7 +14,7 @@ use std::os::unix::net::UnixDatagram;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
-use common::daemon::{Daemon, Home, line, lines, write};
+use common::daemon::{Daemon, Home, line, lines, run, write};
 use common::http::Client;
 use common::net::{Hosts, NetNs};
 use common::sink::Sink;
@@ -71,6 +71,13 @@ fn an_invalid_file_changes_nothing_and_is_logged() {
     home.write(&lines("end", 0..1, "2 9"));
     home.write(&lines("start", 1..11, "2 9"));
     daemon.expect_status("flows_open 10");
+    // The queue of the backend that could not start is gone.
+    let config = home.path("flowd.cfg").display().to_string();
+    let (_, status, _) = run(&["status", "--json", "-c", &config]);
+    let status: serde_json::Value = serde_json::from_str(&status).unwrap();
+    let queues = status["queues"].as_array().unwrap().iter();
+    let queues: Vec<_> = queues.map(|queue| queue["name"].as_str()).collect();
+    assert_eq!(queues, [Some("dispatcher"), Some("firefly")]);
     assert_eq!(sink.collect("start", 11).len(), 11);
     reload(&home, &daemon, &good);
     home.wait_for_log("has a new configuration");

@@ -7,7 +7,7 @@ _flowd_rs()
 		case ${COMP_WORDS[i]} in
 		# Skip the option's value.
 		-c | --config | --socket | --pipe | --bpf-fs-path | --log-level | --sort | --target-interface | --user | --address | \
-			--port | --experiment) ((i++)) ;;
+			--port | --experiment | --limit) ((i++)) ;;
 		-*) ;;
 		*)
 			if [ -z "$command" ]; then
@@ -47,7 +47,7 @@ _flowd_rs()
 		*) words="--config" ;;
 		esac
 		;;
-	flows) words="--config --socket --experiment --address --sort --json --watch" ;;
+	flows) words="--config --socket --experiment --address --sort --limit --json --watch" ;;
 	listen) words="--address --port --json" ;;
 	marker) [ "$sub" = clean ] && words="--target-interface --remove-qdisc" || words="show clean --bpf-fs-path" ;;
 	prepare) words="--config --user" ;;

@@ -1,6 +1,6 @@
 //! Queries the running daemon through its control socket.
 
-use std::io::{self, Read, Write};
+use std::io::{self, BufRead, BufReader, Read, Write};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -14,6 +14,9 @@ use crate::error::{Context, Error, Result};
 
 /// How long the daemon may send nothing.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// Size of the buffer for an answer, in bytes.
+const READ_SIZE: usize = 256 << 10;
 
 /// The control socket: `socket` if given, else that of the configuration file. Without either, the file at the default
 /// path is used if it exists.
@@ -37,57 +40,98 @@ pub fn get(socket: &Path, path: &str) -> Result<Value> {
 }
 
 fn get_within(timeout: Duration, socket: &Path, path: &str) -> Result<Value> {
-    let shown = socket.display();
-    let name = || format!("control socket {shown}");
-    let mut stream = match UnixStream::connect(socket) {
-        Ok(stream) => stream,
-        Err(error) => {
-            return Err(match error.kind() {
-                io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused => {
-                    Error::Failed(format!("no daemon listens on {shown} (controlSocket)"))
-                }
-                io::ErrorKind::PermissionDenied => access::denied(name(), socket),
-                _ => Error::Resource {
-                    resource: name(),
-                    source: error,
-                },
-            });
-        }
-    };
-    // HTTP/1.0: the answer ends with the connection.
-    let request = format!("GET {path} HTTP/1.0\r\n\r\n");
-    let mut answer = Vec::new();
-    let done = stream
-        .set_read_timeout(Some(timeout))
-        .and_then(|()| stream.write_all(request.as_bytes()))
-        .and_then(|()| stream.read_to_end(&mut answer));
-    match done {
-        Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
-            let seconds = timeout.as_secs();
+    let mut answer = Answer::request(timeout, socket, path)?;
+    let mut body = Vec::new();
+    let read = answer.body.read_to_end(&mut body);
+    answer.done(read)?;
+    serde_json::from_slice(&body).map_err(|error| answer.invalid(&error))
+}
+
+/// The lines of the document at `path` of the daemon behind `socket`, as they arrive.
+pub fn get_lines(socket: &Path, path: &str) -> Result<Answer> {
+    Answer::request(ANSWER_TIMEOUT, socket, path)
+}
+
+/// The body of a successful answer, which has not been read yet.
+pub struct Answer {
+    name: String,
+    timeout: Duration,
+    body: BufReader<UnixStream>,
+}
+
+impl Answer {
+    fn request(timeout: Duration, socket: &Path, path: &str) -> Result<Answer> {
+        let shown = socket.display();
+        let name = format!("control socket {shown}");
+        let stream = UnixStream::connect(socket).map_err(|error| match error.kind() {
+            io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused => {
+                Error::Failed(format!("no daemon listens on {shown} (controlSocket)"))
+            }
+            io::ErrorKind::PermissionDenied => access::denied(name.clone(), socket),
+            _ => Error::Resource {
+                resource: name.clone(),
+                source: error,
+            },
+        })?;
+        let mut answer = Answer {
+            name,
+            timeout,
+            body: BufReader::with_capacity(READ_SIZE, stream),
+        };
+        // HTTP/1.0: the answer ends with the connection.
+        let request = format!("GET {path} HTTP/1.0\r\n\r\n");
+        let stream = answer.body.get_mut();
+        let sent = stream.set_read_timeout(Some(timeout));
+        let sent = sent.and_then(|()| stream.write_all(request.as_bytes()));
+        answer.done(sent)?;
+        let mut status = Vec::new();
+        if answer.read_line(&mut status)? == 0 {
             return Err(Error::Failed(format!(
-                "{}: the daemon did not answer within {seconds} s",
-                name()
+                "{}: the daemon closed the connection without an answer",
+                answer.name
             )));
         }
-        done => done.context(name)?,
-    };
-    if answer.is_empty() {
-        return Err(Error::Failed(format!(
-            "{}: the daemon closed the connection without an answer",
-            name()
-        )));
+        let mut header = Vec::new();
+        while answer.read_line(&mut header)? > 0 && !matches!(&header[..], b"\r\n" | b"\n") {
+            header.clear();
+        }
+        if status.starts_with(b"HTTP/1.1 200 ") {
+            return Ok(answer);
+        }
+        let mut body = Vec::new();
+        let read = answer.body.read_to_end(&mut body);
+        answer.done(read)?;
+        let document: Value =
+            serde_json::from_slice(&body).map_err(|error| answer.invalid(&error))?;
+        let error = document["error"]
+            .as_str()
+            .unwrap_or("the daemon refused the request without a reason");
+        Err(Error::Failed(escaped(error)))
     }
-    let end = memchr::memmem::find(&answer, b"\r\n\r\n").map_or(answer.len(), |at| at + 4);
-    let (head, body) = answer.split_at(end);
-    let document: Value = serde_json::from_slice(body)
-        .map_err(|error| Error::Failed(format!("{}: not JSON: {error}", name())))?;
-    if head.starts_with(b"HTTP/1.1 200 ") {
-        return Ok(document);
+
+    /// Appends the next line to `line`, with its newline. Returns its length, which is 0 at the end.
+    pub fn read_line(&mut self, line: &mut Vec<u8>) -> Result<usize> {
+        let read = self.body.read_until(b'\n', line);
+        self.done(read)
     }
-    let error = document["error"]
-        .as_str()
-        .unwrap_or("the daemon refused the request without a reason");
-    Err(Error::Failed(escaped(error)))
+
+    /// The error of an answer that is not the expected document.
+    pub fn invalid(&self, error: &dyn std::fmt::Display) -> Error {
+        Error::Failed(format!("{}: not JSON: {error}", self.name))
+    }
+
+    fn done<T>(&self, result: io::Result<T>) -> Result<T> {
+        match result {
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                let seconds = self.timeout.as_secs();
+                Err(Error::Failed(format!(
+                    "{}: the daemon did not answer within {seconds} s",
+                    self.name
+                )))
+            }
+            result => result.context(|| self.name.clone()),
+        }
+    }
 }
 
 #[cfg(test)]

@@ -1,6 +1,7 @@
 //! The read-only HTTP routes of the control socket and the API: open flows, registry, status and health.
 
-use std::collections::HashSet;
+use std::collections::{HashMap, HashSet};
+use std::fmt::{self, Display, Formatter};
 use std::net::IpAddr;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -10,11 +11,12 @@ use form_urlencoded as query;
 use ipnet::IpNet;
 use jiff::Timestamp;
 use percent_encoding::percent_decode_str;
+use serde::{Serialize, Serializer};
 use serde_json::{Map, Value, json};
 
 use crate::context::DaemonContext;
 use crate::dispatcher::flow_table::OpenFlow;
-use crate::dispatcher::{self, Query, SHARDS};
+use crate::dispatcher::{self, Filter, Query, SHARDS};
 use crate::flow::{Endpoint, Flow, Protocol, Tag, parse_address};
 use crate::http::{Body, Request, Response, problem};
 use crate::logging;
@@ -119,18 +121,25 @@ impl Routes {
             None => busy(),
             Some(None) => problem(404, "no such flow is open"),
             Some(Some((flow, open))) => {
-                let describer = self.describer();
-                Response::json(200, &describer.describe(&flow, &open))
+                let mut body = Vec::new();
+                self.describer().describe(&mut body, &flow, &open);
+                body.push(b'\n');
+                Response {
+                    status: 200,
+                    content_type: "application/json",
+                    headers: Vec::new(),
+                    body: Body::Whole(body),
+                }
             }
         }
     }
 
     fn flows(&mut self, request: &Request) -> Response {
-        let filter = match Filter::parse(&request.query, &self.registry()) {
+        let filter = match parse_filter(&request.query, &self.registry()) {
             Ok(filter) => filter,
             Err(error) => return problem(400, &error),
         };
-        let Some(first) = self.ask(|reply| Query::Shard(0, reply)) else {
+        let Some(first) = self.ask(|reply| Query::Shard(0, filter, reply)) else {
             return busy();
         };
         let listing = Listing {
@@ -157,6 +166,7 @@ impl Routes {
             labeller: self.context.active.load().labeller.clone(),
             local: addresses.unwrap_or_default(),
             now: Timestamp::now(),
+            names: HashMap::new(),
         }
     }
 
@@ -240,55 +250,39 @@ fn busy() -> Response {
     problem(503, "the dispatcher did not answer in time")
 }
 
-/// Selects the flows of a listing.
-#[derive(Default)]
-struct Filter {
-    experiment: Option<u16>,
-    address: Option<IpNet>,
-}
-
-impl Filter {
-    fn parse(text: &str, registry: &Registry) -> Result<Filter, String> {
-        let mut filter = Filter::default();
-        for (key, value) in query::parse(text.as_bytes()) {
-            match &*key {
-                "experiment" => {
-                    let id = registry
-                        .experiment_id(&value)
-                        .or_else(|| value.parse().ok());
-                    let id = id.ok_or_else(|| {
+/// Reads the parameters of a listing.
+fn parse_filter(text: &str, registry: &Registry) -> Result<Filter, String> {
+    let mut filter = Filter::default();
+    for (key, value) in query::parse(text.as_bytes()) {
+        match &*key {
+            "experiment" => {
+                let id = registry
+                    .experiment_id(&value)
+                    .or_else(|| value.parse().ok());
+                let id = id.ok_or_else(|| {
                         format!("experiment: \"{}\" is neither an id of 0 to 65535 nor a name of the registry", value.escape_debug())
                     })?;
-                    filter.experiment = Some(id);
-                }
-                "address" => {
-                    let whole = parse_address(&value).map(|a| IpNet::from(a.to_canonical()));
-                    let net = whole.or_else(|| value.parse().ok()).ok_or_else(|| {
-                        format!(
-                            "address: \"{}\" is neither an address nor a prefix",
-                            value.escape_debug()
-                        )
-                    })?;
-                    filter.address = Some(net);
-                }
-                _ => {
-                    return Err(format!(
-                        "unknown parameter \"{}\", expected experiment or address",
-                        key.escape_debug()
-                    ));
-                }
+                filter.experiment = Some(id);
+            }
+            "address" => {
+                let whole = parse_address(&value).map(|a| IpNet::from(a.to_canonical()));
+                let net = whole.or_else(|| value.parse().ok()).ok_or_else(|| {
+                    format!(
+                        "address: \"{}\" is neither an address nor a prefix",
+                        value.escape_debug()
+                    )
+                })?;
+                filter.address = Some(net);
+            }
+            _ => {
+                return Err(format!(
+                    "unknown parameter \"{}\", expected experiment or address",
+                    key.escape_debug()
+                ));
             }
         }
-        Ok(filter)
     }
-
-    fn admits(&self, flow: &Flow, tag: Tag) -> bool {
-        let ends = [flow.source.address, flow.destination.address];
-        self.experiment.is_none_or(|id| id == tag.experiment)
-            && self
-                .address
-                .is_none_or(|net| ends.iter().any(|end| net.contains(end)))
-    }
+    Ok(filter)
 }
 
 /// Describes flows as JSON.
@@ -297,47 +291,99 @@ struct Describer {
     labeller: Option<Labeller>,
     local: HashSet<IpAddr>,
     now: Timestamp,
+    /// The names of tags that were described before.
+    names: HashMap<Tag, (String, String)>,
 }
 
 impl Describer {
-    fn describe(&self, flow: &Flow, open: &OpenFlow) -> Value {
-        let (experiment, activity) = self.registry.names(open.tag);
+    /// Appends the JSON of a flow to `out`.
+    fn describe(&mut self, out: &mut Vec<u8>, flow: &Flow, open: &OpenFlow) {
         let outgoing = interfaces::outgoing(flow, &self.local);
         let marked = outgoing.source.address.is_ipv6() && scitag::fits(open.tag);
         let label = self.labeller.as_ref().filter(|_| marked);
-        let age = self.now.duration_since(open.start_time());
-        json!({
-            "id": id(flow),
-            "state": open.state.as_str(),
-            "protocol": flow.protocol.as_str(),
-            "src-ip": flow.source.address,
-            "src-port": flow.source.port,
-            "dst-ip": flow.destination.address,
-            "dst-port": flow.destination.port,
-            "experiment-id": open.tag.experiment,
-            "activity-id": open.tag.activity,
-            "experiment": experiment,
-            "activity": activity,
-            "start-time": format!("{:.6}", open.start_time()),
-            "age": (age.as_secs_f64().max(0.0) * 1000.0).round() / 1000.0,
-            "origin": open.origin.as_str(),
-            "application": open.application.as_deref(),
-            "label": label.map(|labeller| labeller.label(&outgoing, open.tag)),
-        })
+        let registry = &self.registry;
+        let names = self.names.entry(open.tag);
+        let (experiment, activity) = names.or_insert_with(|| registry.names(open.tag));
+        let age = self.now.duration_since(open.start_time()).as_millis();
+        let micros = open.start_time().as_microsecond();
+        let described = Described {
+            id: Id(flow),
+            state: open.state.as_str(),
+            protocol: flow.protocol.as_str(),
+            src_ip: flow.source.address,
+            src_port: flow.source.port,
+            dst_ip: flow.destination.address,
+            dst_port: flow.destination.port,
+            experiment_id: open.tag.experiment,
+            activity_id: open.tag.activity,
+            experiment,
+            activity,
+            start_time: Seconds(micros),
+            age: age.max(0) as f64 / 1000.0,
+            origin: open.origin.as_str(),
+            application: open.application.as_deref(),
+            label: label.map(|labeller| labeller.label(&outgoing, open.tag)),
+        };
+        // Writing to a Vec cannot fail, and all keys are strings.
+        let _ = serde_json::to_writer(out, &described);
+    }
+}
+
+/// A flow as JSON.
+#[derive(Serialize)]
+#[serde(rename_all = "kebab-case")]
+struct Described<'a> {
+    #[serde(serialize_with = "as_text")]
+    id: Id<'a>,
+    state: &'a str,
+    protocol: &'a str,
+    src_ip: IpAddr,
+    src_port: u16,
+    dst_ip: IpAddr,
+    dst_port: u16,
+    experiment_id: u16,
+    activity_id: u16,
+    experiment: &'a str,
+    activity: &'a str,
+    #[serde(serialize_with = "as_text")]
+    start_time: Seconds,
+    age: f64,
+    origin: &'a str,
+    application: Option<&'a str>,
+    label: Option<u32>,
+}
+
+fn as_text<S: Serializer>(value: &impl Display, serializer: S) -> Result<S::Ok, S::Error> {
+    serializer.collect_str(value)
+}
+
+/// Microseconds since 1970, shown as seconds.
+struct Seconds(i64);
+
+impl Display for Seconds {
+    fn fmt(&self, f: &mut Formatter<'_>) -> fmt::Result {
+        let sign = if self.0 < 0 { "-" } else { "" };
+        let micros = self.0.unsigned_abs();
+        write!(f, "{sign}{}.{:06}", micros / 1_000_000, micros % 1_000_000)
     }
 }
 
 /// The id of a flow in a path: its 5-tuple, separated by commas.
-fn id(flow: &Flow) -> String {
-    let (source, destination) = (flow.source, flow.destination);
-    format!(
-        "{},{},{},{},{}",
-        flow.protocol.as_str(),
-        source.address,
-        source.port,
-        destination.address,
-        destination.port
-    )
+struct Id<'a>(&'a Flow);
+
+impl Display for Id<'_> {
+    fn fmt(&self, f: &mut Formatter<'_>) -> fmt::Result {
+        let (source, destination) = (self.0.source, self.0.destination);
+        write!(
+            f,
+            "{},{},{},{},{}",
+            self.0.protocol.as_str(),
+            source.address,
+            source.port,
+            destination.address,
+            destination.port
+        )
+    }
 }
 
 fn flow_of_id(id: &str) -> Option<Flow> {
@@ -379,7 +425,7 @@ impl Listing {
             }
             let shard = self.next_shard;
             self.next_shard += 1;
-            let query = |reply| Query::Shard(shard, reply);
+            let query = |reply| Query::Shard(shard, self.filter, reply);
             let flows = dispatcher::ask(&self.queries, DISPATCHER_TIMEOUT, query).ok_or(())?;
             self.flows = flows.into_iter();
         }
@@ -390,10 +436,10 @@ impl Iterator for Listing {
     type Item = Vec<u8>;
 
     fn next(&mut self) -> Option<Vec<u8>> {
-        let mut part = String::new();
+        let mut part = Vec::with_capacity(2 * LISTING_CHUNK_SIZE);
         match self.state {
             ListingState::Begin => {
-                part += "{\"flows\":[";
+                part.extend_from_slice(b"{\"flows\":[");
                 self.state = ListingState::First;
             }
             ListingState::Done => return None,
@@ -401,17 +447,15 @@ impl Iterator for Listing {
         }
         while part.len() < LISTING_CHUNK_SIZE {
             match self.next_flow() {
-                Ok(Some((flow, open))) if self.filter.admits(&flow, open.tag) => {
-                    part += match std::mem::replace(&mut self.state, ListingState::Later) {
-                        ListingState::Later => ",\n",
-                        _ => "\n",
-                    };
-                    part += &self.describer.describe(&flow, &open).to_string();
+                Ok(Some((flow, open))) => {
+                    let is_first = matches!(self.state, ListingState::First);
+                    self.state = ListingState::Later;
+                    part.extend_from_slice(if is_first { b"\n" } else { b",\n" });
+                    self.describer.describe(&mut part, &flow, &open);
                 }
-                Ok(Some(_)) => {}
                 Ok(None) => {
                     self.state = ListingState::Done;
-                    part += "\n]}\n";
+                    part.extend_from_slice(b"\n]}\n");
                     break;
                 }
                 Err(()) => {
@@ -422,7 +466,7 @@ impl Iterator for Listing {
                 }
             }
         }
-        Some(part.into_bytes())
+        Some(part)
     }
 }
 
@@ -436,7 +480,7 @@ mod tests {
             "tcp,2001:db8::1,40001,2001:db8::2,443",
             "udp,192.0.2.1,0,192.0.2.2,65535",
         ] {
-            assert_eq!(id(&flow_of_id(text).unwrap()), text);
+            assert_eq!(Id(&flow_of_id(text).unwrap()).to_string(), text);
         }
         for text in [
             "",
@@ -458,7 +502,7 @@ mod tests {
                 experiment: 2,
                 activity: 9,
             };
-            Filter::parse(query, &registry).map(|filter| filter.admits(&flow, tag))
+            parse_filter(query, &registry).map(|filter| filter.admits(&flow, tag))
         };
         for good in [
             "",

@@ -384,8 +384,12 @@ impl Parts {
         name: &'static str,
         output: Option<Output>,
     ) -> Result<Vec<(Flow, OpenFlow)>> {
+        let is_removed = output.is_none();
         let query = |reply| Query::Output(name, output, reply);
         let answer = dispatcher::ask(&self.context.queries, DISPATCHER_TIMEOUT, query);
+        if is_removed {
+            self.context.metrics.remove_queue(name);
+        }
         answer.ok_or_else(|| Error::Failed("the dispatcher does not answer".to_owned()))
     }
 }
