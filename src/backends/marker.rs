@@ -284,7 +284,8 @@ impl Backend for Marker {
 
     /// Fills the map before it attaches the filter: flows that the former daemon's filter marks stay marked throughout.
     fn restore(&mut self, table: &FlowTable) -> Result<()> {
-        let mut wanted = HashSet::new();
+        // Listed first: in a new map there is nothing to list, however many flows are open.
+        let mut stale: HashSet<Key> = self.program.maps.keys().collect();
         if let Some(tag) = self.config.all {
             let mark = Mark {
                 label: scitag::label(tag),
@@ -294,27 +295,25 @@ impl Backend for Marker {
             let entered = self.program.maps.enter(&Key::ALL, mark);
             entered.context(|| "map of the marker".to_owned())?;
             self.counters.add(Outcome::Entered);
-            wanted.insert(Key::ALL);
+            stale.remove(&Key::ALL);
         } else {
             let mut flows: Vec<(Flow, &OpenFlow)> = table.iter().collect();
             // With `matchAll` the flow that was started last gives its tag to all packets.
             if self.config.match_all {
                 flows.sort_unstable_by_key(|(_, open)| open.sequence);
             }
-            for (flow, open) in flows {
-                if let Ok((key, _)) = self.entry(&flow, open.tag) {
-                    wanted.insert(key);
+            for (flow, open) in &flows {
+                if stale.is_empty() {
+                    break;
                 }
+                if let Ok((key, _)) = self.entry(flow, open.tag) {
+                    stale.remove(&key);
+                }
+            }
+            for (flow, open) in flows {
                 self.enter(&flow, open.tag);
             }
         }
-        let stale: Vec<Key> = self
-            .program
-            .maps
-            .marks()
-            .map(|(key, _)| key)
-            .filter(|k| !wanted.contains(k))
-            .collect();
         for key in &stale {
             self.program.maps.remove(key);
         }

@@ -198,6 +198,11 @@ impl Maps {
         self.flows.keys().filter_map(mark)
     }
 
+    /// The keys of all flows. One may come twice if entries are removed meanwhile.
+    pub fn keys(&self) -> impl Iterator<Item = Key> {
+        self.flows.keys().filter_map(|key| Key::from_bytes(&key))
+    }
+
     /// The mark of a key.
     pub fn get(&self, key: &Key) -> Option<Mark> {
         let value = self.flows.lookup(&key.0, MapFlags::ANY).ok().flatten()?;
