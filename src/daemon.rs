@@ -74,6 +74,7 @@ pub fn run(config: Config, path: &Path, log_level: Option<LevelFilter>) -> Resul
     log::debug!("registry: {source}");
     let registry = SharedRegistry::new(known);
     let mut table = FlowTable::new(config.flows.max_flows);
+    table.set_limits(config.flows.max_flows, config.flows.max_per_source);
     let journal = Journal::open(&config.state_dir, &mut table, &metrics)
         .context(|| format!("journal in {} (stateDir)", config.state_dir.display()))?;
     if !table.is_empty() {

@@ -5,6 +5,7 @@ pub mod flow_table;
 pub mod journal;
 pub mod queue;
 mod shards;
+mod sources;
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -21,6 +22,7 @@ use self::flow_table::{FlowTable, Now, OpenFlow, Transition};
 use self::journal::Journal;
 use self::queue::{Pushed, push};
 pub use self::shards::SHARDS;
+use self::sources::FlowSource;
 use crate::event::{FlowEvent, Origin, State};
 use crate::flow::{Flow, Tag};
 use crate::logging::LogLimit;
@@ -51,6 +53,8 @@ pub struct Output {
 pub struct Settings {
     /// `flows.maxFlows`.
     pub max_flows: usize,
+    /// `flows.maxPerSource`.
+    pub max_per_source: usize,
     /// `flows.maxAge`.
     pub max_age: Duration,
     /// Whether the firefly plugin runs: then fireflies may be echoes.
@@ -155,6 +159,7 @@ pub struct Dispatcher {
     ongoing_dropped: IntCounter,
     queue: Queue,
     refused: LogLimit,
+    refused_source: LogLimit,
     /// Looks up which socket a flow has now. `None` if the kernel has no sock_diag.
     sockets: Option<Dump>,
     /// Flows that are too old, and are still to be ended.
@@ -190,6 +195,10 @@ impl Dispatcher {
             refused: LogLimit::new(
                 Level::Error,
                 "flows refused because the table is full (flows.maxFlows)",
+            ),
+            refused_source: LogLimit::new(
+                Level::Error,
+                "flows refused because their source has too many (flows.maxPerSource)",
             ),
             sockets: Dump::open().ok(),
             expired: Vec::new(),
@@ -244,6 +253,7 @@ impl Dispatcher {
                 self.expired.extend(expired);
                 self.is_closing = true;
                 self.refused.tick(now);
+                self.refused_source.tick(now);
             }
             self.end_due_flows(time);
             self.forward(now);
@@ -255,6 +265,7 @@ impl Dispatcher {
             self.heartbeat.beat();
         }
         self.refused.flush();
+        self.refused_source.flush();
     }
 
     /// Answers a request. The requester may no longer be waiting: a send failure is ignored.
@@ -271,7 +282,8 @@ impl Dispatcher {
                 let _ = reply.send(open.unwrap_or_default());
             }
             Query::Settings(settings) => {
-                self.table.set_max_flows(settings.max_flows);
+                self.table
+                    .set_limits(settings.max_flows, settings.max_per_source);
                 self.max_age = settings.max_age;
                 match settings.receives_fireflies {
                     true => drop(self.echoes.get_or_insert_default()),
@@ -352,6 +364,12 @@ impl Dispatcher {
             let (flow, open) = (&event.flow, self.table.len());
             self.refused.log(Instant::now(), || {
                 format!("{flow} refused: {open} flows are open, the limit is flows.maxFlows")
+            });
+        }
+        if transition == Transition::RefusedSource {
+            let (flow, source) = (&event.flow, FlowSource::of(&event));
+            self.refused_source.log(Instant::now(), || {
+                format!("{flow} refused: as many flows of {source} are open as flows.maxPerSource allows")
             });
         }
         if transition.is_forwarded_to_backends() {

@@ -38,7 +38,7 @@ impl State {
 }
 
 /// Where a flow event came from.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Origin {
     /// A line in the named pipe.
     NamedPipe,

@@ -682,3 +682,28 @@ fn the_api_matches_its_openapi_document() {
     );
     daemon.stop();
 }
+
+#[test]
+#[ignore = "needs root"]
+fn each_client_has_a_share_of_its_own() {
+    let hosts = Hosts::new();
+    let home = home("{}");
+    let socket = home.path("api.sock");
+    home.configure(&format!(
+        "  api: {{unixSocket: '{}'}}\nflows: {{maxPerSource: 2}}\nbackends: {{firefly: {{}}}}\n",
+        socket.display()
+    ));
+    let daemon = home.start(&hosts.here);
+    let mut clients = [Client::tcp(&hosts.here, API), Client::unix(&socket)];
+    for (n, client) in clients.iter_mut().enumerate() {
+        let starts: Vec<Value> = (1..=3)
+            .map(|port| flow_json("start", 10 * (1 + n as u16) + port))
+            .collect();
+        let answer = client.post("/flow", &Value::from(starts).to_string());
+        assert_eq!(answer.status, 200);
+        daemon.expect_status(&format!("dispatcher_events refused_source_share {}", n + 1));
+        daemon.expect_status(&format!("flows_open {}", 2 * (n + 1)));
+    }
+    home.wait_for_log("of api from 127.0.0.1 are open");
+    daemon.stop();
+}

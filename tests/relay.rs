@@ -523,6 +523,37 @@ fn received_fireflies_cause_a_limited_rate_to_one_destination() {
 
 #[test]
 #[ignore = "needs root"]
+fn one_source_leaves_room_in_the_table_for_the_others() {
+    let hosts = Hosts::new();
+    let home = Home::with(
+        "  firefly: {bindAddress: '::'}\nflows: {maxFlows: 20}\nbackends:\n  firefly: {relayed: collector}\n",
+    );
+    let daemon = home.start(&hosts.here);
+    let line = |state: &str, n: u16| format!("{state} udp 2001:db8::1 {n} 2001:db8::2 9 2 9\n");
+    let start = |ports: std::ops::Range<u16>| ports.map(|n| line("start", n)).collect::<String>();
+    home.write(&start(1..26));
+    daemon.expect_status("dispatcher_events refused_source_share 7");
+    daemon.expect_status("flows_open 18");
+    home.wait_for_log("namedPipe are open as flows.maxPerSource allows");
+    let socket = near(&hosts);
+    socket
+        .send(firefly("start", 100).to_string().as_bytes())
+        .unwrap();
+    daemon.expect_status("flows_open 19");
+    // An end makes room for the source, a retag does not.
+    home.write(&line("start", 1).replace("2 9\n", "2 10\n"));
+    home.write(&(line("end", 2) + &start(200..202)));
+    daemon.expect_status("dispatcher_events refused_source_share 8");
+    daemon.stop();
+    // The share counts after a restart, too.
+    let daemon = home.start(&hosts.here);
+    home.write(&start(300..301));
+    daemon.expect_status("dispatcher_events refused_source_share 1");
+    daemon.stop();
+}
+
+#[test]
+#[ignore = "needs root"]
 fn nothing_is_sent_to_the_daemons_own_listener() {
     let hosts = Hosts::new();
     let own = "  firefly: {bindAddress: BIND}\nbackends:\n  firefly: {sendToCollector: true, collectorAddress: COLLECTOR, relayed: destination}\n";

@@ -120,6 +120,13 @@ pub fn check(raw: raw::Raw, instance: &str) -> Result<Config> {
         .as_ref()
         .is_some_and(|f| f.enrichment.is_some() && f.ongoing);
     let needs_enricher = sends_ongoing || prometheus.is_some();
+    let max_flows = range(
+        "flows.maxFlows",
+        raw.flows.max_flows,
+        MAX_FLOWS,
+        1,
+        100_000_000,
+    )?;
     let config = Config {
         pid_path_given: raw.pid_path.is_some(),
         pid_path: match raw.pid_path.as_deref() {
@@ -142,10 +149,12 @@ pub fn check(raw: raw::Raw, instance: &str) -> Result<Config> {
             None => LevelFilter::Info,
         },
         flows: Flows {
-            max_flows: range(
-                "flows.maxFlows",
-                raw.flows.max_flows,
-                MAX_FLOWS,
+            max_flows,
+            // A tenth is left for the others; a small table is not divided.
+            max_per_source: range(
+                "flows.maxPerSource",
+                raw.flows.max_per_source,
+                (max_flows - max_flows / 10) as i64,
                 1,
                 100_000_000,
             )?,
@@ -367,6 +376,7 @@ mod tests {
             config.flows,
             Flows {
                 max_flows: 5,
+                max_per_source: 5,
                 max_age: Duration::from_secs(36 * 3600),
                 end_on_socket_close: true
             }

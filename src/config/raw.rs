@@ -48,6 +48,7 @@ pub struct Registry {
 )]
 pub struct Flows {
     pub max_flows: Option<i64>,
+    pub max_per_source: Option<i64>,
     pub max_age: Option<String>,
     pub end_on_socket_close: Option<bool>,
 }

@@ -100,6 +100,8 @@ pub struct ControlSocket {
 pub struct Flows {
     /// `maxFlows`: how many flows may be open; further starts are refused.
     pub max_flows: usize,
+    /// `maxPerSource`: how many of them one source may have opened.
+    pub max_per_source: usize,
     /// `maxAge`: how long a flow may be open before the daemon ends it.
     pub max_age: Duration,
     /// `endOnSocketClose`: whether the daemon ends a flow when its socket on this host is closed.

@@ -62,6 +62,7 @@ impl Config {
             },
             flows: raw::Flows {
                 max_flows: Some(self.flows.max_flows as i64),
+                max_per_source: Some(self.flows.max_per_source as i64),
                 max_age: Some(format!("{}s", self.flows.max_age.as_secs())),
                 end_on_socket_close: Some(self.flows.end_on_socket_close),
             },
@@ -470,7 +471,7 @@ controlSocket: /c
 workDir: /w
 stateDir: /s
 registry: {url: 'file:///r'}
-flows: {maxFlows: 5, maxAge: 1d, endOnSocketClose: false}
+flows: {maxFlows: 5, maxPerSource: 3, maxAge: 1d, endOnSocketClose: false}
 plugins:
   namedPipe: {pipePath: /p, mode: 0600, group: users}
   firefly: {bindAddress: '::', bindPort: 5, bufferSize: 3000, allowedSources: [10.0.0.0/8, '::1']}

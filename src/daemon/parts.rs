@@ -167,6 +167,7 @@ impl Parts {
         }
         self.send(Query::Settings(Settings {
             max_flows: config.flows.max_flows,
+            max_per_source: config.flows.max_per_source,
             max_age: config.flows.max_age,
             receives_fireflies: config.firefly_plugin.is_some(),
         }))?;

@@ -10,7 +10,7 @@
 //!
 //! | event | unknown | open | closing | closed |
 //! | --- | --- | --- | --- | --- |
-//! | start | `Started`, now open; `Refused` if the table is full | `Duplicate`; `Retagged` with another tag | first `SocketClosed`, then as unknown; as open if it tells of a start before the socket closed | as unknown |
+//! | start | `Started`, now open; `Refused` if the table is full, `RefusedSource` if its source has too many | `Duplicate`; `Retagged` with another tag | first `SocketClosed`, then as unknown; as open if it tells of a start before the socket closed | as unknown |
 //! | ongoing | `OpenedByOngoing` with a tag, now open; `OngoingUnknown` without | `Ongoing` | as open | as unknown |
 //! | end, from a producer | `EndedUnmatched` | `Ended`, now closed | `Ended` with the socket's byte counts, now closed | `EndedAlready` |
 //! | end, from a socket | `SocketUnknown` | `SocketClosing`, now closing; `SocketClosed`, now closed, if the flow was reported by its socket and the byte counts are known | as open; the better counts are kept | `CountedLate` if it lacks byte counts; else as unknown |
@@ -34,6 +34,7 @@ use std::time::Duration;
 use jiff::Timestamp;
 
 use super::shards::{SHARDS, Shards};
+use super::sources::{FlowSource, SourceId, Sources};
 use crate::event::{Effect, EndReason, FlowEvent, Origin, State};
 use crate::flow::recent::RecentFlows;
 use crate::flow::{Flow, Protocol, Tag};
@@ -74,6 +75,8 @@ outcomes! {
         Expired = "ended_expired": "ended for their age: {flow|flows}",
         /// A start beyond `flows.maxFlows`: dropped.
         Refused = "refused_table_full": "refused because the table is full: {flow|flows}",
+        /// A start beyond `flows.maxPerSource`: dropped.
+        RefusedSource = "refused_source_share": "refused because their source has too many: {flow|flows}",
         /// A firefly that the daemon has seen before: dropped.
         Echo = "echo": "dropped: {firefly|fireflies} seen before",
     }
@@ -87,6 +90,7 @@ impl Transition {
             Transition::Duplicate
                 | Transition::OngoingUnknown
                 | Transition::Refused
+                | Transition::RefusedSource
                 | Transition::Echo
                 | Transition::SocketClosing
                 | Transition::SocketUnknown
@@ -226,6 +230,8 @@ struct TableEntry {
     /// Whether the flow is the reverse of its canonical flow.
     reversed: bool,
     closing: Option<Closing>,
+    /// Who opened it; a retag does not change that.
+    source: SourceId,
 }
 
 impl TableEntry {
@@ -256,6 +262,8 @@ struct WithoutCounts {
 pub struct FlowTable {
     flows: Shards<TableEntry>,
     max_flows: usize,
+    sources: Sources,
+    max_per_source: usize,
     /// The number of the next start or retag.
     next_sequence: u64,
     /// When each flow began closing, the earliest first. Some of these flows have ended since.
@@ -273,6 +281,8 @@ impl FlowTable {
         FlowTable {
             flows: Shards::new(),
             max_flows,
+            sources: Sources::default(),
+            max_per_source: usize::MAX,
             next_sequence: 1,
             closing: VecDeque::new(),
             next_shard: 0,
@@ -281,9 +291,16 @@ impl FlowTable {
         }
     }
 
-    /// Changes the limit. Flows that are open beyond it stay open.
-    pub fn set_max_flows(&mut self, max_flows: usize) {
-        self.max_flows = max_flows;
+    /// Changes the limits, of all flows and of those of one source. Flows that are open beyond them stay open.
+    pub fn set_limits(&mut self, max_flows: usize, max_per_source: usize) {
+        (self.max_flows, self.max_per_source) = (max_flows, max_per_source);
+    }
+
+    /// Removes a flow, which no longer counts for its source.
+    fn remove(&mut self, canonical: &Flow) -> Option<TableEntry> {
+        let entry = self.flows.remove(canonical)?;
+        self.sources.remove(entry.source);
+        Some(entry)
     }
 
     /// Enters a flow that was open when the daemon last ran, beyond `max_flows` if need be. Without a sequence number,
@@ -294,10 +311,14 @@ impl FlowTable {
             open.sequence = self.next_sequence;
         }
         self.next_sequence = self.next_sequence.max(open.sequence + 1);
+        // A later line of the journal replaces an earlier one.
+        self.remove(&canonical);
+        let source = self.sources.add(FlowSource::restored(open.origin));
         let entry = TableEntry {
             flow: open,
             reversed,
             closing: None,
+            source,
         };
         self.flows.insert(canonical, entry);
     }
@@ -311,7 +332,7 @@ impl FlowTable {
 
     /// Removes a restored flow that a later line of the journal closes.
     pub fn forget(&mut self, flow: &Flow) {
-        self.flows.remove(&flow.canonical().0);
+        self.remove(&flow.canonical().0);
     }
 
     /// The number of open flows.
@@ -400,6 +421,10 @@ impl FlowTable {
         if full {
             return Transition::Refused;
         }
+        let source = FlowSource::of(event);
+        if !event.origin.is_socket() && self.sources.count(source) >= self.max_per_source {
+            return Transition::RefusedSource;
+        }
         let start_time = event.start_time();
         let application = event.application.clone();
         let entered = seconds(now.boot);
@@ -410,6 +435,7 @@ impl FlowTable {
             flow,
             reversed,
             closing: None,
+            source: self.sources.add(source),
         };
         self.flows.insert(canonical, entry);
         event.start_time = Some(start_time);
@@ -459,7 +485,7 @@ impl FlowTable {
         }
         let start_time = entry.flow.start_time();
         self.add_counts_of_closed_socket(event, start_time);
-        let Some(TableEntry { flow, .. }) = self.flows.remove(&canonical) else {
+        let Some(TableEntry { flow, .. }) = self.remove(&canonical) else {
             return Transition::EndedUnmatched;
         };
         complete(event, direction, &flow);
@@ -572,7 +598,7 @@ impl FlowTable {
     }
 
     fn close(&mut self, canonical: &Flow, event: &mut FlowEvent) {
-        if let Some(entry) = self.flows.remove(canonical) {
+        if let Some(entry) = self.remove(canonical) {
             complete(event, entry.direction(canonical), &entry.flow);
             event.origin = entry.flow.origin;
             event.effect = Effect::Closed(EndReason::SocketClosed);
@@ -657,7 +683,7 @@ impl FlowTable {
 
     /// Ends a flow that [`FlowTable::find_expired`] returned, if it is still open.
     pub fn expire(&mut self, canonical: &Flow, now: Now) -> Option<FlowEvent> {
-        let entry = self.flows.remove(canonical)?;
+        let entry = self.remove(canonical)?;
         let (direction, open) = (entry.direction(canonical), entry.flow);
         self.closed.insert(*canonical, None);
         let mut end = FlowEvent::new(State::End, direction, now.wall, open.origin);

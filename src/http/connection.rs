@@ -249,6 +249,7 @@ impl Connection {
         self.searched = 0;
         self.input.drain(..head.length);
         head.request.is_unix = self.stream.is_unix();
+        head.request.peer = self.stream.peer();
         Ok(Some(head))
     }
 

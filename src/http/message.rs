@@ -4,6 +4,8 @@ use jiff::Timestamp;
 use jiff::fmt::rfc2822::DateTimePrinter;
 use serde_json::json;
 
+use crate::event::Sender;
+
 /// The longest request line with headers, in bytes.
 pub const MAX_HEAD_BYTES: usize = 16 << 10;
 /// The longest body of a request, in bytes.
@@ -21,6 +23,8 @@ pub struct Request {
     pub query: String,
     /// Whether the client has connected to a Unix socket, which no browser can.
     pub is_unix: bool,
+    /// The client, where the kernel tells.
+    pub peer: Option<Sender>,
     /// The value of `Host`.
     pub host: Option<String>,
     /// The value of `Origin`: the site of the page that made a browser send the request.

@@ -12,7 +12,10 @@ use mio::event::Source;
 use mio::net::{TcpListener, TcpStream, UnixListener, UnixStream};
 use mio::{Interest, Registry, Token};
 
+use crate::event::Sender;
 use crate::sys::directory::Directory;
+use nix::sys::socket::getsockopt;
+use nix::sys::socket::sockopt::PeerCredentials;
 
 /// A bound socket that clients connect to.
 pub enum Listener {
@@ -109,6 +112,20 @@ pub(super) enum Stream {
 impl Stream {
     pub(super) fn is_unix(&self) -> bool {
         matches!(self, Stream::Unix(_))
+    }
+
+    /// The address of a TCP client, or the user at the other end of a Unix socket.
+    pub(super) fn peer(&self) -> Option<Sender> {
+        match self {
+            Stream::Tcp(stream) => {
+                let address = stream.peer_addr().ok()?.ip().to_canonical();
+                Some(Sender::Address(address))
+            }
+            Stream::Unix(stream) => {
+                let peer = getsockopt(stream, PeerCredentials).ok()?;
+                Some(Sender::User(peer.uid()))
+            }
+        }
     }
 
     /// Tells the client that no more data follows.

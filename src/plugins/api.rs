@@ -190,7 +190,7 @@ impl Handler for ApiHandler {
 
     fn handle(&mut self, request: &Request) -> Response {
         match (request.path.as_str(), request.method.as_str()) {
-            ("/flow", "POST") => self.post_flow(&request.body),
+            ("/flow", "POST") => self.post_flow(request),
             ("/flow", _) => method_not_allowed("POST"),
             ("/dummy/start", "GET") if self.has_dummy_routes => self.dummy(State::Start),
             ("/dummy/end", "GET") if self.has_dummy_routes => self.dummy(State::End),
@@ -229,12 +229,17 @@ impl ApiHandler {
     }
 
     /// Accepts all events of a request, or none.
-    fn post_flow(&mut self, body: &[u8]) -> Response {
-        let parsed = serde_json::from_slice::<Value>(body)
+    fn post_flow(&mut self, request: &Request) -> Response {
+        let parsed = serde_json::from_slice::<Value>(&request.body)
             .map_err(|error| format!("the body is not valid JSON: {error}"))
             .and_then(|document| flow_json::events(&document, &self.routes.registry(), now()));
         match parsed {
-            Ok(events) => self.send(events),
+            Ok(mut events) => {
+                events
+                    .iter_mut()
+                    .for_each(|event| event.sender = request.peer);
+                self.send(events)
+            }
             Err(error) => {
                 self.counters.add(Outcome::Invalid);
                 problem(400, &error)
