@@ -167,7 +167,7 @@ fn flows_older_than_max_age_are_ended() {
 #[ignore = "needs root"]
 fn a_full_table_refuses_starts_and_logs_it() {
     let hosts = Hosts::new();
-    let home = Home::with("backends: {firefly: {}}\nflows: {maxFlows: 100}\n");
+    let home = Home::with("backends: {firefly: {}}\nflows: {maxFlows: 100, maxPerSource: 100}\n");
     let sink = Sink::bind(&hosts.there, DESTINATION);
     let daemon = home.start(&hosts.here);
     home.write(&lines("start", 0..1000, "2 9"));
