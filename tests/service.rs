@@ -547,3 +547,39 @@ fn a_daemon_of_root_follows_no_link_in_a_directory_of_another_user() {
         refused("is a symbolic link, and not only root may change it");
     }
 }
+
+#[test]
+fn a_token_is_not_shown_and_a_token_file_that_everybody_reads_is_a_warning() {
+    let home = Home::new("{}");
+    let config = home.path("flowd.cfg");
+    let shown = config.to_str().unwrap().to_owned();
+    home.configure_plugins(
+        "  api: {bindPort: 0, unixSocket: /u, token: s3cret}\n",
+        "backends: {dummy: }\n",
+    );
+    let (code, out, _) = run(&["config", "show", "-c", &shown]);
+    assert!(
+        code == 0 && out.contains("token: HIDDEN") && !out.contains("s3cret"),
+        "{out}"
+    );
+    let token = home.path("token");
+    write(&token, "s3cret\n");
+    // The daemon ends after it has read the token: what is at the path is not a socket.
+    fs::create_dir(home.path("api.sock")).unwrap();
+    let plugins = format!(
+        "  api: {{bindPort: 0, unixSocket: {}, tokenFile: {}}}\n  namedPipe: {{pipePath: {}}}\n",
+        home.path("api.sock").display(),
+        token.display(),
+        home.pipe().display()
+    );
+    home.configure_plugins(&plugins, "backends: {dummy: }\n");
+    for (mode, warned) in [(0o644, true), (0o640, false)] {
+        fs::set_permissions(&token, fs::Permissions::from_mode(mode)).unwrap();
+        let (_, _, error) = run(&["run", "-c", &shown]);
+        assert_eq!(
+            error.contains("every user can read the token"),
+            warned,
+            "{error}"
+        );
+    }
+}

@@ -90,7 +90,14 @@ impl Config {
                 config::Config::convert_file(&convert.config).inspect_err(print_excerpt)?
             }
             Command::Schema(_) => format!("{:#}\n", config::schema()),
-            Command::Show(show) => load(&show.config)?.to_yaml(),
+            Command::Show(show) => {
+                let mut config = load(&show.config)?;
+                // What is shown is passed on, in tickets and mails.
+                if let Some(token) = config.api.as_mut().and_then(|api| api.token.as_mut()) {
+                    "HIDDEN".clone_into(token);
+                }
+                config.to_yaml()
+            }
         };
         // The reader (head, less) may close the pipe early.
         let _ = std::io::stdout().write_all(text.as_bytes());

@@ -6,6 +6,7 @@ mod openapi;
 
 use std::fs;
 use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::fs::MetadataExt;
 
 use nix::unistd::gethostname;
 use serde_json::{Value, json};
@@ -74,6 +75,7 @@ impl Api {
         handover: Handover,
         inherited: Option<OwnedFd>,
     ) -> Result<Api> {
+        let token = token(config)?;
         let mut listeners = Vec::new();
         let mut tcp_socket = None;
         if let Some(address) = config.bind {
@@ -95,7 +97,7 @@ impl Api {
         let server = Server::new(listeners).context(|| "poll loop of the api plugin".to_owned())?;
         Ok(Api {
             server,
-            token: token(config)?,
+            token,
             has_dummy_routes: config.dummy_routes,
             own_names: OwnNames::new(&gethostname().unwrap_or_default().to_string_lossy()),
             counters: context.metrics.plugin(NAME),
@@ -120,6 +122,12 @@ fn token(config: &config::Api) -> Result<Option<String>> {
         )));
     }
     let content = fs::read_to_string(path).context(resource)?;
+    if fs::metadata(path).is_ok_and(|found| found.mode() & 0o004 != 0) {
+        log::warn!(
+            "{}: every user can read the token, expected mode 0640 or stricter (chmod o-r)",
+            resource()
+        );
+    }
     match content.trim() {
         "" => Err(Error::Failed(format!(
             "{}: empty, expected a token",
