@@ -9,6 +9,7 @@ use std::io::Write;
 use std::os::fd::AsFd;
 use std::os::unix::fs::{FileTypeExt, PermissionsExt};
 use std::path::PathBuf;
+use std::process::{Command, Stdio};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
@@ -363,4 +364,46 @@ fn a_stop_under_load_sends_everything_that_was_accepted() {
     );
     // The next daemon restores the flows that were open at the stop.
     assert_eq!(home.journalled(), seen.len());
+}
+
+#[test]
+#[ignore = "needs root"]
+fn each_kind_of_writer_can_use_the_documented_modes_and_others_cannot_read() {
+    const STORM: u32 = 54321;
+    let hosts = Hosts::new();
+    for (mode, group_may_read) in [("0622", false), ("0662", true)] {
+        let home = Home::new("{}");
+        fs::set_permissions(home.dir.path(), fs::Permissions::from_mode(0o755)).unwrap();
+        let config = fs::read_to_string(home.path("flowd.cfg")).unwrap();
+        let keys = format!("    mode: '{mode}'\n    group: {STORM}\n    pipePath:");
+        let config = config.replace("    pipePath:", &keys);
+        fs::write(home.path("flowd.cfg"), config).unwrap();
+        let sink = Sink::bind(&hosts.there, DESTINATION);
+        let daemon = home.start(&hosts.here);
+        let shell = |group: u32, script: &str| {
+            let mut command = Command::new("setpriv");
+            command
+                .args(["--reuid=65534", "--clear-groups"])
+                .arg(format!("--regid={group}"))
+                .args(["sh", "-c", script])
+                .env("PIPE", home.pipe())
+                .stderr(Stdio::null());
+            command.status().unwrap().success()
+        };
+        // As most services do, and as StoRM WebDAV does.
+        let write = |n| format!("echo '{}' > $PIPE", line("start", n, "2 9").trim_end());
+        let read_write = |n| {
+            let line = line("start", n, "2 9");
+            format!("exec 3<> $PIPE && echo '{}' >&3", line.trim_end())
+        };
+        assert!(shell(65534, &write(1)) && shell(STORM, &write(2)), "{mode}");
+        sink.collect("start", 2);
+        assert_eq!(shell(STORM, &read_write(3)), group_may_read, "{mode}");
+        sink.collect("start", usize::from(group_may_read));
+        assert!(
+            !shell(65534, &read_write(4)) && !shell(65534, "exec 3< $PIPE"),
+            "{mode}"
+        );
+        daemon.stop();
+    }
 }

@@ -124,6 +124,7 @@ fn describe(config: &config::Config) -> String {
     if let Some(pipe) = &config.named_pipe {
         let path = pipe.path.display();
         lines.push(("named pipe", format!("{path}, mode {:04o}", pipe.mode)));
+        lines.push(("pipe users", pipe_users(pipe.mode)));
     }
     for (protocol, address, key) in listeners(config) {
         lines.push(("listens on", format!("{protocol} {address} ({key})")));
@@ -174,6 +175,24 @@ fn describe(config: &config::Config) -> String {
     lines
         .map(|(name, value)| format!("{:<12}{value}\n", format!("{name}:")))
         .collect()
+}
+
+/// What the mode of the named pipe permits to users other than its owner.
+fn pipe_users(mode: u32) -> String {
+    let permitted = |who: &str, bits: u32| {
+        let what = match (bits & 2 != 0, bits & 4 != 0) {
+            (true, true) => "may report flows, and take away lines of others",
+            (true, false) => "may report flows",
+            (false, true) => "may take away lines",
+            (false, false) => "may do nothing",
+        };
+        format!("{who} {what}")
+    };
+    let (group, others) = (
+        permitted("the group", mode >> 3),
+        permitted("every user", mode),
+    );
+    format!("{others}; {group} (plugins.namedPipe.mode)")
 }
 
 /// Protocol, address and configuration key of each socket that listens on the network.
@@ -239,4 +258,36 @@ fn privileges(config: &config::Config) -> Vec<String> {
         }
     }
     needs
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_a_mode_of_the_pipe_permits() {
+        for (mode, expected) in [
+            (
+                0o666,
+                "every user may report flows, and take away lines of others; the group may report flows, and take away lines of others",
+            ),
+            (
+                0o622,
+                "every user may report flows; the group may report flows",
+            ),
+            (
+                0o662,
+                "every user may report flows; the group may report flows, and take away lines of others",
+            ),
+            (
+                0o640,
+                "every user may do nothing; the group may take away lines",
+            ),
+        ] {
+            assert_eq!(
+                pipe_users(mode),
+                format!("{expected} (plugins.namedPipe.mode)")
+            );
+        }
+    }
 }
