@@ -7,9 +7,11 @@
 mod common;
 mod measure;
 
-use std::io::{IoSlice, Write};
+use std::fs;
+use std::io::{IoSlice, Read, Write};
 use std::net::{SocketAddr, UdpSocket};
 use std::os::fd::AsRawFd;
+use std::process::Stdio;
 use std::time::{Duration, Instant};
 
 use common::daemon::{Home, PROGRAM, line, lines};
@@ -39,6 +41,7 @@ fn main() {
     latency(&hosts);
     memory(&hosts);
     start(&hosts);
+    million(&hosts);
 }
 
 /// Sends and receives at the same time; returns datagrams per second.
@@ -275,4 +278,92 @@ fn start(hosts: &Hosts) {
             &format!("{:.1}", time / bare),
         );
     }
+}
+
+/// With a million open flows: the listing, its client's memory, an event's wait meanwhile, and a start.
+fn million(hosts: &Hosts) {
+    const MANY: usize = 1_000_000;
+    const SAMPLES: usize = 5000;
+    let home = Home::with("backends: {firefly: {}}\nflows: {endOnSocketClose: false}\n");
+    let daemon = home.start(&hosts.here);
+    let mut writer = home.writer();
+    for block in 0..MANY / 1000 {
+        let text = lines("start", block * 1000..(block + 1) * 1000, "2 9");
+        writer.write_all(text.as_bytes()).unwrap();
+    }
+    daemon.expect_status(&format!("flows_open {MANY}"));
+    // The flows per second of a listing, and the most memory that its client has meanwhile, in MiB.
+    let list = || {
+        let began = Instant::now();
+        let mut client = hosts.here.command(PROGRAM);
+        client.args(["flows", "-c"]).arg(home.path("flowd.cfg"));
+        let mut client = client.stdout(Stdio::piped()).spawn().unwrap();
+        let (mut out, status) = (
+            client.stdout.take().unwrap(),
+            format!("/proc/{}/status", client.id()),
+        );
+        let (mut buffer, mut read, mut memory) = (vec![0; 64 << 10], 1, 0.0_f64);
+        for n in 0.. {
+            if read == 0 {
+                break;
+            }
+            read = out.read(&mut buffer).unwrap();
+            if n % 100 == 0 {
+                let status = fs::read_to_string(&status).unwrap_or_default();
+                let peak = status.lines().find_map(|line| line.strip_prefix("VmHWM:"));
+                let peak = peak.and_then(|peak| peak.split_whitespace().next()?.parse().ok());
+                memory = memory.max(peak.unwrap_or(0.0) / 1024.0);
+            }
+        }
+        assert!(client.wait().unwrap().success());
+        (MANY as f64 / began.elapsed().as_secs_f64(), memory)
+    };
+    let (rate, memory) = list();
+    row(
+        "listing of 1,000,000 open flows, flowd-rs flows",
+        &format!("{rate:.0} flows/s"),
+        "",
+        &format!("client {memory:.0} MiB"),
+    );
+    let sink = Sink::bind(&hosts.there, DESTINATION);
+    let mut buffer = [0; 2048];
+    let mut waits = |writer: &mut fs::File, first: usize| {
+        let mut waits: Vec<Duration> = Vec::new();
+        for n in first..first + SAMPLES {
+            std::thread::sleep(Duration::from_millis(1));
+            let began = Instant::now();
+            writer
+                .write_all(line("start", n, "2 9").as_bytes())
+                .unwrap();
+            sink.socket().recv(&mut buffer).unwrap();
+            waits.push(began.elapsed());
+        }
+        waits.sort();
+        waits[SAMPLES * 999 / 1000].as_secs_f64() * 1e3
+    };
+    let idle = waits(&mut writer, MANY);
+    let busy = std::thread::scope(|scope| {
+        let (stop, stopped) = std::sync::mpsc::channel::<()>();
+        scope.spawn(move || while stopped.try_recv().is_err() && list().0 > 0.0 {});
+        let busy = waits(&mut writer, MANY + SAMPLES);
+        let _ = stop.send(());
+        busy
+    });
+    row(
+        "— single line, 99.9th percentile, while listing",
+        &format!("{busy:.1} ms"),
+        &format!("idle {idle:.1} ms"),
+        "",
+    );
+    daemon.stop();
+    let began = Instant::now();
+    let daemon = home.start(&hosts.here);
+    let each = began.elapsed().as_secs_f64() / MANY as f64 * 1e6;
+    daemon.stop();
+    row(
+        "start to READY=1, 1,000,000 flows in the journal",
+        &format!("{each:.2} µs per flow"),
+        "",
+        "",
+    );
 }
