@@ -224,7 +224,7 @@ impl Held {
         let source = || format!("{}\0{:05}", flow.src_ip, flow.src_port);
         let destination = || format!("{}\0{:05}", flow.dst_ip, flow.dst_port);
         let key = match sort {
-            Sort::Age => format!("{:>24}\0{}", flow.start_time, source()),
+            Sort::Age => format!("{}\0{}", flow.start_time, source()),
             Sort::Experiment => {
                 format!("{}\0{}\0{}", flow.experiment, flow.activity, source())
             }
@@ -521,7 +521,7 @@ mod tests {
             dst_port: 1094,
             experiment: "atlas".into(),
             activity: "Data Consolidation".into(),
-            start_time: "1700000000.000000".into(),
+            start_time: "2023-11-14T22:13:20.000000Z".into(),
             age: 185.2,
             origin: "namedPipe".into(),
             label,

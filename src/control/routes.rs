@@ -305,7 +305,6 @@ impl Describer {
         let names = self.names.entry(open.tag);
         let (experiment, activity) = names.or_insert_with(|| registry.names(open.tag));
         let age = self.now.duration_since(open.start_time()).as_millis();
-        let micros = open.start_time().as_microsecond();
         let described = Described {
             id: Id(flow),
             state: open.state.as_str(),
@@ -318,7 +317,7 @@ impl Describer {
             activity_id: open.tag.activity,
             experiment,
             activity,
-            start_time: Seconds(micros),
+            start_time: Rfc3339(open.start_time()),
             age: age.max(0) as f64 / 1000.0,
             origin: open.origin.as_str(),
             application: open.application.as_deref(),
@@ -346,7 +345,7 @@ struct Described<'a> {
     experiment: &'a str,
     activity: &'a str,
     #[serde(serialize_with = "as_text")]
-    start_time: Seconds,
+    start_time: Rfc3339,
     age: f64,
     origin: &'a str,
     application: Option<&'a str>,
@@ -357,14 +356,12 @@ fn as_text<S: Serializer>(value: &impl Display, serializer: S) -> Result<S::Ok, 
     serializer.collect_str(value)
 }
 
-/// Microseconds since 1970, shown as seconds.
-struct Seconds(i64);
+/// A time as in RFC 3339, to the microsecond.
+struct Rfc3339(Timestamp);
 
-impl Display for Seconds {
+impl Display for Rfc3339 {
     fn fmt(&self, f: &mut Formatter<'_>) -> fmt::Result {
-        let sign = if self.0 < 0 { "-" } else { "" };
-        let micros = self.0.unsigned_abs();
-        write!(f, "{sign}{}.{:06}", micros / 1_000_000, micros % 1_000_000)
+        write!(f, "{:.6}", self.0)
     }
 }
 
