@@ -312,7 +312,7 @@ impl<'a> Object<'a> {
         }
     }
 
-    /// Drops characters that would need escaping: `text` is a word of the kernel or of this program.
+    /// Drops characters that would need escaping: the kernel or this program wrote `text`.
     fn text(&mut self, name: &str, text: &str) {
         let plain = text
             .chars()
