@@ -163,7 +163,11 @@ impl Store {
             Effect::Closed(reason) => self.count_end(tag, reason),
         }
         if event.state == State::End {
-            self.close(&event.flow);
+            let is_last = matches!(
+                event.effect,
+                Effect::Closed(EndReason::SocketClosed) | Effect::Counted
+            );
+            self.close(&event.flow, is_last);
         }
     }
 
@@ -173,13 +177,16 @@ impl Store {
         sums.ended[reason as usize] += 1;
     }
 
-    fn close(&mut self, flow: &Flow) {
+    /// Removes a flow. Unless `is_last`, its socket may be reported again: the next flow of the same connection, or the end
+    /// of the socket, then counts only the growth.
+    fn close(&mut self, flow: &Flow, is_last: bool) {
         let Some(series) = self.flows.remove(flow) else {
             return;
         };
         self.shown -= usize::from(series.shown);
-        // A closed socket has no inode.
-        if series.socket.is_some_and(|socket| socket.info.inode != 0) {
+        // A socket that its owner has closed has no inode.
+        let is_open = |socket: Arc<Socket>| socket.info.inode != 0 || !is_last;
+        if series.socket.is_some_and(is_open) {
             if self.carried.len() >= MAX_CARRIED {
                 self.carried.clear();
             }
@@ -198,7 +205,7 @@ impl Store {
             let former = carried.remove(&event.flow);
             resumed = former.is_some();
             let mut counted = former.unwrap_or_default();
-            if event.start_time() < since && counted.inode == 0 {
+            if event.start_time() < since && !resumed {
                 counted.counts = Counts::of(event, Counts::default());
             }
             Series {
@@ -390,6 +397,18 @@ mod tests {
             5,
         ));
         assert_eq!(bytes(&mut store), (0, 205));
+    }
+
+    #[test]
+    fn the_end_of_a_socket_after_that_of_its_flow_counts_only_the_growth() {
+        let mut store = store(10, at(0));
+        store.apply(&event(State::Start, 1, Effect::Opened));
+        // The service has closed the socket just before its report of the end was handled.
+        let end = event(State::End, 1, Effect::Closed(EndReason::Producer));
+        store.apply(&with_socket(end, 0, 0, 1000));
+        let counted = event(State::End, 1, Effect::Counted);
+        store.apply(&with_socket(counted, 0, 0, 1010));
+        assert_eq!(bytes(&mut store), (0, 1010));
     }
 
     #[test]
