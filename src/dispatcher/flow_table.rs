@@ -512,13 +512,17 @@ impl FlowTable {
             return self.end_of_other_socket(event, now);
         };
         let of_this_flow = match (ended, entry.flow.socket) {
-            (None, _) => true,
             (Some(ended), Some(known)) => ended == known,
-            (Some(ended), None) => {
+            // One of the two is not known. The flow's socket is alive if the 5-tuple has one that may be the flow's.
+            (ended, known) => {
                 let live = live_socket(&event.flow);
                 let live = live.and_then(|cookie| SocketId::new(&event.flow, cookie));
-                entry.flow.socket = live.filter(|live| *live != ended);
-                entry.flow.socket.is_none()
+                let is_flows = |live: &SocketId| {
+                    Some(*live) != ended && known.is_none_or(|known| known == *live)
+                };
+                let alive = live.filter(is_flows);
+                entry.flow.socket = known.or(alive);
+                alive.is_none()
             }
         };
         if !of_this_flow {
@@ -1084,6 +1088,23 @@ mod tests {
         let own = from_socket(event(State::End, 1, None, 21), 2);
         assert_eq!(apply(&mut table, own).0, Transition::SocketClosing);
         assert_eq!(end_closing(&mut table, 23).len(), 1);
+    }
+
+    #[test]
+    fn a_scan_that_missed_a_socket_does_not_end_the_flow_of_the_next_on_the_same_ports() {
+        let mut table = FlowTable::new(10);
+        apply(&mut table, event(State::Start, 1, Some((2, 9)), 5));
+        let missed = of(Origin::Socket, event(State::End, 1, None, 6));
+        // First the flow's socket is not known, then it is.
+        for _ in 0..2 {
+            let (transition, _) = apply_with(&mut table, missed.clone(), Some(2));
+            assert_eq!(transition, Transition::SocketUnknown);
+        }
+        // The flow's socket has been replaced, or there is none.
+        for live in [Some(3), None] {
+            let (transition, _) = apply_with(&mut table, missed.clone(), live);
+            assert_eq!(transition, Transition::SocketClosing);
+        }
     }
 
     #[test]
