@@ -199,7 +199,7 @@ fn a_new_version_takes_over_a_thousand_flows_under_load() {
     home.configure_plugins(
         &plugins,
         &format!(
-            "backends:\n  firefly: {{destinationPort: 20514, relayed: destination}}\n  marker: {{bpfFsPath: {}, targetInterfaces: [veth0]}}\n",
+            "backends:\n  firefly: {{destinationPort: 20514, relayed: destination, maxRelayRate: 1000000}}\n  marker: {{bpfFsPath: {}, targetInterfaces: [veth0]}}\n",
             bpffs.path().display()
         ),
     );
