@@ -141,6 +141,9 @@ impl Store {
     /// Applies an event.
     pub fn apply(&mut self, event: &FlowEvent) {
         let tag = event.tag();
+        if event.effect == Effect::Counted && self.has_another_socket(event) {
+            return;
+        }
         if event.netlink.is_some() || event.skops.is_some() {
             self.account(event);
         }
@@ -169,6 +172,14 @@ impl Store {
             );
             self.close(&event.flow, is_last);
         }
+    }
+
+    /// Whether the flow of an event is open again, on another socket than that of the event.
+    fn has_another_socket(&self, event: &FlowEvent) -> bool {
+        let series = self.flows.get(&event.flow);
+        let open = series.and_then(|series| series.socket.as_ref());
+        let cookies = open.zip(event.netlink.as_ref());
+        cookies.is_some_and(|(open, ended)| open.info.cookie != ended.info.cookie)
     }
 
     fn count_end(&mut self, tag: Tag, reason: EndReason) {
@@ -409,6 +420,27 @@ mod tests {
         let counted = event(State::End, 1, Effect::Counted);
         store.apply(&with_socket(counted, 0, 0, 1010));
         assert_eq!(bytes(&mut store), (0, 1010));
+    }
+
+    #[test]
+    fn late_counts_of_a_former_socket_are_not_those_of_the_next_flow_on_its_ports() {
+        let with_cookie = |event: FlowEvent, cookie, inode, sent| {
+            let mut event = with_socket(event, inode, 0, sent);
+            let socket = Arc::make_mut(event.netlink.as_mut().unwrap());
+            socket.info.cookie = cookie;
+            event
+        };
+        let mut store = store(10, at(0));
+        store.apply(&event(State::Start, 1, Effect::Opened));
+        let open = event(State::Ongoing, 1, Effect::Nothing);
+        store.apply(&with_cookie(open.clone(), 2, 8, 10));
+        let late = event(State::End, 1, Effect::Counted);
+        store.apply(&with_cookie(late, 1, 0, 1000));
+        assert_eq!(bytes(&mut store), (0, 10));
+        // The series of the flow that is open is still there.
+        assert_eq!(store.snapshot().flows.len(), 1);
+        store.apply(&with_cookie(open, 2, 8, 30));
+        assert_eq!(bytes(&mut store), (0, 30));
     }
 
     #[test]

@@ -53,15 +53,19 @@ impl SumsByTag {
     /// flows that were used least recently are dropped. If all have open flows, further ones share the sums of 0/0.
     pub fn get(&mut self, tag: Tag) -> &mut Sums {
         self.uses += 1;
-        let is_known = self.registered.contains_key(&tag);
-        if is_known || (!self.unregistered.contains_key(&tag) && self.is_registered(tag)) {
+        if self.registered.contains_key(&tag) {
             return self.registered.entry(tag).or_default();
         }
-        if self.unregistered.len() >= MAX_UNREGISTERED && !self.unregistered.contains_key(&tag) {
-            self.drop_idle();
-        }
-        if self.unregistered.len() >= MAX_UNREGISTERED && !self.unregistered.contains_key(&tag) {
-            return self.registered.entry(Tag::default()).or_default();
+        if !self.unregistered.contains_key(&tag) {
+            if self.is_registered(tag) {
+                return self.registered.entry(tag).or_default();
+            }
+            if self.unregistered.len() >= MAX_UNREGISTERED {
+                self.drop_idle();
+            }
+            if self.unregistered.len() >= MAX_UNREGISTERED {
+                return self.registered.entry(Tag::default()).or_default();
+            }
         }
         let (used, sums) = self.unregistered.entry(tag).or_default();
         *used = self.uses;
