@@ -300,11 +300,7 @@ impl Dispatcher {
                 let found = self.table.get(&flow);
                 let _ = reply.send(found.map(|(flow, open)| (flow, open.clone())));
             }
-            Query::Sockets(sockets) => {
-                for (flow, cookie) in self.table.learn_sockets(&sockets, now()) {
-                    journal::encode_socket(&mut self.lines, &flow, cookie);
-                }
-            }
+            Query::Sockets(sockets) => self.table.learn_sockets(&sockets, now()),
         }
     }
 
@@ -353,10 +349,6 @@ impl Dispatcher {
         if transition.opens() {
             if let Some((flow, open)) = self.table.get(&event.flow) {
                 journal::encode_open(&mut self.lines, &flow, open);
-                if let Some(socket) = open.socket {
-                    let cookie = socket.cookie.get();
-                    journal::encode_socket(&mut self.lines, &socket.direction(&flow), cookie);
-                }
             }
         } else if transition.closes() {
             journal::encode_close(&mut self.lines, &event.flow);
@@ -365,8 +357,7 @@ impl Dispatcher {
             self.refused.log(Instant::now(), || {
                 format!("{flow} refused: {open} flows are open, the limit is flows.maxFlows")
             });
-        }
-        if transition == Transition::RefusedSource {
+        } else if transition == Transition::RefusedSource {
             let (flow, source) = (&event.flow, FlowSource::of(&event));
             self.refused_source.log(Instant::now(), || {
                 format!("{flow} refused: as many flows of {source} are open as flows.maxPerSource allows")
@@ -380,6 +371,9 @@ impl Dispatcher {
     /// Writes the journal, then sends the events: after a crash, a flow whose start was sent is open, and its start
     /// is not sent again.
     fn forward(&mut self, now: Instant) {
+        for (flow, cookie) in self.table.take_learned_sockets() {
+            journal::encode_socket(&mut self.lines, &flow, cookie);
+        }
         self.journal.append(&self.lines, now);
         self.lines.clear();
         self.flows_open.set(self.table.len() as i64);

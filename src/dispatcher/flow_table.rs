@@ -22,7 +22,7 @@
 //! - A start with another tag, and an end, of a flow that a more trusted source opened are `LessTrusted`, and dropped;
 //!   see [`Origin::trust`]. Sockets are the exception: nothing knows better when a socket closed.
 //! - The end of a socket that is not the flow's is handled as if the flow were not open. Sockets of the same 5-tuple
-//!   that follow each other differ in their cookies. As long as the flow's socket is not known, `live_socket` says
+//!   that follow each other differ in their cookies. As long as one of the two is not known, `live_socket` says
 //!   which socket the 5-tuple has now.
 //! - Ages and holds count on a clock that nobody sets; a flow never ends before it starts.
 
@@ -268,6 +268,8 @@ pub struct FlowTable {
     next_sequence: u64,
     /// When each flow began closing, the earliest first. Some of these flows have ended since.
     closing: VecDeque<(Duration, Flow)>,
+    /// Sockets of open flows that became known: see [`FlowTable::take_learned_sockets`].
+    learned: Vec<(Flow, u64)>,
     /// Where the search for expired flows stopped.
     next_shard: usize,
     closed: RecentFlows<Option<Box<WithoutCounts>>>,
@@ -285,6 +287,7 @@ impl FlowTable {
             max_per_source: usize::MAX,
             next_sequence: 1,
             closing: VecDeque::new(),
+            learned: Vec::new(),
             next_shard: 0,
             closed: RecentFlows::new(CLOSED_TTL, CLOSED_MAX),
             closed_sockets: RecentFlows::new(CLOSED_SOCKET_TTL, CLOSED_SOCKET_MAX),
@@ -521,7 +524,10 @@ impl FlowTable {
                     Some(*live) != ended && known.is_none_or(|known| known == *live)
                 };
                 let alive = live.filter(is_flows);
-                entry.flow.socket = known.or(alive);
+                if let (Some(alive), None) = (alive, known) {
+                    entry.flow.socket = Some(alive);
+                    self.learned.push((event.flow, alive.cookie.get()));
+                }
                 alive.is_none()
             }
         };
@@ -610,10 +616,15 @@ impl FlowTable {
         }
     }
 
-    /// Learns the sockets that a scan showed, each with its cookie and its flow in the direction of the socket. Returns
-    /// those of open flows whose socket was not known before. A flow whose socket was replaced begins closing.
-    pub fn learn_sockets(&mut self, sockets: &[(Flow, u64)], now: Now) -> Vec<(Flow, u64)> {
-        let mut learned = Vec::new();
+    /// The sockets of open flows that became known since the last call, each with its cookie and its flow in the
+    /// direction of the socket. The journal records them.
+    pub fn take_learned_sockets(&mut self) -> Vec<(Flow, u64)> {
+        std::mem::take(&mut self.learned)
+    }
+
+    /// Learns the sockets that a scan showed, each with its cookie and its flow in the direction of the socket. A flow
+    /// whose socket was replaced begins closing.
+    pub fn learn_sockets(&mut self, sockets: &[(Flow, u64)], now: Now) {
         for &(flow, cookie) in sockets {
             let canonical = flow.canonical().0;
             let Some(entry) = self.flows.get_mut(&canonical) else {
@@ -625,7 +636,7 @@ impl FlowTable {
             };
             let Some(known) = entry.flow.socket else {
                 entry.flow.socket = Some(socket);
-                learned.push((flow, cookie));
+                self.learned.push((flow, cookie));
                 continue;
             };
             // If both ends are on this host, the flow has two sockets; the first that was seen is the flow's.
@@ -639,7 +650,6 @@ impl FlowTable {
             });
             self.closing.push_back((now.boot, canonical));
         }
-        learned
     }
 
     /// Ends up to `max` flows that have been closing for [`PRODUCER_GRACE`].
@@ -1077,12 +1087,14 @@ mod tests {
         apply(&mut table, event(State::End, 1, None, 6));
         apply(&mut table, event(State::Start, 1, Some((2, 9)), 6));
         let former = from_socket(event(State::End, 1, None, 6), 1);
+        let socket = former.flow;
         // The counts are those of the flow before.
         let (transition, counted) = apply_with(&mut table, former.clone(), Some(2));
         assert_eq!(transition, Transition::CountedLate);
         assert_eq!(counted.start_time(), at(5));
         assert_eq!(end_closing(&mut table, 20), []);
-        // From now on the socket is known, and nothing needs to be looked up.
+        // From now on the socket is known, also to the journal, and nothing needs to be looked up.
+        assert_eq!(table.take_learned_sockets(), [(socket, 2)]);
         let other = from_socket(event(State::End, 1, None, 21), 3);
         assert_eq!(apply(&mut table, other).0, Transition::SocketUnknown);
         let own = from_socket(event(State::End, 1, None, 21), 2);
@@ -1114,14 +1126,16 @@ mod tests {
         apply(&mut table, start.clone());
         let (socket, other_end) = (start.flow.reversed(), start.flow);
         let unknown = event(State::Start, 2, None, 5).flow;
-        let learned = table.learn_sockets(&[(unknown, 8), (socket, 7), (other_end, 9)], now(6));
+        let learn = |table: &mut FlowTable, sockets: &[(Flow, u64)], second| {
+            table.learn_sockets(sockets, now(second));
+            table.take_learned_sockets()
+        };
+        let sockets = [(unknown, 8), (socket, 7), (other_end, 9)];
+        let learned = learn(&mut table, &sockets, 6);
         assert_eq!(learned, [(socket, 7)]);
-        assert_eq!(
-            table.learn_sockets(&[(socket, 7), (other_end, 9)], now(7)),
-            []
-        );
+        assert_eq!(learn(&mut table, &sockets[1..], 7), []);
         assert_eq!(end_closing(&mut table, 20), []);
-        assert_eq!(table.learn_sockets(&[(socket, 10)], now(21)), []);
+        assert_eq!(learn(&mut table, &[(socket, 10)], 21), []);
         let ends = end_closing(&mut table, 22);
         assert_eq!((ends.len(), ends[0].flow), (1, start.flow));
     }

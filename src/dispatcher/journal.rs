@@ -63,7 +63,7 @@ pub enum Record {
     Close(Flow),
 }
 
-/// Appends the line of an opened flow to `out`.
+/// Appends the line of an opened flow to `out`, and that of its socket, if it is known.
 pub fn encode_open(out: &mut String, flow: &Flow, open: &OpenFlow) {
     out.push_str("+ ");
     put_number(out, open.start_time().as_microsecond());
@@ -80,6 +80,9 @@ pub fn encode_open(out: &mut String, flow: &Flow, open: &OpenFlow) {
         out.pop();
     }
     out.push('\n');
+    if let Some(socket) = open.socket {
+        encode_socket(out, &socket.direction(flow), socket.cookie.get());
+    }
 }
 
 /// Appends the line of the socket of a flow to `out`.
@@ -245,9 +248,6 @@ fn lines_of_shard(table: &FlowTable, index: usize) -> String {
     let mut lines = String::new();
     for (flow, open) in table.shard(index) {
         encode_open(&mut lines, &flow, open);
-        if let Some(socket) = open.socket {
-            encode_socket(&mut lines, &socket.direction(&flow), socket.cookie.get());
-        }
     }
     lines
 }
