@@ -1,4 +1,4 @@
-//! flowd-rs: a daemon for SciTags network flow and packet marking.
+//! flowd-rs: the daemons of SciTags: one marks network flows and packets, the collector receives flow records.
 //!
 //! Flow events enter through [`plugins`], pass the [`dispatcher`], which owns the table of open
 //! flows, and leave through [`backends`]. CONTRIBUTING.md follows one event from file to file.
@@ -6,6 +6,7 @@
 
 pub mod backends;
 pub mod cli;
+pub mod collector;
 pub mod config;
 pub mod context;
 pub mod control;

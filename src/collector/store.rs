@@ -1,0 +1,3 @@
+//! The store: segments of flow records on disk.
+
+pub mod fields;
