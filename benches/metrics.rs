@@ -11,12 +11,12 @@ use std::time::{Duration, Instant};
 
 use crossbeam_channel::{Sender, bounded};
 use flowd_rs::backends::Backend;
-use flowd_rs::backends::prometheus::exposition::{Format, Kind};
 use flowd_rs::backends::prometheus::{FAMILIES, Page, Prometheus, Source, Store};
 use flowd_rs::config;
 use flowd_rs::event::{FlowEvent, Origin, State};
 use flowd_rs::flow::{Flow, Protocol, Tag};
 use flowd_rs::metrics::Metrics;
+use flowd_rs::metrics::exposition::{Format, Kind};
 use flowd_rs::registry::{Registry, SharedRegistry};
 use flowd_rs::socket::{Algorithm, Socket, SocketInfo, TcpInfo};
 use jiff::Timestamp;

@@ -23,5 +23,6 @@ pub mod metrics;
 pub mod plugins;
 pub mod registry;
 pub mod scitag;
+pub mod service;
 pub mod socket;
 pub mod sys;

@@ -3,6 +3,8 @@
 //! They are counters of the `prometheus` crate, so that there is one set of numbers. A counter is looked up by its
 //! labels once, when its part of the daemon is built. Adding to it is one atomic instruction.
 
+pub mod exposition;
+
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
 use std::sync::{Arc, Mutex, PoisonError};

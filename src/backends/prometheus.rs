@@ -4,7 +4,6 @@
 //! One thread applies events to the store. Each endpoint has its own thread, which requests a snapshot of the store for
 //! each scrape: neither a slow client nor a long page delays events or other endpoints.
 
-pub mod exposition;
 mod families;
 mod page;
 mod store;
@@ -24,7 +23,6 @@ use jiff::Timestamp;
 use log::Level;
 
 use super::{Backend, with_socket};
-use crate::backends::prometheus::exposition::Format;
 use crate::config;
 use crate::control::routes::method_not_allowed;
 use crate::dispatcher::flow_table::FlowTable;
@@ -34,6 +32,7 @@ use crate::flow::Tag;
 use crate::http::{Body, Handler, Listener, Request, Response, Server, problem};
 use crate::logging::LogLimit;
 use crate::metrics::Metrics;
+use crate::metrics::exposition::Format;
 use crate::registry::SharedRegistry;
 use crate::sys::interfaces::LocalAddresses;
 use crate::sys::sock_diag::Dump;

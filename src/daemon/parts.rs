@@ -5,18 +5,16 @@ use std::collections::{HashMap, VecDeque};
 use std::fs::OpenOptions;
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::OpenOptionsExt;
-use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
-use std::thread;
 use std::time::{Duration, Instant};
 
 use crossbeam_channel::{Receiver, Sender, bounded};
 use nix::libc;
 
+use super::Notice;
 use super::wanted::{
     BuiltBackend, BuiltPlugin, Kind, Part, active, build_backend, build_plugin, wanted,
 };
-use super::{Notice, STOP_DEADLINE};
 use crate::backends::firefly::public_addresses::AddressCache;
 use crate::backends::{self, Backend};
 use crate::config::Config;
@@ -27,6 +25,7 @@ use crate::error::{Context, Error, Result};
 use crate::event::FlowEvent;
 use crate::flow::Flow;
 use crate::plugins::{EventSender, named_pipe};
+use crate::service::{STOP_DEADLINE, spawn};
 use crate::sys::handover::Handover;
 use crate::sys::privileges;
 use crate::sys::stop::{StopSwitch, stop};
@@ -407,24 +406,4 @@ fn confined(
         }
         work()
     })
-}
-
-/// Runs `work` on a thread of this name, and sends a notice when it ends.
-pub fn spawn(
-    name: String,
-    notices: Sender<Notice>,
-    work: Box<dyn FnOnce() -> Result<()> + Send>,
-) -> Result<()> {
-    let (thread, what) = (name.clone(), name.clone());
-    let work = move || {
-        // After a panic the state of the thread is dropped and never used again; its channels close.
-        let result = catch_unwind(AssertUnwindSafe(work));
-        let result = result.unwrap_or_else(|_| Err(Error::Failed("it panicked".to_owned())));
-        let _ = notices.send(Notice::Ended(name, result));
-    };
-    thread::Builder::new()
-        .name(thread)
-        .spawn(work)
-        .context(|| format!("thread {what}"))?;
-    Ok(())
 }

@@ -1,6 +1,6 @@
 //! The metric families of a flow's socket: names and units as in flowd, values as shown by `ss -ti`.
 
-use crate::backends::prometheus::exposition::Kind;
+use crate::metrics::exposition::Kind;
 use crate::socket::{Field, Skops, Socket, SocketInfo};
 
 /// A family with one series per flow.

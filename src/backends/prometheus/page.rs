@@ -6,11 +6,11 @@ use super::Marks;
 use super::families::{COUNTERS, FAMILIES, Family, options};
 use super::store::{Series, Snapshot};
 use super::sums::Sums;
-use crate::backends::prometheus::exposition::{
-    Format, Kind, put_end, put_family, put_gathered, put_label, put_sample,
-};
 use crate::event::EndReason;
 use crate::flow::{Flow, Tag};
+use crate::metrics::exposition::{
+    Format, Kind, put_end, put_family, put_gathered, put_label, put_sample,
+};
 use crate::registry::Registry;
 
 /// Minimum size of a part, in bytes; the last one may be smaller.
