@@ -6,6 +6,7 @@ use std::time::Duration;
 use fields::Fields;
 
 pub mod fields;
+pub mod segment;
 
 /// Where and how flow records are stored.
 #[derive(Clone, Debug, PartialEq, Eq)]
