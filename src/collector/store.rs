@@ -6,7 +6,11 @@ use std::time::Duration;
 use fields::Fields;
 
 pub mod fields;
+pub mod names;
+mod retention;
 pub mod segment;
+mod torn;
+pub mod writer;
 
 /// Where and how flow records are stored.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -18,7 +22,8 @@ pub struct Settings {
     pub rotate_interval: Duration,
     /// At which length in bytes a new segment begins, within an interval. For [`Target::Directory`] only.
     pub rotate_size: Option<u64>,
-    /// The age at which a segment is deleted, from the time in the name of the next one. For [`Target::Directory`] only.
+    /// The age at which a segment is deleted, counted from its last change, and from the end of its interval. For
+    /// [`Target::Directory`] only.
     pub keep_age: Option<Duration>,
     /// The bytes that all segments may have together; above it the oldest are deleted. For [`Target::Directory`] only.
     pub keep_size: Option<u64>,

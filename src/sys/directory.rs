@@ -284,6 +284,12 @@ impl Directory {
         self.open_file(name.as_ref(), flags)
     }
 
+    /// Opens a regular file for reading and appending. Creates it with this mode if it does not exist.
+    pub fn append_with_mode(&self, name: impl AsRef<Path>, mode: u32) -> io::Result<File> {
+        let flags = OFlag::O_RDWR | OFlag::O_APPEND | OFlag::O_CREAT;
+        self.open_with_mode(name.as_ref(), flags, mode)
+    }
+
     /// Creates a file in the place of whatever has the name, and opens it for appending.
     pub fn create_new(&self, name: impl AsRef<Path>) -> io::Result<File> {
         let name = name.as_ref();
@@ -296,9 +302,13 @@ impl Directory {
     }
 
     fn open_file(&self, name: &Path, flags: OFlag) -> io::Result<File> {
+        self.open_with_mode(name, flags, 0o644)
+    }
+
+    fn open_with_mode(&self, name: &Path, flags: OFlag, mode: u32) -> io::Result<File> {
         // Opening a FIFO must not block.
         let flags = flags | OFlag::O_NOFOLLOW | OFlag::O_NONBLOCK | OFlag::O_CLOEXEC;
-        let opened = openat(&self.file, name, flags, Mode::from_bits_truncate(0o644));
+        let opened = openat(&self.file, name, flags, Mode::from_bits_truncate(mode));
         let file: File = match opened {
             Err(Errno::ELOOP) => {
                 return Err(io::Error::other("is a symbolic link, expected a file"));
