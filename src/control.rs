@@ -1,5 +1,6 @@
 //! The control socket, which `flowd-rs flows` and `flowd-rs status` query.
 
+mod end;
 pub mod routes;
 
 use std::path::Path;
@@ -10,7 +11,7 @@ use crate::error::{Context, Result};
 use crate::http::{Handler, Listener, Request, Response, Server, problem};
 use crate::sys::stop::Stop;
 
-/// The owner and the group of the socket may connect.
+/// The owner and the group of the socket may connect. The group may only read.
 const SOCKET_MODE: u32 = 0o660;
 
 /// The control socket, bound.
@@ -36,7 +37,7 @@ impl Control {
     /// Answers requests until `stop` is set.
     pub fn run(mut self, stop: Stop) -> Result<()> {
         self.server
-            .run(&mut ReadOnly(&mut self.routes), stop)
+            .run(&mut ControlHandler(&mut self.routes), stop)
             .context(|| "control socket".to_owned())
     }
 }
@@ -45,11 +46,16 @@ fn socket_name(path: &Path) -> String {
     format!("control socket {} (controlSocket)", path.display())
 }
 
-struct ReadOnly<'a>(&'a mut Routes);
+struct ControlHandler<'a>(&'a mut Routes);
 
-impl Handler for ReadOnly<'_> {
+impl Handler for ControlHandler<'_> {
     fn handle(&mut self, request: &Request) -> Response {
-        let answer = self.0.answer(request, &ROUTES);
+        if request.path == end::PATH {
+            return end::answer(self.0, request);
+        }
+        let answer = self
+            .0
+            .answer(request, &[&ROUTES[..], &[end::ROUTE]].concat());
         answer.unwrap_or_else(|| problem(404, "no such route: GET / lists them"))
     }
 }

@@ -23,7 +23,7 @@ use self::journal::Journal;
 use self::queue::{Pushed, push};
 pub use self::shards::SHARDS;
 use self::sources::FlowSource;
-use crate::event::{FlowEvent, Origin, State};
+use crate::event::{EndReason, FlowEvent, Origin, State};
 use crate::flow::{Flow, Tag};
 use crate::logging::LogLimit;
 use crate::metrics::{Metrics, Outcomes, Queue};
@@ -72,6 +72,9 @@ pub enum Query {
     Shard(usize, Filter, Sender<Vec<(Flow, OpenFlow)>>),
     /// One flow, in either direction, if it is open.
     Flow(Flow, Sender<Option<(Flow, OpenFlow)>>),
+    /// Ends flows of one of the [`SHARDS`] that pass the filter, as an operator demands, but not so many that events
+    /// wait. The answer is how many were ended: 0 once none is left in the shard.
+    End(usize, Filter, Sender<usize>),
     /// Sockets that a scan showed, each with its cookie; the flow has the local end as its source.
     Sockets(Vec<(Flow, u64)>),
 }
@@ -300,6 +303,10 @@ impl Dispatcher {
                 let found = self.table.get(&flow);
                 let _ = reply.send(found.map(|(flow, open)| (flow, open.clone())));
             }
+            Query::End(index, filter, reply) => {
+                let ended = self.end_selected(index, filter);
+                let _ = reply.send(ended);
+            }
             Query::Sockets(sockets) => self.table.learn_sockets(&sockets, now()),
         }
     }
@@ -325,7 +332,7 @@ impl Dispatcher {
     fn end_due_flows(&mut self, now: Now) {
         let expired = self.expired.len().saturating_sub(MAX_BATCH);
         for flow in self.expired.split_off(expired) {
-            if let Some(event) = self.table.expire(&flow, now) {
+            if let Some(event) = self.table.end(&flow, EndReason::Expired, now) {
                 self.record(Transition::Expired, event);
             }
         }
@@ -336,6 +343,21 @@ impl Dispatcher {
                 self.record(Transition::SocketClosed, event);
             }
         }
+    }
+
+    /// Ends up to [`MAX_BATCH`] flows of a shard that pass the filter. Returns how many.
+    fn end_selected(&mut self, index: usize, filter: Filter) -> usize {
+        let flows = self.table.shard(index);
+        let selected = flows.filter(|(flow, open)| filter.admits(flow, open.tag));
+        let selected: Vec<Flow> = selected.map(|(flow, _)| flow).take(MAX_BATCH).collect();
+        let time = now();
+        for flow in &selected {
+            if let Some(event) = self.table.end(flow, EndReason::Operator, time) {
+                self.record(Transition::EndedByOperator, event);
+            }
+        }
+        self.forward(Instant::now());
+        selected.len()
     }
 
     fn record(&mut self, transition: Transition, event: FlowEvent) {

@@ -134,15 +134,18 @@ pub enum EndReason {
     Expired,
     /// It continues with another tag.
     Retagged,
+    /// An operator ended it: `flowd-rs flows end`.
+    Operator,
 }
 
 impl EndReason {
     /// Every reason.
-    pub const ALL: [EndReason; 4] = [
+    pub const ALL: [EndReason; 5] = [
         EndReason::Producer,
         EndReason::SocketClosed,
         EndReason::Expired,
         EndReason::Retagged,
+        EndReason::Operator,
     ];
 
     /// The word in metrics.
@@ -152,6 +155,7 @@ impl EndReason {
             EndReason::SocketClosed => "socket_closed",
             EndReason::Expired => "expired",
             EndReason::Retagged => "retagged",
+            EndReason::Operator => "operator",
         }
     }
 }

@@ -177,6 +177,8 @@ fn bash_completes_commands_and_options() {
         complete("flowd-rs flows --sort ''", 3),
         "age experiment source destination"
     );
+    assert_eq!(complete("flowd-rs flows end --y", 3), "--yes");
+    assert_eq!(complete("flowd-rs flows --y", 2), "");
     assert_eq!(complete("flowd-rs marker clean --r", 3), "--remove-qdisc");
     let after_values = "flowd-rs marker --bpf-fs-path /x clean --r";
     assert_eq!(complete(after_values, 5), "--remove-qdisc");

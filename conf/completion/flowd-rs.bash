@@ -47,7 +47,10 @@ _flowd_rs()
 		*) words="--config" ;;
 		esac
 		;;
-	flows) words="--config --socket --experiment --address --sort --limit --json --watch" ;;
+	flows)
+		words="--config --socket --experiment --address"
+		[ "$sub" = end ] && words+=" --dry-run --yes" || words="end $words --sort --limit --json --watch"
+		;;
 	listen) words="--address --port --json" ;;
 	marker) [ "$sub" = clean ] && words="--target-interface --remove-qdisc" || words="show clean --bpf-fs-path" ;;
 	prepare) words="--config --user" ;;

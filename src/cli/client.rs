@@ -36,20 +36,36 @@ pub fn socket(socket: Option<PathBuf>, config: Option<PathBuf>) -> Result<PathBu
 
 /// The document at `path` of the daemon behind `socket`.
 pub fn get(socket: &Path, path: &str) -> Result<Value> {
-    get_within(ANSWER_TIMEOUT, socket, path)
+    request(ANSWER_TIMEOUT, socket, "GET", path)
 }
 
-fn get_within(timeout: Duration, socket: &Path, path: &str) -> Result<Value> {
-    let mut answer = Answer::request(timeout, socket, path)?;
+/// The answer of the daemon behind `socket` to a POST request without a body.
+pub fn post(socket: &Path, path: &str) -> Result<Value> {
+    request(ANSWER_TIMEOUT, socket, "POST", path)
+}
+
+fn request(timeout: Duration, socket: &Path, method: &str, path: &str) -> Result<Value> {
+    let mut answer = Answer::request(timeout, socket, method, path)?;
     let mut body = Vec::new();
     let read = answer.body.read_to_end(&mut body);
     answer.done(read)?;
-    serde_json::from_slice(&body).map_err(|error| answer.invalid(&error))
+    match body.trim_ascii() {
+        b"" => Err(answer.missing()),
+        body => serde_json::from_slice(body).map_err(|error| answer.invalid(&error)),
+    }
 }
 
 /// The lines of the document at `path` of the daemon behind `socket`, as they arrive.
 pub fn get_lines(socket: &Path, path: &str) -> Result<Answer> {
-    Answer::request(ANSWER_TIMEOUT, socket, path)
+    Answer::request(ANSWER_TIMEOUT, socket, "GET", path)
+}
+
+/// The error that the daemon gives as the `error` of a document.
+pub fn refused(error: &Value) -> Error {
+    let error = error.as_str();
+    Error::Failed(escaped(
+        error.unwrap_or("the daemon refused the request without a reason"),
+    ))
 }
 
 /// The body of a successful answer, which has not been read yet.
@@ -60,7 +76,7 @@ pub struct Answer {
 }
 
 impl Answer {
-    fn request(timeout: Duration, socket: &Path, path: &str) -> Result<Answer> {
+    fn request(timeout: Duration, socket: &Path, method: &str, path: &str) -> Result<Answer> {
         let shown = socket.display();
         let name = format!("control socket {shown}");
         let stream = UnixStream::connect(socket).map_err(|error| match error.kind() {
@@ -79,17 +95,14 @@ impl Answer {
             body: BufReader::with_capacity(READ_SIZE, stream),
         };
         // HTTP/1.0: the answer ends with the connection.
-        let request = format!("GET {path} HTTP/1.0\r\n\r\n");
+        let request = format!("{method} {path} HTTP/1.0\r\n\r\n");
         let stream = answer.body.get_mut();
         let sent = stream.set_read_timeout(Some(timeout));
         let sent = sent.and_then(|()| stream.write_all(request.as_bytes()));
         answer.done(sent)?;
         let mut status = Vec::new();
         if answer.read_line(&mut status)? == 0 {
-            return Err(Error::Failed(format!(
-                "{}: the daemon closed the connection without an answer",
-                answer.name
-            )));
+            return Err(answer.missing());
         }
         let mut header = Vec::new();
         while answer.read_line(&mut header)? > 0 && !matches!(&header[..], b"\r\n" | b"\n") {
@@ -103,16 +116,20 @@ impl Answer {
         answer.done(read)?;
         let document: Value =
             serde_json::from_slice(&body).map_err(|error| answer.invalid(&error))?;
-        let error = document["error"]
-            .as_str()
-            .unwrap_or("the daemon refused the request without a reason");
-        Err(Error::Failed(escaped(error)))
+        Err(refused(&document["error"]))
     }
 
     /// Appends the next line to `line`, with its newline. Returns its length, which is 0 at the end.
     pub fn read_line(&mut self, line: &mut Vec<u8>) -> Result<usize> {
         let read = self.body.read_until(b'\n', line);
         self.done(read)
+    }
+
+    fn missing(&self) -> Error {
+        Error::Failed(format!(
+            "{}: the daemon closed the connection without an answer",
+            self.name
+        ))
     }
 
     /// The error of an answer that is not the expected document.
@@ -145,7 +162,7 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("control.sock");
         let listener = UnixListener::bind(&path).unwrap();
-        let error = get_within(Duration::from_secs(1), &path, "/flows").unwrap_err();
+        let error = request(Duration::from_secs(1), &path, "GET", "/flows").unwrap_err();
         assert_eq!(
             error.to_string(),
             format!(

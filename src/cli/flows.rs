@@ -1,10 +1,12 @@
 //! `flowd-rs flows`: the open flows, as a table.
 
+mod end;
+
 use std::borrow::Cow;
 use std::collections::BinaryHeap;
 use std::fmt::Write as _;
 use std::io::{self, BufWriter, IsTerminal, Write, stdout};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::thread::sleep;
 use std::time::Duration;
 
@@ -21,7 +23,7 @@ use crate::error::{Error, Result};
 const SORTED_MAX: usize = 10_000;
 const WATCH_INTERVAL: Duration = Duration::from_secs(2);
 
-/// List the open flows of the running daemon.
+/// List or end the open flows of the running daemon.
 #[derive(ArgsInfo, FromArgs)]
 #[argh(subcommand, name = "flows", help_triggers("-h", "--help", "help"))]
 pub struct Flows {
@@ -58,6 +60,15 @@ pub struct Flows {
     /// print the flows again every two seconds, until Ctrl-C
     #[argh(switch)]
     watch: bool,
+
+    #[argh(subcommand)]
+    command: Option<Command>,
+}
+
+#[derive(ArgsInfo, FromArgs)]
+#[argh(subcommand)]
+enum Command {
+    End(end::End),
 }
 
 #[derive(Clone, Copy)]
@@ -83,16 +94,32 @@ fn sort(word: &str) -> std::result::Result<Sort, String> {
 
 impl Flows {
     pub fn run(self) -> Result<()> {
-        let socket = client::socket(self.socket.clone(), self.config.clone())?;
-        let mut query = Serializer::new(String::new());
-        for (key, value) in [("experiment", &self.experiment), ("address", &self.address)] {
-            if let Some(value) = value {
-                query.append_pair(key, value);
+        match self {
+            Flows {
+                command: Some(Command::End(end)),
+                config: None,
+                socket: None,
+                experiment: None,
+                address: None,
+                sort: None,
+                limit: None,
+                json: false,
+                watch: false,
+            } => return end.run(),
+            // A filter that is ignored would end too many flows.
+            Flows {
+                command: Some(Command::End(_)),
+                ..
+            } => {
+                let message = "options must follow `end`: `flowd-rs flows end --address ADDRESS`";
+                return Err(Error::Usage(message.to_owned()));
             }
+            _ => {}
         }
-        let path = format!("/flows?{}", query.finish());
+        let socket = client::socket(self.socket.clone(), self.config.clone())?;
+        let parameters = parameters(&self.experiment, &self.address);
         loop {
-            let answer = client::get_lines(&socket, &path)?;
+            let listing = Listing::request(&socket, &parameters)?;
             let clear = if self.watch && !self.json && stdout().is_terminal() {
                 "\x1b[H\x1b[2J"
             } else {
@@ -100,8 +127,8 @@ impl Flows {
             };
             let mut out = BufWriter::with_capacity(64 << 10, stdout().lock());
             let shown = match self.json {
-                true => self.list(answer, &mut Document::new(&mut out)),
-                false => self.list(answer, &mut Table::new(&mut out, clear, width())),
+                true => self.list(listing, &mut Document::new(&mut out)),
+                false => self.list(listing, &mut Table::new(&mut out, clear, width())),
             };
             match shown {
                 Ok(()) => {}
@@ -121,11 +148,11 @@ impl Flows {
     }
 
     /// Prints the flows as they arrive, or, sorted, once all have arrived.
-    fn list(&self, answer: Answer, format: &mut dyn Format) -> std::result::Result<(), Failure> {
-        let mut listing = Listing {
-            answer,
-            line: Vec::new(),
-        };
+    fn list(
+        &self,
+        mut listing: Listing,
+        format: &mut dyn Format,
+    ) -> std::result::Result<(), Failure> {
         let sort = self.sort.unwrap_or(Sort::Age);
         let limit = self.limit.unwrap_or(usize::MAX);
         // The heap has the flow that comes last on top.
@@ -153,6 +180,17 @@ impl Flows {
         print(held, format)?;
         Ok(format.end(count, is_sorted)?)
     }
+}
+
+/// The filter as the parameters of a request; empty without one.
+fn parameters(experiment: &Option<String>, address: &Option<String>) -> String {
+    let mut parameters = Serializer::new(String::new());
+    for (key, value) in [("experiment", experiment), ("address", address)] {
+        if let Some(value) = value {
+            parameters.append_pair(key, value);
+        }
+    }
+    parameters.finish()
 }
 
 /// Prints the flows that were held back, sorted.
@@ -245,6 +283,14 @@ struct Listing {
 }
 
 impl Listing {
+    /// The open flows that the parameters select.
+    fn request(socket: &Path, parameters: &str) -> Result<Listing> {
+        Ok(Listing {
+            answer: client::get_lines(socket, &format!("/flows?{parameters}"))?,
+            line: Vec::new(),
+        })
+    }
+
     /// The next flow, and its line. An error if the document ends before its last line.
     fn next(&mut self) -> Result<Option<(&str, ListedFlow<'_>)>> {
         loop {

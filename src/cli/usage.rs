@@ -172,7 +172,8 @@ mod tests {
                 "option --scitag must follow its command: `flowd-rs tag decode --scitag`",
                 "tag",
             ),
-            ("flows all", "unexpected argument \"all\"", "flows"),
+            ("status all", "unexpected argument \"all\"", "status"),
+            ("flows all", "unknown command \"all\"", "flows"),
             (
                 "--log-level loud run",
                 "--log-level: \"loud\" is not a valid log level, expected error, warn, info, debug or trace",

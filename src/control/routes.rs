@@ -26,7 +26,7 @@ use crate::scitag::{self, Labeller};
 use crate::sys::interfaces;
 
 /// How long to wait for an answer of the dispatcher.
-const DISPATCHER_TIMEOUT: Duration = Duration::from_millis(900);
+pub(super) const DISPATCHER_TIMEOUT: Duration = Duration::from_millis(900);
 /// The parts of a listing, except the last, have at least this many bytes.
 const LISTING_CHUNK_SIZE: usize = 64 << 10;
 
@@ -63,6 +63,11 @@ impl Routes {
     /// The registry in use.
     pub fn registry(&self) -> Arc<Registry> {
         self.context.registry.load()
+    }
+
+    /// Requests to the dispatcher.
+    pub(super) fn queries(&self) -> Sender<Query> {
+        self.context.queries.clone()
     }
 
     /// The answer to a request for one of the [`ROUTES`]; `None` if the path is not among them.
@@ -246,12 +251,12 @@ pub fn method_not_allowed(allowed: &str) -> Response {
     response
 }
 
-fn busy() -> Response {
+pub(super) fn busy() -> Response {
     problem(503, "the dispatcher did not answer in time")
 }
 
 /// Reads the parameters of a listing.
-fn parse_filter(text: &str, registry: &Registry) -> Result<Filter, String> {
+pub(super) fn parse_filter(text: &str, registry: &Registry) -> Result<Filter, String> {
     let mut filter = Filter::default();
     for (key, value) in query::parse(text.as_bytes()) {
         match &*key {

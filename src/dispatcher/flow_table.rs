@@ -15,7 +15,8 @@
 //! | end, from a producer | `EndedUnmatched` | `Ended`, now closed | `Ended` with the socket's byte counts, now closed | `EndedAlready` |
 //! | end, from a socket | `SocketUnknown` | `SocketClosing`, now closing; `SocketClosed`, now closed, if the flow was reported by its socket and the byte counts are known | as open; the better counts are kept | `CountedLate` if it lacks byte counts; else as unknown |
 //! | [`PRODUCER_GRACE`] is over | | | `SocketClosed`, now closed | |
-//! | older than `flows.maxAge` | | `Expired`, now closed | as open | |
+//! | older than `flows.maxAge` | | `Expired`, now closed | as open, with the socket's byte counts | |
+//! | an operator ends it | | `EndedByOperator`, now closed | as open, with the socket's byte counts | |
 //!
 //! flowd-rs(8) has the same table for operators, under FLOWS. Three rules stand before it:
 //!
@@ -73,6 +74,8 @@ outcomes! {
         LessTrusted = "less_trusted": "dropped: {report|reports} on flows of a more trusted source",
         /// The daemon ended a flow older than `flows.maxAge`.
         Expired = "ended_expired": "ended for their age: {flow|flows}",
+        /// An operator ended a flow.
+        EndedByOperator = "ended_operator": "ended by an operator: {flow|flows}",
         /// A start beyond `flows.maxFlows`: dropped.
         Refused = "refused_table_full": "refused because the table is full: {flow|flows}",
         /// A start beyond `flows.maxPerSource`: dropped.
@@ -111,7 +114,10 @@ impl Transition {
     pub fn closes(self) -> bool {
         matches!(
             self,
-            Transition::Ended | Transition::Expired | Transition::SocketClosed
+            Transition::Ended
+                | Transition::Expired
+                | Transition::SocketClosed
+                | Transition::EndedByOperator
         )
     }
 }
@@ -395,7 +401,7 @@ impl FlowTable {
         let entry = self.flows.get_mut(&canonical)?;
         let is_later = |closing: &mut Closing| event.start_time() > closing.end.time;
         let mut end = *entry.closing.take_if(is_later)?.end;
-        self.close(&canonical, &mut end);
+        self.close(&canonical, &mut end, EndReason::SocketClosed);
         Some(end)
     }
 
@@ -542,7 +548,7 @@ impl FlowTable {
         };
         // A plugin that watches sockets reports no end of its own, so that there is nothing to wait for.
         if entry.flow.origin.is_socket() && event.usage.is_some() {
-            self.close(&canonical, event);
+            self.close(&canonical, event, EndReason::SocketClosed);
             return Transition::SocketClosed;
         }
         // If both ends are on this host, the socket of the source speaks for the flow.
@@ -607,11 +613,11 @@ impl FlowTable {
         }
     }
 
-    fn close(&mut self, canonical: &Flow, event: &mut FlowEvent) {
+    fn close(&mut self, canonical: &Flow, event: &mut FlowEvent, reason: EndReason) {
         if let Some(entry) = self.remove(canonical) {
             complete(event, entry.direction(canonical), &entry.flow);
             event.origin = entry.flow.origin;
-            event.effect = Effect::Closed(EndReason::SocketClosed);
+            event.effect = Effect::Closed(reason);
             self.closed.insert(*canonical, None);
         }
     }
@@ -665,7 +671,7 @@ impl FlowTable {
             let entry = self.flows.get_mut(&canonical);
             let closing = entry.and_then(|entry| entry.closing.take_if(|c| c.since == since));
             if let Some(Closing { mut end, .. }) = closing {
-                self.close(&canonical, &mut end);
+                self.close(&canonical, &mut end, EndReason::SocketClosed);
                 ends.push(*end);
             }
         }
@@ -695,14 +701,18 @@ impl FlowTable {
         expired
     }
 
-    /// Ends a flow that [`FlowTable::find_expired`] returned, if it is still open.
-    pub fn expire(&mut self, canonical: &Flow, now: Now) -> Option<FlowEvent> {
-        let entry = self.remove(canonical)?;
-        let (direction, open) = (entry.direction(canonical), entry.flow);
-        self.closed.insert(*canonical, None);
-        let mut end = FlowEvent::new(State::End, direction, now.wall, open.origin);
-        complete(&mut end, direction, &open);
-        end.effect = Effect::Closed(EndReason::Expired);
+    /// Ends a flow for a reason that no event reports, if it is still open. `flow` may be either direction.
+    pub fn end(&mut self, flow: &Flow, reason: EndReason, now: Now) -> Option<FlowEvent> {
+        let canonical = flow.canonical().0;
+        let entry = self.flows.get_mut(&canonical)?;
+        let start_time = entry.flow.start_time();
+        // If its socket has closed, that is when the flow ended.
+        let mut end = match entry.closing.take() {
+            Some(closing) => *closing.end,
+            None => FlowEvent::new(State::End, canonical, now.wall, entry.flow.origin),
+        };
+        self.add_counts_of_closed_socket(&mut end, start_time);
+        self.close(&canonical, &mut end, reason);
         Some(end)
     }
 }
@@ -771,7 +781,7 @@ mod tests {
 
     fn expire(table: &mut FlowTable, second: i64, max_age: Duration) -> Vec<FlowEvent> {
         let expired = table.find_expired(now(second), max_age, usize::MAX);
-        let end = |flow: &Flow| table.expire(flow, now(second));
+        let end = |flow: &Flow| table.end(flow, EndReason::Expired, now(second));
         expired.iter().filter_map(end).collect()
     }
 
@@ -1141,6 +1151,40 @@ mod tests {
     }
 
     #[test]
+    fn an_operator_ends_flows_of_any_source_and_late_ends_of_their_producers_are_dropped() {
+        let mut table = FlowTable::new(10);
+        table.set_limits(10, 1);
+        let tag = Some((2, 9));
+        for (port, origin) in [(1, Origin::NamedPipe), (2, Origin::Api)] {
+            apply(&mut table, of(origin, event(State::Start, port, tag, 5)));
+        }
+        let next = || event(State::Start, 3, tag, 6);
+        assert_eq!(apply(&mut table, next()).0, Transition::RefusedSource);
+        let flow = |port| event(State::Start, port, None, 0).flow;
+        let end = |table: &mut FlowTable, flow: &Flow| table.end(flow, EndReason::Operator, now(7));
+        // In the direction in which the flow was reported, whichever way round it is asked for.
+        let ended = end(&mut table, &flow(1).reversed()).unwrap();
+        assert_eq!((ended.flow, ended.origin), (flow(1), Origin::NamedPipe));
+        assert_eq!((ended.time, ended.start_time()), (at(7), at(5)));
+        assert_eq!(ended.effect, Effect::Closed(EndReason::Operator));
+        assert_eq!(end(&mut table, &flow(1)), None);
+        // The share of its source is free again.
+        assert_eq!(apply(&mut table, next()).0, Transition::Started);
+        for _ in 0..2 {
+            let late = event(State::End, 1, None, 8);
+            assert_eq!(apply(&mut table, late).0, Transition::EndedAlready);
+        }
+
+        // A flow that is closing has ended with its socket.
+        let gone = from_socket(event(State::End, 2, None, 6), 1);
+        assert_eq!(apply(&mut table, gone).0, Transition::SocketClosing);
+        let ended = end(&mut table, &flow(2)).unwrap();
+        assert_eq!((ended.time, ended.usage), (at(6), usage()));
+        assert_eq!(ended.effect, Effect::Closed(EndReason::Operator));
+        assert_eq!((end_closing(&mut table, 9), table.len()), (vec![], 1));
+    }
+
+    #[test]
     fn a_less_trusted_source_neither_retags_nor_ends_a_flow() {
         let mut table = FlowTable::new(10);
         apply(&mut table, event(State::Start, 1, Some((2, 9)), 5));
@@ -1191,6 +1235,7 @@ mod tests {
         SocketEnd {
             with_counts: bool,
         },
+        OperatorEnd,
         /// A second passes.
         Tick,
     }
@@ -1328,6 +1373,11 @@ mod tests {
                     }
                     Transition::SocketUnknown
                 }
+                (Input::OperatorEnd, _) => {
+                    self.takes_kept_counts();
+                    self.phase = CLOSED;
+                    Transition::EndedByOperator
+                }
                 (Input::Tick, _) => unreachable!("a second passes for all flows"),
             }
         }
@@ -1357,6 +1407,7 @@ mod tests {
             2 => proptest::option::of(tag()).prop_map(Input::Ongoing),
             3 => proptest::sample::select(producers).prop_map(Input::ProducerEnd),
             3 => any::<bool>().prop_map(|with_counts| Input::SocketEnd { with_counts }),
+            1 => Just(Input::OperatorEnd),
             2 => Just(Input::Tick),
         ];
         proptest::collection::vec((1u16..6, any::<bool>(), input), 0..120)
@@ -1390,6 +1441,17 @@ mod tests {
                     prop_assert_eq!(ports(end_closing(&mut table, now)), expected(|tick| tick.0));
                     let expired = expire(&mut table, now, Duration::from_secs(MODEL_MAX_AGE as u64));
                     prop_assert_eq!(ports(expired), expected(|tick| tick.1));
+                    continue;
+                }
+                if matches!(input, Input::OperatorEnd) {
+                    let flow = super::tests::event(State::Start, port, None, 0).flow;
+                    let model = &mut flows[usize::from(port)];
+                    let end = table.end(&flow, EndReason::Operator, super::tests::now(now));
+                    prop_assert_eq!(end.is_some(), model.is_open());
+                    if let Some(end) = end {
+                        model.apply(input, now, false);
+                        prop_assert_eq!((end.start_time(), end.tag().experiment), (at(model.opened), model.tag));
+                    }
                     continue;
                 }
                 let both = |tag| Some((tag, tag));

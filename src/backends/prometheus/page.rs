@@ -334,7 +334,7 @@ fn put_sums(out: &mut String, format: Format, labels: &mut Labels<'_>, sums: &[(
         }
     }
     let name = "flowd_flows_ended_total";
-    let help = "Flows ended, by experiment, activity and reason: producer (reported by its producer), socket_closed (flows.endOnSocketClose), expired (flows.maxAge), retagged (the flow continues with another tag).";
+    let help = "Flows ended, by experiment, activity and reason: producer (reported by its producer), socket_closed (flows.endOnSocketClose), expired (flows.maxAge), retagged (the flow continues with another tag), operator (flowd-rs flows end).";
     put_family(out, format, name, Kind::Counter, help);
     for (labels, sums) in &sums {
         for (reason, count) in EndReason::ALL.iter().zip(sums.ended) {

@@ -371,7 +371,10 @@ mod tests {
         assert_eq!(bytes(&mut store), (31, 500));
         assert!(store.flows.is_empty() && store.carried.is_empty() && store.shown == 0);
         let sums = &store.sums.get(TAG);
-        assert_eq!((sums.started, sums.open, sums.ended), (1, 0, [0, 1, 0, 0]));
+        assert_eq!(
+            (sums.started, sums.open, sums.ended),
+            (1, 0, [0, 1, 0, 0, 0])
+        );
         assert_eq!(sums.rtt.1, 4);
     }
 
@@ -487,7 +490,7 @@ mod tests {
         });
         assert_eq!(
             (store.sums.get(TAG).open, store.sums.get(TAG).ended),
-            (0, [0, 0, 0, 1])
+            (0, [0, 0, 0, 1, 0])
         );
         assert_eq!(
             (
