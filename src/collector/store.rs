@@ -6,6 +6,7 @@ use std::time::Duration;
 use fields::Fields;
 
 pub mod fields;
+pub mod log_socket;
 pub mod names;
 mod retention;
 pub mod segment;
