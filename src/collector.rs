@@ -3,5 +3,7 @@
 //! The rooms stand in the order in which a record walks through them: a datagram is decoded to [`record`]s, filtered, and
 //! written to segments.
 
+pub mod decode;
+pub mod exporters;
 pub mod record;
 pub mod store;
