@@ -89,6 +89,7 @@ install: ## install the output of `make build` below DESTDIR
 	install -D -m 644 conf/flowd-rs.tmpfiles $(DESTDIR)$(PREFIX)/lib/tmpfiles.d/flowd-rs.conf
 	install -D -m 644 man/flowd-rs.8 $(DESTDIR)$(MANDIR)/man8/flowd-rs.8
 	ln -sf flowd-rs.8 $(DESTDIR)$(MANDIR)/man8/flowd.8
+	install -D -m 644 man/flowd-reader.8 $(DESTDIR)$(MANDIR)/man8/flowd-reader.8
 	install -D -m 644 man/flowd.cfg.5 $(DESTDIR)$(MANDIR)/man5/flowd.cfg.5
 	install -D -m 644 man/flowd-rs-migration.7 $(DESTDIR)$(MANDIR)/man7/flowd-rs-migration.7
 	install -D -m 644 conf/grafana/flowd-rs.json $(DESTDIR)$(PREFIX)/share/flowd-rs/grafana/flowd-rs.json

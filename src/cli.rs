@@ -8,6 +8,7 @@ mod listen;
 #[cfg(feature = "bpf")]
 mod marker;
 mod prepare;
+mod reader;
 mod registry;
 mod run;
 mod send;
@@ -55,6 +56,7 @@ enum Command {
     #[cfg(feature = "bpf")]
     Marker(marker::Marker),
     Prepare(prepare::Prepare),
+    Reader(reader::Reader),
     Registry(registry::Registry),
     Send(send::Send),
     Status(status::Status),
@@ -135,6 +137,7 @@ pub fn main() -> ExitCode {
         .iter()
         .flat_map(|word| split_option(word))
         .collect();
+    let arguments = reader::arguments::split(&arguments);
     let parsed = match Arguments::from_args(&["flowd-rs"], &arguments) {
         Ok(parsed) => parsed,
         Err(exit) if exit.status.is_ok() => {
@@ -175,6 +178,7 @@ fn dispatch(arguments: Arguments) -> Result<ExitCode> {
         Some(Command::Marker(command)) => command.run()?,
         Some(Command::Tag(command)) => return Ok(command.run()),
         Some(Command::Prepare(command)) => command.run()?,
+        Some(Command::Reader(command)) => return command.run(),
         Some(Command::Registry(command)) => command.run()?,
         None => {
             let message = usage::missing_command("", &Arguments::get_args_info());

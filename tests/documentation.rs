@@ -7,6 +7,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use flowd_rs::{cli, config};
 
 const MAN8: &str = include_str!("../man/flowd-rs.8");
+const READER: &str = include_str!("../man/flowd-reader.8");
 const MAN5: &str = include_str!("../man/flowd.cfg.5");
 const CONF: &str = include_str!("../conf/flowd.cfg");
 const BASH: &str = include_str!("../conf/completion/flowd-rs.bash");
@@ -85,10 +86,11 @@ fn the_commented_configuration_shows_every_key() {
     }
 }
 
-/// The options in the manual page: the arguments of `Fl`.
+/// The options in the manual pages: the arguments of `Fl`.
 fn documented_options() -> BTreeSet<String> {
     let mut options = BTreeSet::new();
-    for line in MAN8.lines().filter(|line| line.starts_with('.')) {
+    let lines = MAN8.lines().chain(READER.lines());
+    for line in lines.filter(|line| line.starts_with('.')) {
         let mut flag = false;
         for word in line.split_whitespace() {
             match word {
@@ -167,7 +169,11 @@ fn bash_completes_commands_and_options() {
             .trim_end()
             .to_owned()
     };
-    assert_eq!(complete("flowd-rs re", 1), "registry");
+    assert_eq!(complete("flowd-rs re", 1), "reader registry");
+    assert_eq!(
+        complete("flowd-rs reader --sum-by src_", 3),
+        "src_port src_as"
+    );
     assert_eq!(
         complete("flowd-rs config ''", 2),
         "check convert schema show"

@@ -100,6 +100,7 @@ fn files_modes_owners_and_dependencies_are_as_listed() {
         "man5/flowd.cfg.5",
         "man7/flowd-rs-migration.7",
         "man8/flowd-rs.8",
+        "man8/flowd-reader.8",
     ] {
         expected.insert(root(&format!("/usr/share/man/{page}"), "-rw-r--r--") + " d");
     }
@@ -300,6 +301,7 @@ fn the_installed_package_runs_unchanged() {
     for page in [
         "man8/flowd-rs.8",
         "man8/flowd.8",
+        "man8/flowd-reader.8",
         "man5/flowd.cfg.5",
         "man7/flowd-rs-migration.7",
     ] {

@@ -7,7 +7,7 @@ _flowd_rs()
 		case ${COMP_WORDS[i]} in
 		# Skip the option's value.
 		-c | --config | --socket | --pipe | --bpf-fs-path | --log-level | --sort | --target-interface | --user | --address | \
-			--port | --experiment | --limit) ((i++)) ;;
+			--port | --experiment | --limit | -o | --output | -H | --head | --from | --to | --sum-by | --top) ((i++)) ;;
 		-*) ;;
 		*)
 			if [ -z "$command" ]; then
@@ -19,7 +19,7 @@ _flowd_rs()
 		esac
 	done
 	case $before in
-	-c | --config | --socket | --pipe | --bpf-fs-path)
+	-c | --config | --socket | --pipe | --bpf-fs-path | -o | --output)
 		compopt -o filenames 2>/dev/null
 		COMPREPLY=($(compgen -f -- "$word"))
 		return
@@ -32,13 +32,17 @@ _flowd_rs()
 		COMPREPLY=($(compgen -W "age experiment source destination" -- "$word"))
 		return
 		;;
+	--sum-by)
+		COMPREPLY=($(compgen -W "src dst src_port dst_port src_as dst_as in_if out_if proto exporter tag experiment activity label" -- "$word"))
+		return
+		;;
 	--target-interface)
 		COMPREPLY=($(compgen -W "$(ls /sys/class/net 2>/dev/null)" -- "$word"))
 		return
 		;;
 	esac
 	case $command in
-	"") words="run config flows listen marker prepare registry send status stun tag version help --log-level --log-time --version --help" ;;
+	"") words="run config flows listen marker prepare reader registry send status stun tag version help --log-level --log-time --version --help" ;;
 	run) words="--config --debug --fg --log-level --log-time" ;;
 	config)
 		case $sub in
@@ -54,6 +58,11 @@ _flowd_rs()
 	listen) words="--address --port --json" ;;
 	marker) [ "$sub" = clean ] && words="--target-interface --remove-qdisc" || words="show clean --bpf-fs-path" ;;
 	prepare) words="--config --user" ;;
+	reader)
+		compopt -o filenames 2>/dev/null
+		words="--verbose --csv --json --quiet --utc --head --from --to --sum-by --top --output --legacy --debug"
+		[[ $word == -* ]] || words="$(compgen -f -- "$word")"
+		;;
 	registry) words="list update lookup --config" ;;
 	send) words="start end --config --pipe" ;;
 	status) words="--config --socket --json" ;;

@@ -72,6 +72,11 @@ impl<R: Read> Records<R> {
         &self.buffer[self.start - self.last..self.start]
     }
 
+    /// Whether everything that was read is decoded, so that the next record has to be read first.
+    pub fn is_drained(&self) -> bool {
+        self.start == self.end
+    }
+
     fn window(&self) -> &[u8] {
         &self.buffer[self.start..self.end]
     }

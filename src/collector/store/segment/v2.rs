@@ -92,6 +92,17 @@ impl<R: Read> Records<R> {
         self.started_s
     }
 
+    /// Where the next record is to begin, from the start of the file.
+    pub fn offset(&self) -> u64 {
+        self.offset
+    }
+
+    /// The CRC of the last record, which has one.
+    pub fn crc(&self) -> u32 {
+        let crc = self.record.last_chunk();
+        crc.map_or(0, |crc| u32::from_be_bytes(*crc))
+    }
+
     fn take<const N: usize>(&mut self) -> Result<[u8; N], Error> {
         let mut bytes = [0; N];
         self.input
