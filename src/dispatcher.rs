@@ -345,11 +345,17 @@ impl Dispatcher {
         }
     }
 
-    /// Ends up to [`MAX_BATCH`] flows of a shard that pass the filter. Returns how many.
+    /// Ends up to [`MAX_BATCH`] flows of a shard that pass the filter; one at least, if there is one. Returns how many.
     fn end_selected(&mut self, index: usize, filter: Filter) -> usize {
+        // While a backend has not done the last ends, few are added, so that no other event waits behind them all.
+        let backlogs = self.outputs.iter().map(|output| output.channel.len());
+        let limit = match backlogs.max().unwrap_or(0) {
+            0..MAX_BATCH => MAX_BATCH,
+            _ => 1,
+        };
         let flows = self.table.shard(index);
         let selected = flows.filter(|(flow, open)| filter.admits(flow, open.tag));
-        let selected: Vec<Flow> = selected.map(|(flow, _)| flow).take(MAX_BATCH).collect();
+        let selected: Vec<Flow> = selected.map(|(flow, _)| flow).take(limit).collect();
         let time = now();
         for flow in &selected {
             if let Some(event) = self.table.end(flow, EndReason::Operator, time) {
