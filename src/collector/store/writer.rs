@@ -84,14 +84,18 @@ impl Store {
         Ok(store)
     }
 
-    /// Appends the records of a batch, of which the first was received at `received`; that time decides on the segment.
+    /// Appends the records of a batch, of which the first was received at `received`; that time decides on the segment. So a
+    /// batch that had to wait goes where a reader looks for it. Without records nothing happens.
     ///
     /// # Errors
     ///
     /// The error names the file. Nothing of the batch is in it then, and the call may be repeated at any time: it opens
     /// what has to be opened again.
     pub fn append(&mut self, batch: &[u8], received: Timestamp) -> io::Result<()> {
-        self.writable(received)?.append(batch)
+        match batch.is_empty() {
+            true => Ok(()),
+            false => self.writable(received)?.append(batch),
+        }
     }
 
     /// Closes the segment whose interval is over, and deletes old segments. Call about once a second.
@@ -128,14 +132,10 @@ impl Store {
         Ok(())
     }
 
-    /// Writes everything to the disk.
+    /// Closes the file, with a whole record at its end. It is not synced to the disk, which could take longer than a stop may:
+    /// data that the kernel has survives the program.
     pub fn close(mut self) -> io::Result<()> {
-        let Some(mut current) = self.current.take() else {
-            return Ok(());
-        };
-        let undone = current.undo();
-        current.file.sync_all().map_err(about(&current.path))?;
-        undone
+        self.current.as_mut().map_or(Ok(()), Current::undo)
     }
 
     /// The file that is being written; `None` between two segments.

@@ -119,6 +119,8 @@ fn records_that_waited_go_to_the_segment_of_their_time() {
     // The interval of the open segment is over; then come the records that waited, then a small step of the clock.
     store.tick(at("17:25:00"));
     assert_eq!(store.path(), None);
+    store.append(&[], at("17:25:00")).unwrap();
+    assert_eq!(store.path(), None);
     for time in ["17:19:00", "17:20:00", "17:25:00", "17:24:55", "17:25:01"] {
         store.append(&batch, at(time)).unwrap();
     }
