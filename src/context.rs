@@ -10,6 +10,7 @@ use crate::dispatcher::Query;
 use crate::metrics::Metrics;
 use crate::registry::SharedRegistry;
 use crate::scitag::Labeller;
+use crate::sys::scanner::Scanner;
 
 /// What the daemon shares with its parts. Clones share the same state.
 #[derive(Clone)]
@@ -20,6 +21,8 @@ pub struct DaemonContext {
     pub registry: SharedRegistry,
     /// Counters.
     pub metrics: Metrics,
+    /// Scans of all TCP sockets, which the parts share.
+    pub scanner: Scanner,
     /// The parts that run now; a reload replaces it.
     pub active: Arc<ArcSwap<ActiveParts>>,
     /// When the daemon was started.

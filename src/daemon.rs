@@ -28,6 +28,7 @@ use crate::registry::{self, SharedRegistry};
 use crate::service::{
     self, Notifier, PidFile, Reload, Service, Supervisor, listen_for_signals, spawn,
 };
+use crate::sys::scanner::Scanner;
 use crate::sys::stop::{StopSwitch, stop};
 use crate::sys::{privileges, state_dir};
 use parts::Parts;
@@ -71,6 +72,7 @@ pub fn run(config: Config, path: &Path, log_level: Option<LevelFilter>) -> Resul
         queries: query_sender,
         registry: registry.clone(),
         metrics: metrics.clone(),
+        scanner: start_scanner(&metrics)?,
         active: Arc::new(ArcSwap::from_pointee(wanted::active(&config)?)),
         started: Timestamp::now(),
     };
@@ -247,4 +249,17 @@ fn start_registry_updates(
         })
         .context(|| "thread registry".to_owned())?;
     Ok(request)
+}
+
+/// Starts the thread that scans sockets. A stop does not wait for it: those who ask it for scans are waited for.
+fn start_scanner(metrics: &Metrics) -> Result<Scanner> {
+    let (scanner, work) = Scanner::new(metrics.socket_dumps.clone());
+    thread::Builder::new()
+        .name("sockets".to_owned())
+        .spawn(move || {
+            privileges::drop_all();
+            work();
+        })
+        .context(|| "thread sockets".to_owned())?;
+    Ok(scanner)
 }

@@ -4,6 +4,7 @@ pub mod recent;
 pub mod special_networks;
 
 use std::fmt;
+use std::hash::{Hash, Hasher};
 use std::net::{IpAddr, SocketAddr};
 
 /// Transport protocol of a flow.
@@ -67,7 +68,7 @@ pub fn parse_address(text: &str) -> Option<IpAddr> {
 }
 
 /// A 5-tuple: what identifies a flow.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Flow {
     /// The transport protocol.
     pub protocol: Protocol,
@@ -129,6 +130,22 @@ impl Flow {
             source: self.destination,
             destination: self.source,
         }
+    }
+}
+
+/// Hashes all fields in one piece: a derived implementation hashes ten, which takes SipHash three times as long.
+impl Hash for Flow {
+    fn hash<H: Hasher>(&self, hasher: &mut H) {
+        let mut bytes = [0; 37];
+        bytes[0] = self.protocol as u8;
+        for (end, at) in [(self.source, 1), (self.destination, 19)] {
+            match end.address {
+                IpAddr::V4(address) => bytes[at..at + 4].copy_from_slice(&address.octets()),
+                IpAddr::V6(address) => bytes[at..at + 16].copy_from_slice(&address.octets()),
+            }
+            bytes[at + 16..at + 18].copy_from_slice(&end.port.to_ne_bytes());
+        }
+        hasher.write(&bytes);
     }
 }
 

@@ -129,6 +129,8 @@ pub struct Metrics {
     pub flows_open: IntGauge,
     /// `ongoing` events that found the dispatcher's queue full.
     pub ongoing_dropped: IntCounter,
+    /// Dumps of all sockets, each of which may serve several scans.
+    pub socket_dumps: IntCounter,
     /// Interfaces that the marker is attached to.
     pub marker_interfaces: IntGauge,
 }
@@ -203,6 +205,13 @@ impl Metrics {
                 IntCounter::new(
                     "flowd_ongoing_dropped_total",
                     "Ongoing events dropped because a queue was full.",
+                ),
+            ),
+            socket_dumps: register(
+                &registry,
+                IntCounter::new(
+                    "flowd_socket_dumps_total",
+                    "Dumps of all sockets by the kernel (sock_diag); one may serve several scans.",
                 ),
             ),
             marker_interfaces: register(

@@ -4,7 +4,7 @@ mod message;
 mod skops;
 mod tcp_info;
 
-pub use message::{Messages, Parsed, request, request_one};
+pub use message::{Messages, Parsed, Progress, SocketMessage, request, request_one};
 pub use skops::{SKOPS_NAMES, Skops};
 pub use tcp_info::{Field, TcpInfo};
 
@@ -157,17 +157,7 @@ impl SocketInfo {
 
     /// Whether the connection is established and this end has not finished closing it.
     pub fn is_connected(&self) -> bool {
-        self.is_in_any(CONNECTED) && !self.is_time_wait()
-    }
-
-    /// Whether the kernel keeps only a time-wait entry of the socket: in TIME_WAIT, or in FIN_WAIT2 without an owner,
-    /// which only waits for the remote end's FIN.
-    pub fn is_time_wait(&self) -> bool {
-        self.state == TIME_WAIT || (self.state == FIN_WAIT2 && self.inode == 0)
-    }
-
-    fn is_in_any(&self, states: u32) -> bool {
-        1u32.checked_shl(self.state.into()).unwrap_or(0) & states != 0
+        is_connected(self.state, self.inode)
     }
 
     /// Whether the connection was established, by its state or its counts. For a closed socket, at least this end's SYN
@@ -175,10 +165,24 @@ impl SocketInfo {
     pub fn was_established(&self) -> bool {
         let count = |tcp: &TcpInfo, field| tcp.get(field).unwrap_or(0);
         self.tcp.as_ref().is_some_and(|tcp| {
-            self.is_in_any(CONNECTED)
+            is_in_any(self.state, CONNECTED)
                 || count(tcp, Field::BytesAcked) > 0
                 || count(tcp, Field::BytesReceived) > 0
                 || count(tcp, Field::DataSegsOut) > 0
         })
     }
+}
+
+fn is_connected(state: u8, inode: u32) -> bool {
+    is_in_any(state, CONNECTED) && !is_time_wait(state, inode)
+}
+
+/// Whether the kernel keeps only a time-wait entry of the socket: in TIME_WAIT, or in FIN_WAIT2 without an owner,
+/// which only waits for the remote end's FIN.
+fn is_time_wait(state: u8, inode: u32) -> bool {
+    state == TIME_WAIT || (state == FIN_WAIT2 && inode == 0)
+}
+
+fn is_in_any(state: u8, states: u32) -> bool {
+    1u32.checked_shl(state.into()).unwrap_or(0) & states != 0
 }

@@ -15,6 +15,7 @@ pub mod marker;
 pub mod ownership;
 pub mod privileges;
 pub mod resolver;
+pub mod scanner;
 pub mod sock_diag;
 #[cfg(feature = "bpf")]
 pub mod sockops;

@@ -84,17 +84,17 @@ fn close(mut near: TcpStream, far: TcpStream) {
     drop(near);
 }
 
+/// A count of the status line, whose name is given as in there; 0 if it is not there.
+fn count(status: &str, name: &str) -> u64 {
+    let word = status
+        .split([',', ':'])
+        .find_map(|word| word.trim().strip_prefix(name)?.strip_prefix(' '));
+    word.map_or(0, |count| count.parse().unwrap())
+}
+
 /// Waits for another scan by `scanner`, which is `plugin_events netlink` or `enricher_events netlink`.
 fn wait_for_scan(daemon: &Daemon<'_>, scanner: &str) {
-    let scans = || {
-        let status = daemon.status();
-        let word = status
-            .split(", ")
-            .find(|w| w.starts_with(&format!("{scanner} scanned ")));
-        word.map_or(0, |word| {
-            word.rsplit(' ').next().unwrap().parse::<u64>().unwrap()
-        })
-    };
+    let scans = || count(&daemon.status(), &format!("{scanner} scanned"));
     let before = scans();
     wait_for("another scan", || (scans() > before + 1).then_some(()));
 }
@@ -945,5 +945,91 @@ fn an_upload_that_the_pipe_and_the_netlink_plugin_report_is_one_flow() {
     assert_eq!((end.flow, end.tag().experiment), (start.flow, 3));
     sink.assert_silent();
     daemon.expect_status("dispatcher_events started 1");
+    daemon.stop();
+}
+
+#[test]
+#[ignore = "needs root"]
+fn one_dump_serves_the_netlink_plugin_and_the_netlink_enricher() {
+    const SCANS: u64 = 10;
+    let hosts = hosts();
+    let sink = Sink::bind(&hosts.there, SINK);
+    let listener = listen(&hosts, "[::]:5000");
+    let home = home(NETLINK, "enrich: true");
+    let without_enricher = std::fs::read_to_string(home.path("flowd.cfg")).unwrap();
+    let enriched = format!("{without_enricher}enrichers: {{period: 200, netlink: {{}}}}\n");
+    std::fs::write(home.path("flowd.cfg"), &enriched).unwrap();
+    let daemon = home.start(&hosts.here);
+    let scans = |status: &str| {
+        ["plugin_events", "enricher_events"]
+            .map(|kind| count(status, &format!("{kind} netlink scanned")))
+    };
+    // Returns how many dumps and how many scans there were meanwhile.
+    let watch = || {
+        let before = daemon.status();
+        let after = wait_for("more scans of both", || {
+            let status = daemon.status();
+            let more = scans(&status).into_iter().zip(scans(&before));
+            let enough = more.into_iter().all(|(now, before)| now >= before + SCANS);
+            enough.then_some(status)
+        });
+        let scanned = scans(&after).iter().sum::<u64>() - scans(&before).iter().sum::<u64>();
+        (
+            count(&after, "socket_dumps") - count(&before, "socket_dumps"),
+            scanned,
+        )
+    };
+    let (dumps, scanned) = watch();
+    // With a dump for each scan, there are as many dumps.
+    assert!(dumps > 0 && 4 * dumps < 3 * scanned, "{dumps}, {scanned}");
+
+    // Both see a new connection: the plugin reports its start, the enricher its statistics.
+    let (mut near, mut far) = connect(&hosts, &listener, THERE4);
+    exchange(&mut near, &mut far, 50_000, 20_000);
+    let source = near.local_addr().unwrap();
+    let next = |state: &str| -> Value {
+        wait_for("a firefly", || {
+            let text = String::from_utf8(sink.datagram(DEADLINE)?).unwrap();
+            let json: Value = serde_json::from_str(&text[text.find('{').unwrap()..]).unwrap();
+            (json["flow-lifecycle"]["state"] == state).then_some(json)
+        })
+    };
+    let start = next("start");
+    assert_eq!(start["flow-id"]["src-port"], source.port());
+    next("ongoing");
+    let ongoing = next("ongoing");
+    assert_eq!(ongoing["usage"]["sent"], 50_000, "{ongoing}");
+    assert!(ongoing["netlink"].is_object(), "{ongoing}");
+    close(near, far);
+    assert_eq!(next("end")["usage"]["sent"], 50_000);
+
+    // Each goes on without the other, and shares again when it is back.
+    for (config, scanner) in [
+        (
+            enriched.replace("  netlink: {exp", "  netstat: {exp"),
+            "enricher_events",
+        ),
+        (
+            without_enricher.replace("enrich: true", "") + "flows: {endOnSocketClose: false}\n",
+            "plugin_events",
+        ),
+    ] {
+        std::fs::write(home.path("flowd.cfg"), config).unwrap();
+        daemon.signal(nix::sys::signal::Signal::SIGHUP);
+        daemon.expect_notice("READY=1");
+        wait_for_scan(&daemon, &format!("{scanner} netlink"));
+    }
+    let (near, far) = connect(&hosts, &listener, THERE4);
+    assert_eq!(
+        next("start")["flow-id"]["src-port"],
+        near.local_addr().unwrap().port()
+    );
+    close(near, far);
+    next("end");
+    std::fs::write(home.path("flowd.cfg"), &enriched).unwrap();
+    daemon.signal(nix::sys::signal::Signal::SIGHUP);
+    daemon.expect_notice("READY=1");
+    let (dumps, scanned) = watch();
+    assert!(dumps > 0 && 4 * dumps < 3 * scanned, "{dumps}, {scanned}");
     daemon.stop();
 }

@@ -40,6 +40,7 @@ use crate::event::{Effect, EndReason, FlowEvent, Origin, State};
 use crate::flow::recent::RecentFlows;
 use crate::flow::{Flow, Protocol, Tag};
 use crate::metrics::outcomes;
+use crate::socket::Socket;
 
 outcomes! {
     /// What an event did to the table.
@@ -247,6 +248,38 @@ impl TableEntry {
             false => *canonical,
         }
     }
+}
+
+impl TableEntry {
+    /// Learns a socket that a scan showed; `flow` is in its direction. A flow whose socket was replaced begins closing.
+    fn learn_socket(&mut self, flow: Flow, cookie: u64, now: Now) -> Learned {
+        let Some(socket) = SocketId::new(&flow, cookie).filter(|_| self.closing.is_none()) else {
+            return Learned::Nothing;
+        };
+        let Some(known) = self.flow.socket else {
+            self.flow.socket = Some(socket);
+            return Learned::New;
+        };
+        // If both ends are on this host, the flow has two sockets; the first that was seen is the flow's.
+        if socket == known || socket.reversed != known.reversed {
+            return Learned::Nothing;
+        }
+        let end = FlowEvent::new(State::End, flow, now.wall, Origin::Socket);
+        self.closing = Some(Closing {
+            since: now.boot,
+            end: Box::new(end),
+        });
+        Learned::Replaced
+    }
+}
+
+/// What a socket that a scan showed means for the flow of its 5-tuple.
+enum Learned {
+    /// It is the flow's, and was not known.
+    New,
+    /// It is another one than the flow's, which must have closed.
+    Replaced,
+    Nothing,
 }
 
 /// Why an open flow is in the phase *closing*.
@@ -461,6 +494,18 @@ impl FlowTable {
     fn ongoing(&mut self, event: &mut FlowEvent, now: Now) -> Transition {
         let canonical = event.flow.canonical().0;
         if let Some(entry) = self.flows.get_mut(&canonical) {
+            let socket = event.netlink.as_ref();
+            let scanned = |socket: &&Arc<Socket>| {
+                event.origin == Origin::Socket && socket.info.is_connected()
+            };
+            if let Some(socket) = socket.filter(scanned) {
+                let (flow, cookie) = (socket.flow, socket.info.cookie);
+                match entry.learn_socket(flow, cookie, now) {
+                    Learned::New => self.learned.push((flow, cookie)),
+                    Learned::Replaced => self.closing.push_back((now.boot, canonical)),
+                    Learned::Nothing => {}
+                }
+            }
             entry.flow.state = State::Ongoing;
             complete(event, entry.direction(&canonical), &entry.flow);
             return Transition::Ongoing;
@@ -636,25 +681,11 @@ impl FlowTable {
             let Some(entry) = self.flows.get_mut(&canonical) else {
                 continue;
             };
-            let Some(socket) = SocketId::new(&flow, cookie).filter(|_| entry.closing.is_none())
-            else {
-                continue;
-            };
-            let Some(known) = entry.flow.socket else {
-                entry.flow.socket = Some(socket);
-                self.learned.push((flow, cookie));
-                continue;
-            };
-            // If both ends are on this host, the flow has two sockets; the first that was seen is the flow's.
-            if socket == known || socket.reversed != known.reversed {
-                continue;
+            match entry.learn_socket(flow, cookie, now) {
+                Learned::New => self.learned.push((flow, cookie)),
+                Learned::Replaced => self.closing.push_back((now.boot, canonical)),
+                Learned::Nothing => {}
             }
-            let end = FlowEvent::new(State::End, flow, now.wall, Origin::Socket);
-            entry.closing = Some(Closing {
-                since: now.boot,
-                end: Box::new(end),
-            });
-            self.closing.push_back((now.boot, canonical));
         }
     }
 
@@ -1131,23 +1162,34 @@ mod tests {
 
     #[test]
     fn sockets_of_a_scan_are_learned_and_one_that_was_replaced_ends_its_flow() {
-        let mut table = FlowTable::new(10);
-        let start = event(State::Start, 1, Some((2, 9)), 5);
-        apply(&mut table, start.clone());
-        let (socket, other_end) = (start.flow.reversed(), start.flow);
-        let unknown = event(State::Start, 2, None, 5).flow;
-        let learn = |table: &mut FlowTable, sockets: &[(Flow, u64)], second| {
-            table.learn_sockets(sockets, now(second));
-            table.take_learned_sockets()
+        let by_list: fn(&mut FlowTable, &[(Flow, u64)], i64) =
+            |table, sockets, second| table.learn_sockets(sockets, now(second));
+        let by_reports: fn(&mut FlowTable, &[(Flow, u64)], i64) = |table, sockets, second| {
+            for &(flow, cookie) in sockets {
+                let report = event(State::Ongoing, 1, None, second);
+                let mut report = from_socket(FlowEvent { flow, ..report }, cookie);
+                let socket = Arc::make_mut(report.netlink.as_mut().unwrap());
+                // ESTABLISHED
+                socket.info.state = 1;
+                apply(table, report);
+            }
         };
-        let sockets = [(unknown, 8), (socket, 7), (other_end, 9)];
-        let learned = learn(&mut table, &sockets, 6);
-        assert_eq!(learned, [(socket, 7)]);
-        assert_eq!(learn(&mut table, &sockets[1..], 7), []);
-        assert_eq!(end_closing(&mut table, 20), []);
-        assert_eq!(learn(&mut table, &[(socket, 10)], 21), []);
-        let ends = end_closing(&mut table, 22);
-        assert_eq!((ends.len(), ends[0].flow), (1, start.flow));
+        for learn in [by_list, by_reports] {
+            let mut table = FlowTable::new(10);
+            let start = event(State::Start, 1, Some((2, 9)), 5);
+            apply(&mut table, start.clone());
+            let (socket, other_end) = (start.flow.reversed(), start.flow);
+            let unknown = event(State::Start, 2, None, 5).flow;
+            let sockets = [(unknown, 8), (socket, 7), (other_end, 9)];
+            learn(&mut table, &sockets, 6);
+            assert_eq!(table.take_learned_sockets(), [(socket, 7)]);
+            learn(&mut table, &sockets[1..], 7);
+            assert_eq!(end_closing(&mut table, 20), []);
+            learn(&mut table, &[(socket, 10)], 21);
+            assert_eq!(table.take_learned_sockets(), []);
+            let ends = end_closing(&mut table, 22);
+            assert_eq!((ends.len(), ends[0].flow), (1, start.flow));
+        }
     }
 
     #[test]

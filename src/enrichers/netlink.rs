@@ -2,17 +2,17 @@
 //! `sock_diag(7)` statistics of the open sockets every period.
 //!
 //! The kernel notifies the enricher of closed sockets. Scans replace the notifications if the kernel does not send
-//! them, and after some were lost.
+//! them, and after some were lost. The scans are those of [`crate::sys::scanner`], which the netlink plugin shares.
 
 use std::collections::HashSet;
-use std::io;
+use std::io::{self, ErrorKind};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use crossbeam_channel::Sender;
 use jiff::Timestamp;
 use log::Level;
-use prometheus::Histogram;
+use prometheus::{Histogram, IntCounter};
 
 use crate::config::{Config, NetlinkEnricher};
 use crate::context::DaemonContext;
@@ -24,7 +24,8 @@ use crate::logging::LogLimit;
 use crate::metrics::{Outcomes, outcomes};
 use crate::plugins::{Closed, EventSender, Plugin, now};
 use crate::socket::{CONNECTED, Socket};
-use crate::sys::sock_diag::{DestroyNotifications, Dump, Received};
+use crate::sys::scanner::{Scan, Subscriber, Wanted};
+use crate::sys::sock_diag::{Answer, DestroyNotifications, Dump, Received};
 use crate::sys::stop::Stop;
 use crate::sys::waiter::Waiter;
 
@@ -48,22 +49,33 @@ outcomes! {
     }
 }
 
+/// What was read of notifications.
+#[derive(Default)]
+struct Closings {
+    /// The cookies of the closed sockets.
+    sockets: HashSet<u64>,
+    /// Whether some notifications were lost: only a new scan shows which sockets have closed.
+    overrun: bool,
+}
+
 /// The enricher, with its netlink sockets open.
 pub struct Netlink {
     /// Whether flows end with their sockets (`flows.endOnSocketClose`).
     ends_flows: bool,
     /// Which sockets `ongoing` events report on, if any (`enrichers.netlink`).
     reported: Option<NetlinkEnricher>,
-    period: Duration,
-    dump: Dump,
+    scanner: Subscriber,
+    /// For reports on UDP sockets, which nobody else scans.
+    udp: Option<(Dump, Answer)>,
     notifications: Option<DestroyNotifications>,
     waiter: Waiter,
-    /// Whether a socket may have closed without a notification that identifies it.
-    may_have_missed_close: bool,
+    /// Since when a socket may have closed without a notification that identifies it: the last such notification.
+    missed_close: Option<Instant>,
     /// The connections that the last scan showed, less those closed since.
     seen: HashSet<Flow>,
     queries: Sender<Query>,
     counters: Outcomes<Outcome>,
+    dumps: IntCounter,
     scans: Histogram,
 }
 
@@ -76,20 +88,6 @@ impl Netlink {
         if !ends_flows && reported.is_none() {
             return Ok(None);
         }
-        let dump = Dump::open().and_then(|mut dump| {
-            dump.sockets(Protocol::Tcp, CONNECTED, 0, |_| {})?;
-            Ok(dump)
-        });
-        let dump = match dump {
-            Ok(dump) => dump,
-            Err(error) if reported.is_none() => {
-                log::warn!(
-                    "netlink enricher: sock_diag: {error}; flows do not end with their sockets"
-                );
-                return Ok(None);
-            }
-            Err(error) => return Err(error).context(sock_diag),
-        };
         let waiter = Waiter::new().context(poll_loop)?;
         let subscribe = || {
             let notifications = DestroyNotifications::subscribe()?;
@@ -110,33 +108,59 @@ impl Netlink {
         } else {
             SCAN_INTERVAL_POLLING
         };
+        let period = reported
+            .as_ref()
+            .map_or(default_period, |reported| reported.period);
+        let tcp = reported
+            .as_ref()
+            .filter(|reported| reported.protocol == Protocol::Tcp);
+        let (states, extensions) = tcp.map_or((0, 0), |tcp| (tcp.states, tcp.extensions));
+        let wanted = Wanted {
+            states: states | CONNECTED,
+            extensions,
+        };
+        let scanner = context.scanner.subscribe(period, wanted);
+        if let Err(error) = scanner.scan_now() {
+            if reported.is_none() {
+                log::warn!(
+                    "netlink enricher: sock_diag: {error}; flows do not end with their sockets"
+                );
+                return Ok(None);
+            }
+            return Err(error).context(sock_diag);
+        }
+        let reports_udp = reported.is_some() && tcp.is_none();
+        let udp = reports_udp
+            .then(Dump::open)
+            .transpose()
+            .context(sock_diag)?;
         Ok(Some(Netlink {
             ends_flows,
-            period: reported
-                .as_ref()
-                .map_or(default_period, |reported| reported.period),
             reported: reported.clone(),
-            dump,
+            scanner,
+            udp: udp.map(|dump| (dump, Answer::default())),
             notifications,
             waiter,
             // Sockets of restored flows may have closed while no daemon ran.
-            may_have_missed_close: true,
+            missed_close: Some(Instant::now()),
             seen: HashSet::new(),
             queries: context.queries.clone(),
             counters: context.metrics.enricher(NAME),
+            dumps: context.metrics.socket_dumps.clone(),
             scans: context.metrics.scans("enricher netlink"),
         }))
     }
 
-    /// Reads the notifications that wait, and sends the ends. Returns whether notifications were lost.
+    /// Reads the notifications that wait, and sends the ends.
     fn send_closed(
         &mut self,
         events: &EventSender,
-    ) -> io::Result<std::result::Result<bool, Closed>> {
+    ) -> io::Result<std::result::Result<Closings, Closed>> {
+        let mut closings = Closings::default();
         let Some(notifications) = &mut self.notifications else {
-            return Ok(Ok(false));
+            return Ok(Ok(closings));
         };
-        let (time, mut overrun) = (now(), false);
+        let time = now();
         loop {
             let mut sent = Ok(());
             let (counters, seen) = (&self.counters, &mut self.seen);
@@ -145,6 +169,7 @@ impl Netlink {
                 if sent.is_ok() {
                     counters.add(Outcome::Closed);
                     seen.remove(&socket.flow);
+                    closings.sockets.insert(socket.info.cookie);
                     sent = events.send(event(State::End, socket, time));
                 }
             })?;
@@ -153,75 +178,109 @@ impl Netlink {
             }
             match received {
                 Received::Sockets => {}
-                Received::Unidentified => self.may_have_missed_close = true,
-                Received::Nothing => return Ok(Ok(overrun)),
+                Received::Unidentified => self.missed_close = Some(Instant::now()),
+                Received::Nothing => return Ok(Ok(closings)),
                 Received::Overrun => {
                     self.counters.add(Outcome::Overrun);
-                    overrun = true;
+                    self.missed_close = Some(Instant::now());
+                    closings.overrun = true;
                 }
             }
         }
     }
 
-    /// Scans all sockets. With `send_ongoing` it reports on the open ones, and with `send_ends` it ends the flows of
-    /// those that are no longer there.
+    /// Scans all sockets, after the notifications that `closings` holds were read. A periodic scan, which is due at `now`,
+    /// reports on the open ones. If closes may have been missed, the scan ends the flows of the sockets that are no longer
+    /// there.
     fn scan(
         &mut self,
         events: &EventSender,
-        send_ongoing: bool,
-        send_ends: bool,
+        now: Instant,
+        is_periodic: bool,
+        closings: &Closings,
     ) -> io::Result<std::result::Result<(), Closed>> {
-        let reported = self.reported.as_ref().filter(|_| send_ongoing);
-        let tcp = reported.filter(|reported| reported.protocol == Protocol::Tcp);
-        let (states, extensions) = tcp.map_or((0, 0), |tcp| (tcp.states, tcp.extensions));
-        let (counters, time) = (&self.counters, now());
-        let mut now_seen = HashSet::with_capacity(self.seen.len());
-        let mut sent = Ok(());
-        let mut cookies = Vec::new();
-        let mut report = |socket: Arc<Socket>| {
-            if sent.is_ok() {
-                counters.add(Outcome::Ongoing);
-                sent = events.send_blocking(event(State::Ongoing, socket, time));
-            }
+        let scan = match is_periodic {
+            true => self.scanner.scan_due(now, closings.overrun)?,
+            false => self.scanner.scan_now()?,
         };
-        let requested_states = states | CONNECTED;
-        self.dump
-            .sockets(Protocol::Tcp, requested_states, extensions, |socket| {
-                let state = 1u32.checked_shl(socket.info.state.into()).unwrap_or(0);
-                if socket.info.is_connected() {
-                    now_seen.insert(socket.flow);
-                    cookies.push((socket.flow, socket.info.cookie));
-                }
-                // A time-wait entry has nothing new to report.
-                if states & state != 0 && !socket.info.is_time_wait() {
-                    report(socket);
-                }
-            })?;
-        if let Some(udp) = reported.filter(|reported| reported.protocol == Protocol::Udp) {
-            self.dump
-                .sockets(Protocol::Udp, udp.states, udp.extensions, &mut report)?;
+        let mut sent = self.send_scanned(events, &scan, is_periodic, &closings.sockets);
+        if is_periodic && sent.is_ok() {
+            sent = self.report_udp(events)?;
         }
-        if self.ends_flows {
-            for chunk in cookies.chunks(MAX_SOCKETS_PER_QUERY) {
-                // The dispatcher is gone when the daemon stops.
-                let _ = self.queries.send(Query::Sockets(chunk.to_vec()));
-            }
-        }
-        if send_ends && self.ends_flows {
-            for flow in self.seen.difference(&now_seen) {
-                self.counters.add(Outcome::Closed);
-                if sent.is_ok() {
-                    sent = events.send(FlowEvent::new(State::End, *flow, time, Origin::Socket));
-                }
-            }
-        }
-        match send_ends || !self.ends_flows {
-            true => self.seen = now_seen,
-            // Keep the missing connections: their notification may come yet, and may not identify them.
-            false => self.seen.extend(now_seen),
+        // Without notifications, any socket may have closed.
+        if !self.ends_flows || self.notifications.is_some() {
+            self.missed_close.take_if(|missed| scan.began > *missed);
         }
         self.counters.add(Outcome::Scanned);
         Ok(sent)
+    }
+
+    /// Sends what a scan showed. It may show sockets that have closed meanwhile: their cookies are in `closed`.
+    fn send_scanned(
+        &mut self,
+        events: &EventSender,
+        scan: &Scan,
+        send_ongoing: bool,
+        closed: &HashSet<u64>,
+    ) -> std::result::Result<(), Closed> {
+        let reported = self.reported.as_ref().filter(|_| send_ongoing);
+        let tcp = reported.filter(|reported| reported.protocol == Protocol::Tcp);
+        let states = tcp.map_or(0, |tcp| tcp.states);
+        let time = now();
+        let report = |socket: Arc<Socket>| {
+            self.counters.add(Outcome::Ongoing);
+            events.send_blocking(event(State::Ongoing, socket, time))
+        };
+        let mut now_seen = HashSet::with_capacity(self.seen.len());
+        let mut cookies = Vec::new();
+        for socket in scan.sockets().filter(|s| !closed.contains(&s.cookie)) {
+            let is_known = self.ends_flows && socket.is_connected();
+            if is_known {
+                now_seen.insert(socket.flow);
+            }
+            // A report has the cookie, too.
+            if socket.is_alive_in(states) {
+                report(socket.parse())?;
+            } else if is_known {
+                cookies.push((socket.flow, socket.cookie));
+            }
+        }
+        if !self.ends_flows {
+            return Ok(());
+        }
+        for chunk in cookies.chunks(MAX_SOCKETS_PER_QUERY) {
+            // The dispatcher is gone when the daemon stops.
+            let _ = self.queries.send(Query::Sockets(chunk.to_vec()));
+        }
+        if self.missed_close.is_none() {
+            // Keep the missing connections: their notification may come yet, and may not identify them.
+            self.seen.extend(now_seen);
+            return Ok(());
+        }
+        for flow in self.seen.difference(&now_seen) {
+            self.counters.add(Outcome::Closed);
+            events.send(FlowEvent::new(State::End, *flow, time, Origin::Socket))?;
+        }
+        self.seen = now_seen;
+        Ok(())
+    }
+
+    /// Reports on the UDP sockets, if they are reported.
+    fn report_udp(&mut self, events: &EventSender) -> io::Result<std::result::Result<(), Closed>> {
+        let (Some((dump, answer)), Some(reported)) = (&mut self.udp, &self.reported) else {
+            return Ok(Ok(()));
+        };
+        self.dumps.inc();
+        dump.sockets(Protocol::Udp, reported.states, reported.extensions, answer)?;
+        let time = now();
+        for socket in answer.sockets().filter(|s| s.is_alive_in(u32::MAX)) {
+            self.counters.add(Outcome::Ongoing);
+            let report = event(State::Ongoing, socket.parse(), time);
+            if let Err(closed) = events.send_blocking(report) {
+                return Ok(Err(closed));
+            }
+        }
+        Ok(Ok(()))
     }
 
     /// Counts the restored flows whose sockets were known as seen, so that the next scan ends those whose
@@ -271,28 +330,22 @@ impl Plugin for Netlink {
             self.restore_seen();
         }
         let mut failures = LogLimit::new(Level::Error, "netlink enricher: failures");
-        let mut next_period = Instant::now();
-        let mut last_scan = next_period;
+        let mut last_scan = Instant::now();
         while !stop.is_set() {
-            let Ok(overrun) = self.send_closed(&events).context(sock_diag)? else {
+            let Ok(closings) = self.send_closed(&events).context(sock_diag)? else {
                 break;
             };
-            self.may_have_missed_close |= overrun;
             let began = Instant::now();
-            let is_due = began >= next_period;
-            let polls = self.may_have_missed_close && began >= last_scan + SCAN_INTERVAL_POLLING;
-            if overrun || is_due || polls {
+            let is_due = self.scanner.is_due(began);
+            let polls = self.missed_close.is_some() && began >= last_scan + SCAN_INTERVAL_POLLING;
+            if closings.overrun || is_due || polls {
                 last_scan = began;
-                if is_due {
-                    next_period = began + self.period;
-                }
-                match self.scan(&events, is_due, self.may_have_missed_close) {
-                    Ok(Ok(())) => {
-                        self.may_have_missed_close =
-                            self.ends_flows && self.notifications.is_none();
-                        self.scans.observe(began.elapsed().as_secs_f64());
-                    }
+                match self.scan(&events, began, is_due, &closings) {
+                    Ok(Ok(())) => self.scans.observe(began.elapsed().as_secs_f64()),
                     Ok(Err(Closed)) => break,
+                    Err(error) if error.kind() == ErrorKind::BrokenPipe => {
+                        return Err(error).context(sock_diag);
+                    }
                     Err(error) => {
                         self.counters.add(Outcome::ScanFailed);
                         failures.log(began, || format!("netlink enricher: sock_diag: {error}"));
@@ -300,9 +353,12 @@ impl Plugin for Netlink {
                 }
             }
             failures.tick(began);
-            let next_scan = match self.may_have_missed_close {
-                true => next_period.min(last_scan + SCAN_INTERVAL_POLLING),
-                false => next_period,
+            let next_scan = match self.missed_close {
+                Some(_) => self
+                    .scanner
+                    .next_due()
+                    .min(last_scan + SCAN_INTERVAL_POLLING),
+                None => self.scanner.next_due(),
             };
             let timeout = next_scan.saturating_duration_since(Instant::now());
             self.waiter.wait(Some(timeout)).context(poll_loop)?;

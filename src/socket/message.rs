@@ -3,7 +3,10 @@
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::sync::Arc;
 
-use super::{Algorithm, Bbr, FIN_RECEIVED, Socket, SocketInfo, TcpInfo};
+use super::{
+    Algorithm, Bbr, FIN_RECEIVED, Socket, SocketInfo, TcpInfo, is_connected, is_in_any,
+    is_time_wait,
+};
 use crate::flow::{Flow, Protocol};
 
 /// `SOCK_DIAG_BY_FAMILY`
@@ -64,9 +67,9 @@ pub fn request_one(flow: &Flow, extensions: u8) -> [u8; HEADER_SIZE + 56] {
 
 /// A parsed message.
 #[derive(Debug, PartialEq, Eq)]
-pub enum Parsed {
-    /// A connected socket.
-    Socket(Arc<Socket>),
+pub enum Parsed<'a> {
+    /// A socket with a remote end.
+    Socket(SocketMessage<'a>),
     /// A socket that is not connected, or another type of message.
     Other,
     /// The end of a dump.
@@ -77,7 +80,23 @@ pub enum Parsed {
     Interrupted,
 }
 
-/// Iterates over the messages of a datagram.
+/// The message of a socket with a remote end. Its statistics are parsed on demand: most sockets that a scan shows are
+/// known already.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct SocketMessage<'a> {
+    /// From the local end to the remote one.
+    pub flow: Flow,
+    /// As in [`SocketInfo`].
+    pub cookie: u64,
+    /// As in [`SocketInfo`].
+    pub state: u8,
+    /// As in [`SocketInfo`].
+    pub inode: u32,
+    /// `struct inet_diag_msg` and the attributes.
+    message: &'a [u8],
+}
+
+/// Iterates over the messages of one or more datagrams.
 pub struct Messages<'a> {
     rest: &'a [u8],
     protocol: Protocol,
@@ -85,74 +104,170 @@ pub struct Messages<'a> {
 
 impl<'a> Messages<'a> {
     /// `protocol` is that of the sockets: messages do not contain it.
-    pub fn new(datagram: &'a [u8], protocol: Protocol) -> Messages<'a> {
+    pub fn new(datagrams: &'a [u8], protocol: Protocol) -> Messages<'a> {
         Messages {
-            rest: datagram,
+            rest: datagrams,
             protocol,
         }
     }
 }
 
-impl Iterator for Messages<'_> {
-    type Item = Parsed;
+impl<'a> Iterator for Messages<'a> {
+    type Item = Parsed<'a>;
 
-    fn next(&mut self) -> Option<Parsed> {
-        let length = u32_at(self.rest, 0)? as usize;
-        let message = self.rest.get(..length).filter(|m| m.len() >= HEADER_SIZE)?;
-        self.rest = self.rest.get(length.next_multiple_of(4)..).unwrap_or(&[]);
-        let flags = u16_at(message, 6)?;
-        if flags & NLM_F_DUMP_INTR != 0 {
-            return Some(Parsed::Interrupted);
-        }
-        Some(match u16_at(message, 4)? {
-            NLMSG_DONE => Parsed::Done,
-            NLMSG_ERROR => {
-                Parsed::Error(u32_at(message, HEADER_SIZE).map_or(0, |e| (e as i32).wrapping_neg()))
-            }
-            BY_FAMILY => match socket(&message[HEADER_SIZE..], self.protocol) {
-                Some(socket) => Parsed::Socket(Arc::new(socket)),
+    fn next(&mut self) -> Option<Parsed<'a>> {
+        let message = next_message(&mut self.rest)?;
+        Some(match kind(message)? {
+            Kind::Socket => match SocketMessage::new(&message[HEADER_SIZE..], self.protocol) {
+                Some(socket) => Parsed::Socket(socket),
                 None => Parsed::Other,
             },
-            _ => Parsed::Other,
+            Kind::Other => Parsed::Other,
+            Kind::Done => Parsed::Done,
+            Kind::Error(number) => Parsed::Error(number),
+            Kind::Interrupted => Parsed::Interrupted,
         })
     }
 }
 
-fn socket(message: &[u8], protocol: Protocol) -> Option<Socket> {
-    if message.len() < DIAG_SIZE {
-        return None;
+/// What a datagram says of the dump that it belongs to.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Progress {
+    /// The dump was interrupted by a change (`NLM_F_DUMP_INTR`): it may be incomplete.
+    pub interrupted: bool,
+    /// The end of the dump; the error is a positive errno number.
+    pub end: Option<Result<(), i32>>,
+}
+
+impl Progress {
+    /// Looks at the headers of the messages alone.
+    pub fn of(mut datagram: &[u8]) -> Progress {
+        let mut progress = Progress::default();
+        while let Some(kind) = next_message(&mut datagram).and_then(kind) {
+            match kind {
+                Kind::Interrupted => progress.interrupted = true,
+                Kind::Done => progress.end = Some(Ok(())),
+                Kind::Error(number) => progress.end = Some(Err(number)),
+                Kind::Socket | Kind::Other => {}
+            }
+        }
+        progress
     }
-    let end = |port: usize, address: usize| {
-        let port = u16::from_be_bytes(message.get(port..port + 2)?.try_into().ok()?);
-        let bytes: [u8; 16] = message.get(address..address + 16)?.try_into().ok()?;
-        let address: IpAddr = match i32::from(message[0]) {
-            nix::libc::AF_INET => Ipv4Addr::new(bytes[0], bytes[1], bytes[2], bytes[3]).into(),
-            nix::libc::AF_INET6 => Ipv6Addr::from(bytes).into(),
-            _ => return None,
-        };
-        Some((address, port)).filter(|(_, port)| *port != 0)
-    };
-    let flow = Flow::new(protocol, end(4, 8)?, end(6, 24)?).ok()?;
-    let mut info = SocketInfo {
-        state: message[1],
-        retransmits: message[3],
-        fin_received: 1u32.checked_shl(message[1].into()).unwrap_or(0) & FIN_RECEIVED != 0,
-        interface: u32_at(message, 40)?,
-        cookie: u64::from(u32_at(message, 44)?) | u64::from(u32_at(message, 48)?) << 32,
-        uid: u32_at(message, 64)?,
-        inode: u32_at(message, 68)?,
-        ..SocketInfo::default()
-    };
-    let mut rest = &message[DIAG_SIZE..];
-    while let (Some(length), Some(kind)) = (u16_at(rest, 0), u16_at(rest, 2)) {
-        let length = usize::from(length);
-        let Some(value) = rest.get(4..length) else {
-            break;
-        };
-        attribute(&mut info, kind, value);
-        rest = rest.get(length.next_multiple_of(4)..).unwrap_or(&[]);
+}
+
+/// What a message is by its header.
+enum Kind {
+    Socket,
+    Other,
+    Done,
+    Error(i32),
+    Interrupted,
+}
+
+/// Takes the next message, with its header, off `rest`.
+fn next_message<'a>(rest: &mut &'a [u8]) -> Option<&'a [u8]> {
+    let length = u32_at(rest, 0)? as usize;
+    let message = rest.get(..length).filter(|m| m.len() >= HEADER_SIZE)?;
+    *rest = rest.get(length.next_multiple_of(4)..).unwrap_or(&[]);
+    Some(message)
+}
+
+fn kind(message: &[u8]) -> Option<Kind> {
+    if u16_at(message, 6)? & NLM_F_DUMP_INTR != 0 {
+        return Some(Kind::Interrupted);
     }
-    Some(Socket { flow, info })
+    Some(match u16_at(message, 4)? {
+        BY_FAMILY => Kind::Socket,
+        NLMSG_DONE => Kind::Done,
+        NLMSG_ERROR => {
+            Kind::Error(u32_at(message, HEADER_SIZE).map_or(0, |e| (e as i32).wrapping_neg()))
+        }
+        _ => Kind::Other,
+    })
+}
+
+impl<'a> SocketMessage<'a> {
+    /// `None` if the socket has no remote end.
+    fn new(message: &'a [u8], protocol: Protocol) -> Option<SocketMessage<'a>> {
+        if message.len() < DIAG_SIZE {
+            return None;
+        }
+        let end = |port: usize, address: usize| {
+            let port = u16::from_be_bytes(message.get(port..port + 2)?.try_into().ok()?);
+            let bytes: [u8; 16] = message.get(address..address + 16)?.try_into().ok()?;
+            let address: IpAddr = match i32::from(message[0]) {
+                nix::libc::AF_INET => Ipv4Addr::new(bytes[0], bytes[1], bytes[2], bytes[3]).into(),
+                nix::libc::AF_INET6 => Ipv6Addr::from(bytes).into(),
+                _ => return None,
+            };
+            Some((address, port)).filter(|(_, port)| *port != 0)
+        };
+        Some(SocketMessage {
+            flow: Flow::new(protocol, end(4, 8)?, end(6, 24)?).ok()?,
+            cookie: u64::from(u32_at(message, 44)?) | u64::from(u32_at(message, 48)?) << 32,
+            state: message[1],
+            inode: u32_at(message, 68)?,
+            message,
+        })
+    }
+
+    /// Like [`SocketInfo::is_connected`].
+    pub fn is_connected(&self) -> bool {
+        is_connected(self.state, self.inode)
+    }
+
+    /// Whether the socket is in one of `states`, a bit mask, and more than a time-wait entry, which has nothing new to
+    /// report.
+    pub fn is_alive_in(&self, states: u32) -> bool {
+        is_in_any(self.state, states) && !is_time_wait(self.state, self.inode)
+    }
+
+    /// Parses the rest of the message.
+    pub fn parse(&self) -> Arc<Socket> {
+        self.parse_only(u8::MAX)
+    }
+
+    /// Parses the rest of the message as if only the attributes `extensions` had been requested, a bit mask of
+    /// `INET_DIAG_*` minus one.
+    pub fn parse_only(&self, extensions: u8) -> Arc<Socket> {
+        let message = self.message;
+        let word = |at| u32_at(message, at).unwrap_or(0);
+        let mut info = SocketInfo {
+            state: self.state,
+            retransmits: message[3],
+            fin_received: 1u32.checked_shl(self.state.into()).unwrap_or(0) & FIN_RECEIVED != 0,
+            interface: word(40),
+            cookie: self.cookie,
+            uid: word(64),
+            inode: self.inode,
+            ..SocketInfo::default()
+        };
+        let mut rest = &message[DIAG_SIZE..];
+        while let (Some(length), Some(kind)) = (u16_at(rest, 0), u16_at(rest, 2)) {
+            let length = usize::from(length);
+            let Some(value) = rest.get(4..length) else {
+                break;
+            };
+            if is_requested(kind, extensions) {
+                attribute(&mut info, kind, value);
+            }
+            rest = rest.get(length.next_multiple_of(4)..).unwrap_or(&[]);
+        }
+        Arc::new(Socket {
+            flow: self.flow,
+            info,
+        })
+    }
+}
+
+/// Whether the kernel sends an attribute to those who ask for `extensions`.
+fn is_requested(kind: u16, extensions: u8) -> bool {
+    match kind {
+        1..=7 => extensions & 1 << (kind - 1) != 0,
+        // DCTCP and BBR, in place of Vegas.
+        9 | 16 => is_requested(3, extensions),
+        _ => true,
+    }
 }
 
 fn attribute(info: &mut SocketInfo, kind: u16, value: &[u8]) {
@@ -241,8 +356,15 @@ mod tests {
         bytes
     }
 
-    fn sockets(bytes: &[u8]) -> Vec<Parsed> {
-        Messages::new(bytes, Protocol::Tcp).collect()
+    /// The messages, with the sockets parsed to their ends.
+    fn sockets(bytes: &[u8]) -> Vec<Parsed<'_>> {
+        let parsed = Messages::new(bytes, Protocol::Tcp);
+        let parsed = parsed.inspect(|parsed| {
+            if let Parsed::Socket(socket) = parsed {
+                socket.parse();
+            }
+        });
+        parsed.collect()
     }
 
     #[test]
@@ -282,7 +404,7 @@ mod tests {
             socket.flow.to_string(),
             "tcp [2a00::1]:443 > [2a00::2]:5000"
         );
-        let info = &socket.info;
+        let info = &socket.parse().info;
         assert_eq!(
             (info.state, info.retransmits, info.uid, info.cgroup),
             (1, 2, 1000, Some(42))
@@ -296,6 +418,45 @@ mod tests {
         );
         assert_eq!(info.bbr.unwrap().bandwidth, 2 << 32 | 1);
         assert_eq!(info.tcp.as_ref().unwrap().get(Field::Rtt), Some(250));
+    }
+
+    #[test]
+    fn attributes_that_somebody_else_asked_for_are_left_out() {
+        let attributes = [1, 2, 3, 5, 6, 7, 8, 16].map(|kind| (kind, &[1; 36][..]));
+        let bytes = message(BY_FAMILY, 0, &attributes);
+        let [Parsed::Socket(socket)] = sockets(&bytes)[..] else {
+            panic!("{bytes:?}");
+        };
+        let shown = |extensions| {
+            let info = &socket.parse_only(extensions).info;
+            let memory = (info.memory.is_some(), info.socket_memory.is_some());
+            let classes = (info.tos.is_some(), info.traffic_class.is_some());
+            let congestion = (info.vegas.is_some(), info.bbr.is_some());
+            let always = info.shutdown.is_some();
+            (memory, info.tcp.is_some(), congestion, classes, always)
+        };
+        let none = (false, false);
+        assert_eq!(shown(0), (none, false, none, none, true));
+        assert_eq!(shown(1 << 1), (none, true, none, none, true));
+        assert_eq!(shown(1 << 2), (none, false, (true, true), none, true));
+        let all = (true, true);
+        assert_eq!(shown(u8::MAX), (all, true, all, all, true));
+    }
+
+    #[test]
+    fn the_headers_say_where_a_dump_stands() {
+        let progress = |kinds: &[(u16, u16)]| {
+            let bytes = kinds.iter();
+            let bytes: Vec<u8> = bytes
+                .flat_map(|&(k, flags)| message(k, flags, &[]))
+                .collect();
+            Progress::of(&bytes)
+        };
+        assert_eq!(progress(&[(BY_FAMILY, 2)]), Progress::default());
+        let end = progress(&[(BY_FAMILY, NLM_F_DUMP_INTR), (NLMSG_DONE, 0)]);
+        assert_eq!((end.interrupted, end.end), (true, Some(Ok(()))));
+        let refused = progress(&[(NLMSG_ERROR, 0)]);
+        assert!(matches!(refused.end, Some(Err(_))) && !refused.interrupted);
     }
 
     #[test]

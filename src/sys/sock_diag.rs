@@ -1,4 +1,4 @@
-//! `sock_diag(7)`: dumps of all sockets, and notifications of closed TCP sockets.
+//! `sock_diag(7)`: dumps of all sockets, and notifications of closed TCP sockets. [`super::scanner`] shares the dumps.
 
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd, RawFd};
@@ -11,7 +11,9 @@ use nix::libc;
 use nix::sys::socket::{setsockopt, sockopt};
 
 use crate::flow::{Flow, Protocol};
-use crate::socket::{Field, Messages, Parsed, Socket, request, request_one};
+use crate::socket::{
+    Field, Messages, Parsed, Progress, Socket, SocketMessage, request, request_one,
+};
 
 /// Size of the buffer for a netlink datagram, in bytes.
 const MAX_DATAGRAM_SIZE: usize = 64 << 10;
@@ -23,6 +25,52 @@ const MAX_DUMP_ATTEMPTS: usize = 3;
 const RECEIVE_BUFFER_SIZE: usize = 16 << 20;
 /// `SKNLGRP_INET_TCP_DESTROY` and `SKNLGRP_INET6_TCP_DESTROY`
 const TCP_DESTROYED: [u32; 2] = [1, 3];
+
+/// The sockets of a dump, as the kernel's messages: few who read them need all that is in them.
+pub struct Answer {
+    protocol: Protocol,
+    /// Kept from dump to dump, since memory that is new costs the kernel as much as a tenth of the dump.
+    bytes: Vec<u8>,
+    /// How many of the bytes are messages.
+    length: usize,
+}
+
+impl Default for Answer {
+    fn default() -> Answer {
+        Answer {
+            protocol: Protocol::Tcp,
+            bytes: Vec::new(),
+            length: 0,
+        }
+    }
+}
+
+impl Answer {
+    /// The sockets that have a remote end.
+    pub fn sockets(&self) -> impl Iterator<Item = SocketMessage<'_>> {
+        let messages = Messages::new(&self.bytes[..self.length], self.protocol);
+        messages.filter_map(|parsed| match parsed {
+            Parsed::Socket(socket) => Some(socket),
+            _ => None,
+        })
+    }
+
+    /// Room for the next datagram.
+    fn room(&mut self) -> &mut [u8] {
+        if self.bytes.len() < self.length + MAX_DATAGRAM_SIZE {
+            let larger = self.length + self.length / 4 + MAX_DATAGRAM_SIZE;
+            self.bytes.resize(larger, 0);
+        }
+        &mut self.bytes[self.length..]
+    }
+
+    /// Keeps the first `length` bytes of the room, and returns them. Datagrams end at a multiple of 4 bytes.
+    fn extend(&mut self, length: usize) -> &[u8] {
+        let start = self.length;
+        self.length = (start + length).next_multiple_of(4).min(self.bytes.len());
+        &self.bytes[start..self.length]
+    }
+}
 
 /// Requests sockets from the kernel.
 pub struct Dump {
@@ -40,22 +88,24 @@ impl Dump {
         })
     }
 
-    /// Passes every connected IPv4 and IPv6 socket in one of `states` to `handle`. `states` is a bit mask of the
-    /// kernel's numbers, `extensions` a bit mask of `INET_DIAG_*` minus one.
+    /// Reads all IPv4 and IPv6 sockets in one of `states` into `answer`, in place of what it holds. `states` is a bit mask
+    /// of the kernel's numbers, `extensions` a bit mask of `INET_DIAG_*` minus one.
     ///
-    /// A socket may be passed twice, because an interrupted dump is repeated.
+    /// A socket may be there twice, because an interrupted dump is repeated.
     pub fn sockets(
         &mut self,
         protocol: Protocol,
         states: u32,
         extensions: u8,
-        mut handle: impl FnMut(Arc<Socket>),
+        answer: &mut Answer,
     ) -> io::Result<()> {
+        answer.length = 0;
+        answer.protocol = protocol;
         for family in [libc::AF_INET, libc::AF_INET6] {
             let request = request(family as u8, protocol, states, extensions);
             for _ in 0..MAX_DUMP_ATTEMPTS {
                 self.netlink.send(request, Msg::empty())?;
-                if self.receive(protocol, &mut handle)? {
+                if self.receive(answer)? {
                     break;
                 }
             }
@@ -69,7 +119,7 @@ impl Dump {
             .send(request_one(flow, extensions), Msg::empty())?;
         let (length, _) = self.netlink.recv(&mut self.buffer, Msg::empty())?;
         match Messages::new(&self.buffer[..length], flow.protocol).next() {
-            Some(Parsed::Socket(socket)) => Ok(Some(socket)),
+            Some(Parsed::Socket(socket)) => Ok(Some(socket.parse())),
             Some(Parsed::Error(libc::ENOENT)) => Ok(None),
             Some(Parsed::Error(number)) => Err(io::Error::from_raw_os_error(number)),
             _ => Ok(None),
@@ -101,23 +151,17 @@ impl Dump {
         Ok(Some(socket))
     }
 
-    /// Reads a dump to its end. Returns whether it is complete: it was not interrupted.
-    fn receive(
-        &mut self,
-        protocol: Protocol,
-        handle: &mut impl FnMut(Arc<Socket>),
-    ) -> io::Result<bool> {
+    /// Appends a dump to `answer`, up to its end. Returns whether it is complete: it was not interrupted.
+    fn receive(&mut self, answer: &mut Answer) -> io::Result<bool> {
         let mut is_complete = true;
         loop {
-            let (length, _) = self.netlink.recv(&mut self.buffer, Msg::empty())?;
-            for parsed in Messages::new(&self.buffer[..length], protocol) {
-                match parsed {
-                    Parsed::Socket(socket) => handle(socket),
-                    Parsed::Interrupted => is_complete = false,
-                    Parsed::Done => return Ok(is_complete),
-                    Parsed::Error(number) => return Err(io::Error::from_raw_os_error(number)),
-                    Parsed::Other => {}
-                }
+            let (length, _) = self.netlink.recv(answer.room(), Msg::empty())?;
+            let progress = Progress::of(answer.extend(length));
+            is_complete &= !progress.interrupted;
+            match progress.end {
+                Some(Ok(())) => return Ok(is_complete),
+                Some(Err(number)) => return Err(io::Error::from_raw_os_error(number)),
+                None => {}
             }
         }
     }
@@ -186,7 +230,8 @@ impl DestroyNotifications {
             if let Parsed::Other = parsed {
                 received = Received::Unidentified;
             }
-            if let Parsed::Socket(mut socket) = parsed {
+            if let Parsed::Socket(socket) = parsed {
+                let mut socket = socket.parse();
                 // The end that closes first leaves a FIN_WAIT2 entry, which becomes TIME_WAIT when the remote FIN
                 // arrives. The end that closes second leaves no entry, and has received a FIN.
                 let info = &socket.info;

@@ -1,15 +1,17 @@
 //! The netlink plugin: reports the TCP connections of this host as flows, with `sock_diag(7)`.
 //!
 //! Periodic scans find new connections. The kernel notifies the plugin of each socket that closes, at once and with its
-//! final counts. Without notifications, or after some were lost, the scans detect closed connections.
+//! final counts. Without notifications, or after some were lost, the scans detect closed connections. The scans are those
+//! of [`crate::sys::scanner`], which the netlink enricher shares.
 
 use std::collections::HashSet;
-use std::io;
+use std::io::{self, ErrorKind};
+use std::net::IpAddr;
 use std::sync::Arc;
 use std::time::Instant;
 
 use crossbeam_channel::Sender;
-use jiff::SignedDuration;
+use jiff::{SignedDuration, Timestamp};
 use log::Level;
 use prometheus::Histogram;
 
@@ -21,13 +23,13 @@ use crate::context::DaemonContext;
 use crate::dispatcher::{self, Query};
 use crate::error::{Context, Error, Result};
 use crate::event::{FlowEvent, Origin, State};
-use crate::flow::{Flow, Protocol};
 use crate::logging::LogLimit;
 use crate::metrics::{Outcomes, outcomes};
-use crate::plugins::{Closed, EventSender, Plugin, now};
-use crate::socket::{CONNECTED, Socket};
+use crate::plugins::{self, Closed, EventSender, Plugin};
+use crate::socket::{Socket, SocketMessage};
 use crate::sys::interfaces::LocalAddresses;
-use crate::sys::sock_diag::{DestroyNotifications, Dump, Received};
+use crate::sys::scanner::{Scan, Subscriber, Wanted};
+use crate::sys::sock_diag::{DestroyNotifications, Received};
 use crate::sys::stop::Stop;
 use crate::sys::waiter::Waiter;
 
@@ -35,8 +37,6 @@ const NAME: &str = "netlink";
 /// How long to wait for the notification of a closed socket: the kernel sends it from a work queue, later than a scan
 /// shows the close.
 const NOTIFICATION_GRACE: SignedDuration = SignedDuration::from_secs(1);
-/// `struct inet_diag_msg` alone identifies a connection.
-const NO_EXTENSIONS: u8 = 0;
 
 outcomes! {
     enum Outcome {
@@ -53,8 +53,8 @@ outcomes! {
 struct Closings {
     /// The flow events of the connections that are flows.
     events: Vec<FlowEvent>,
-    /// All closed connections.
-    flows: HashSet<Flow>,
+    /// The cookies of all closed connections.
+    sockets: HashSet<u64>,
     /// Some notifications were lost: only a new scan shows the rest.
     incomplete: bool,
 }
@@ -66,7 +66,7 @@ pub struct Netlink {
     /// The starts of the connections that were open at construction.
     initial_starts: Vec<FlowEvent>,
     local: LocalAddresses,
-    dump: Dump,
+    scanner: Subscriber,
     notifications: Option<DestroyNotifications>,
     waiter: Waiter,
     queries: Sender<Query>,
@@ -96,22 +96,24 @@ impl Netlink {
         let grace = notifications
             .as_ref()
             .map_or(SignedDuration::ZERO, |_| NOTIFICATION_GRACE);
-        let mut dump = Dump::open().context(sock_diag)?;
-        let found = connections(&mut dump).context(sock_diag)?;
+        let scanner = context
+            .scanner
+            .subscribe(config.period, Wanted::CONNECTIONS);
+        let scan = scanner.scan_now().context(sock_diag)?;
         let local = LocalAddresses::watch().context(|| "addresses of this host".to_owned())?;
         let announce = config.announce_existing;
         let mut tracker = Tracker::new(Origin::Netlink, rules, networks, announce, grace);
         tracker.begin_scan();
-        let time = now();
+        let time = plugins::now();
         let is_local = |address: &_| local.contains(address);
-        let starts = found.iter();
-        let starts = starts.filter_map(|found| tracker.observe_open(found, time, is_local));
+        let found = connections(&scan);
+        let starts = found.filter_map(|found| observe_open(&mut tracker, &found, time, is_local));
         Ok(Netlink {
             config: config.clone(),
             initial_starts: starts.collect(),
             tracker,
             local,
-            dump,
+            scanner,
             notifications,
             waiter,
             queries: context.queries.clone(),
@@ -120,27 +122,35 @@ impl Netlink {
         })
     }
 
-    fn scan(&mut self) -> io::Result<Closings> {
+    /// Scans the connections, after the notifications that `closings` holds were read: adds to `closings` those that the scan
+    /// and further notifications show. The periodic scan, if `is_due`, may share a dump.
+    fn scan(&mut self, closings: &mut Closings, now: Instant, is_due: bool) -> io::Result<()> {
         self.local.refresh();
         rules::refresh(&self.config.rules, &mut self.tracker.rules);
-        let found = connections(&mut self.dump)?;
+        let scan = match is_due {
+            true => self.scanner.scan_due(now, closings.incomplete)?,
+            false => self.scanner.scan_now()?,
+        };
         // Read the closes that happened during the dump before drawing conclusions from the dump.
-        let mut closings = self.read_closings()?;
-        let time = now();
+        closings.incomplete = false;
+        self.read_closings(closings)?;
+        let time = plugins::now();
         self.tracker.begin_scan();
-        for connection in found.iter().filter(|c| !closings.flows.contains(&c.flow)) {
+        for found in connections(&scan).filter(|found| !closings.sockets.contains(&found.cookie)) {
             let local = |address: &_| self.local.contains(address);
-            let start = self.tracker.observe_open(connection, time, local);
+            let start = observe_open(&mut self.tracker, &found, time, local);
             closings.events.extend(start);
         }
         closings.events.extend(self.tracker.end_scan(time));
-        Ok(closings)
+        Ok(())
     }
 
     /// The ends of the connections that closed after construction and before the thread started. Connections that both
     /// opened and closed in this time are left out: the predecessor, if there was one, reports them.
     fn initial_ends(&mut self) -> io::Result<Vec<FlowEvent>> {
-        let mut events = self.read_closings()?.events;
+        let mut closings = Closings::default();
+        self.read_closings(&mut closings)?;
+        let mut events = closings.events;
         // The end of such a connection directly follows its start.
         let mut is_start = false;
         events.retain(|event| {
@@ -150,17 +160,16 @@ impl Netlink {
         Ok(events)
     }
 
-    /// Reads the notifications that wait.
-    fn read_closings(&mut self) -> io::Result<Closings> {
-        let mut closings = Closings::default();
+    /// Adds the notifications that wait to `closings`.
+    fn read_closings(&mut self, closings: &mut Closings) -> io::Result<()> {
         let Some(notifications) = &mut self.notifications else {
-            return Ok(closings);
+            return Ok(());
         };
-        let time = now();
+        let time = plugins::now();
         loop {
             let received = notifications.receive(|socket| {
                 if socket.info.was_established() || self.tracker.is_tracked(&socket.flow) {
-                    closings.flows.insert(socket.flow);
+                    closings.sockets.insert(socket.info.cookie);
                     let local = |address: &_| self.local.contains(address);
                     let events = self.tracker.observe_closed(&socket.into(), time, local);
                     closings.events.extend(events);
@@ -168,7 +177,7 @@ impl Netlink {
             })?;
             match received {
                 Received::Sockets | Received::Unidentified => {}
-                Received::Nothing => return Ok(closings),
+                Received::Nothing => return Ok(()),
                 Received::Overrun => {
                     self.counters.add(Outcome::Overrun);
                     closings.incomplete = true;
@@ -202,15 +211,23 @@ impl From<Arc<Socket>> for Connection {
     }
 }
 
-/// Lists the open connections of this host.
-fn connections(dump: &mut Dump) -> io::Result<Vec<Connection>> {
-    let mut found = Vec::new();
-    dump.sockets(Protocol::Tcp, CONNECTED, NO_EXTENSIONS, |socket| {
-        if socket.info.is_connected() {
-            found.push(socket.into());
-        }
-    })?;
-    Ok(found)
+/// The open connections of this host.
+fn connections(scan: &Scan) -> impl Iterator<Item = SocketMessage<'_>> {
+    scan.sockets().filter(SocketMessage::is_connected)
+}
+
+/// Records an open connection: see [`Tracker::observe_open`]. Most are known already, or no flows.
+fn observe_open(
+    tracker: &mut Tracker,
+    found: &SocketMessage<'_>,
+    now: Timestamp,
+    is_local: impl Fn(&IpAddr) -> bool,
+) -> Option<FlowEvent> {
+    if tracker.observe_again(&found.flow) || !tracker.may_be_flow(&found.flow, &is_local) {
+        return None;
+    }
+    let socket = found.parse_only(Wanted::CONNECTIONS.extensions);
+    tracker.observe_open(&socket.into(), now, is_local)
 }
 
 fn poll_loop() -> String {
@@ -243,23 +260,28 @@ impl Plugin for Netlink {
             return Ok(());
         }
         let mut failures = LogLimit::new(Level::Error, "netlink: failures");
-        let mut next_scan = Instant::now();
+        // A scan before the next periodic one, if need be.
+        let mut extra_scan = None;
         while !stop.is_set() {
-            let closings = self.read_closings().context(sock_diag)?;
-            let mut batch = closings.events;
+            let mut closings = Closings::default();
+            self.read_closings(&mut closings).context(sock_diag)?;
             let began = Instant::now();
-            if closings.incomplete || began >= next_scan {
-                next_scan = began + self.config.period;
-                match self.scan() {
-                    Ok(scanned) => {
+            let is_due = self.scanner.is_due(began);
+            let is_extra_due = extra_scan.is_some_and(|due| began >= due);
+            if closings.incomplete || is_due || is_extra_due {
+                extra_scan = None;
+                match self.scan(&mut closings, began, is_due) {
+                    Ok(()) => {
                         self.counters.add(Outcome::Scanned);
                         self.scans.observe(began.elapsed().as_secs_f64());
-                        batch.extend(scanned.events);
-                        if scanned.incomplete {
-                            next_scan = began;
+                        if closings.incomplete {
+                            extra_scan = Some(began);
                         } else if self.tracker.has_missing() {
-                            next_scan = next_scan.min(began + NOTIFICATION_GRACE.unsigned_abs());
+                            extra_scan = Some(began + NOTIFICATION_GRACE.unsigned_abs());
                         }
+                    }
+                    Err(error) if error.kind() == ErrorKind::BrokenPipe => {
+                        return Err(error).context(sock_diag);
                     }
                     Err(error) => {
                         self.counters.add(Outcome::ScanFailed);
@@ -267,17 +289,20 @@ impl Plugin for Netlink {
                     }
                 }
             }
-            if self.send(batch, &events).is_err() {
+            if self.send(closings.events, &events).is_err() {
                 break;
             }
             failures.tick(began);
+            let next_due = self.scanner.next_due();
+            let next_scan = extra_scan.map_or(next_due, |extra| extra.min(next_due));
             let timeout = next_scan.saturating_duration_since(Instant::now());
             self.waiter.wait(Some(timeout)).context(poll_loop)?;
         }
         // The successor may not announce connections that exist when it starts: announce those that are new since the
         // last scan.
-        if let Ok(scanned) = self.scan() {
-            let _ = self.send(scanned.events, &events);
+        let mut closings = Closings::default();
+        if self.scan(&mut closings, Instant::now(), false).is_ok() {
+            let _ = self.send(closings.events, &events);
         }
         failures.flush();
         Ok(())

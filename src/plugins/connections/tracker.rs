@@ -86,6 +86,16 @@ impl Tracker {
         self.scans += 1;
     }
 
+    /// Records that a connection is still open. Returns whether it is tracked.
+    pub fn observe_again(&mut self, flow: &Flow) -> bool {
+        let tracked = self.tracked.get_mut(flow);
+        tracked.is_some_and(|tracked| {
+            tracked.last_scan = self.scans;
+            tracked.missing_since = None;
+            true
+        })
+    }
+
     /// Records an open connection. Returns its start if it is new. `is_local` recognizes the addresses of this host.
     pub fn observe_open(
         &mut self,
@@ -93,12 +103,10 @@ impl Tracker {
         now: Timestamp,
         is_local: impl Fn(&IpAddr) -> bool,
     ) -> Option<FlowEvent> {
-        let scan = self.scans;
-        if let Some(tracked) = self.tracked.get_mut(&connection.flow) {
-            tracked.last_scan = scan;
-            tracked.missing_since = None;
+        if self.observe_again(&connection.flow) {
             return None;
         }
+        let scan = self.scans;
         self.ended.remove(&connection.flow);
         let tag = self.tag(connection, is_local)?;
         let announced = self.announce_existing || scan > 1;
@@ -197,10 +205,15 @@ impl Tracker {
         }
     }
 
-    fn tag(&self, connection: &Connection, is_local: impl Fn(&IpAddr) -> bool) -> Option<Tag> {
-        let remote = connection.flow.destination.address;
+    /// Whether a connection is a flow if a rule matches: it goes to a remote host, and not to an internal network.
+    pub fn may_be_flow(&self, flow: &Flow, is_local: impl Fn(&IpAddr) -> bool) -> bool {
+        let remote = flow.destination.address;
         let is_internal = self.internal.iter().any(|net| net.contains(&remote));
-        if is_internal || !is_public(remote) || is_local(&remote) {
+        !is_internal && is_public(remote) && !is_local(&remote)
+    }
+
+    fn tag(&self, connection: &Connection, is_local: impl Fn(&IpAddr) -> bool) -> Option<Tag> {
+        if !self.may_be_flow(&connection.flow, is_local) {
             return None;
         }
         let rule = self.rules.iter().find(|rule| rule.matches(connection))?;
