@@ -7,11 +7,11 @@
 mod common;
 mod measure;
 
-use std::fs;
+use std::fs::{self, OpenOptions};
 use std::io::{IoSlice, Read, Write};
 use std::net::{SocketAddr, UdpSocket};
 use std::os::fd::AsRawFd;
-use std::process::Stdio;
+use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use common::daemon::{Home, PROGRAM, line, lines};
@@ -23,6 +23,8 @@ use flowd_rs::registry::Registry;
 use jiff::Timestamp;
 use measure::{cpu, median, receive, resident, row};
 use nix::sys::socket::{MsgFlags, MultiHeaders, SockaddrStorage, sendmmsg};
+use nix::sys::stat::Mode;
+use nix::unistd::mkfifo;
 
 const FLOWS: usize = 200_000;
 const ROUNDS: usize = 7;
@@ -33,15 +35,24 @@ fn main() {
         eprintln!("the end-to-end bench needs root, for network namespaces");
         std::process::exit(1);
     }
-    // Filters and flags of cargo bench are ignored: they are for criterion.
+    // `cargo bench --bench end_to_end start million` runs these parts alone. Flags of cargo are ignored.
     let hosts = Hosts::new();
     println!("| measurement | result | baseline | ratio |");
     println!("| --- | --- | --- | --- |");
-    throughput(&hosts);
-    latency(&hosts);
-    memory(&hosts);
-    start(&hosts);
-    million(&hosts);
+    let parts = [
+        ("throughput", throughput as fn(&Hosts)),
+        ("latency", latency),
+        ("memory", memory),
+        ("start", start),
+        ("first_firefly", first_firefly),
+        ("million", million),
+    ];
+    let wanted: Vec<String> = std::env::args().skip(1).collect();
+    let is_wanted = |part: &str| wanted.iter().any(|wanted| wanted == part);
+    let all = !parts.iter().any(|(part, _)| is_wanted(part));
+    for (_, run) in parts.iter().filter(|(part, _)| all || is_wanted(part)) {
+        run(&hosts);
+    }
 }
 
 /// Sends and receives at the same time; returns datagrams per second.
@@ -240,12 +251,14 @@ fn memory(hosts: &Hosts) {
     );
 }
 
+/// How long `flowd-rs version` takes, in ms: the cost of any process.
+fn version(hosts: &Hosts) -> f64 {
+    let began = Instant::now();
+    hosts.here.command(PROGRAM).arg("version").output().unwrap();
+    began.elapsed().as_secs_f64() * 1e3
+}
+
 fn start(hosts: &Hosts) {
-    let version = || {
-        let began = Instant::now();
-        hosts.here.command(PROGRAM).arg("version").output().unwrap();
-        began.elapsed().as_secs_f64() * 1e3
-    };
     let ready = |home: &Home| {
         let began = Instant::now();
         let daemon = home.start(&hosts.here);
@@ -261,7 +274,7 @@ fn start(hosts: &Hosts) {
     daemon.stop();
     let (mut bare, mut none, mut many) = (Vec::new(), Vec::new(), Vec::new());
     for _ in 0..15 {
-        bare.push(version());
+        bare.push(version(hosts));
         none.push(ready(&empty));
         many.push(ready(&full));
     }
@@ -276,6 +289,70 @@ fn start(hosts: &Hosts) {
             &format!("{time:.1} ms"),
             &format!("flowd-rs version {bare:.1} ms"),
             &format!("{:.1}", time / bare),
+        );
+    }
+}
+
+/// Processes that keep every CPU busy. Dropping it ends them.
+struct BusyCpus(Vec<Child>);
+
+impl BusyCpus {
+    fn new() -> BusyCpus {
+        let cpus = std::thread::available_parallelism().unwrap().get();
+        let spin = |_| {
+            let mut shell = Command::new("sh");
+            shell.args(["-c", "while :; do :; done"]).spawn().unwrap()
+        };
+        BusyCpus((0..cpus).map(spin).collect())
+    }
+}
+
+impl Drop for BusyCpus {
+    fn drop(&mut self) {
+        for process in &mut self.0 {
+            let _ = process.kill();
+            let _ = process.wait();
+        }
+    }
+}
+
+/// From `exec` to the first firefly, for a line whose writer waits for the daemon to open the pipe.
+fn first_firefly(hosts: &Hosts) {
+    const ROUNDS: usize = 20;
+    let sink = Sink::bind(&hosts.there, DESTINATION);
+    let home = Home::new("{}");
+    for (load, is_busy) in [("", false), (", every CPU busy", true)] {
+        let _busy = is_busy.then(BusyCpus::new);
+        let (mut bare, mut ours) = (Vec::new(), Vec::new());
+        for n in 0..ROUNDS {
+            bare.push(version(hosts));
+            let _ = fs::remove_dir_all(home.path("state"));
+            let _ = fs::remove_file(home.pipe());
+            mkfifo(&home.pipe(), Mode::S_IRUSR | Mode::S_IWUSR).unwrap();
+            std::thread::scope(|scope| {
+                scope.spawn(|| {
+                    let mut writer = OpenOptions::new().write(true).open(home.pipe()).unwrap();
+                    writer
+                        .write_all(line("start", n, "2 9").as_bytes())
+                        .unwrap();
+                });
+                let began = Instant::now();
+                let socket = sink.socket();
+                let first = scope.spawn(move || {
+                    socket.recv(&mut [0; 2048]).unwrap();
+                    began.elapsed()
+                });
+                let daemon = home.start(&hosts.here);
+                ours.push(first.join().unwrap().as_secs_f64() * 1e3);
+                daemon.stop();
+            });
+        }
+        let (bare, ours) = (median(bare), median(ours));
+        row(
+            &format!("start to the first firefly{load}"),
+            &format!("{ours:.1} ms"),
+            &format!("flowd-rs version {bare:.1} ms"),
+            &format!("{:.1}", ours / bare),
         );
     }
 }

@@ -22,6 +22,7 @@ use self::flow_table::{FlowTable, Now, OpenFlow, Transition};
 use self::journal::Journal;
 use self::queue::{Pushed, push};
 pub use self::shards::SHARDS;
+use self::shards::shard;
 use self::sources::FlowSource;
 use crate::event::{EndReason, FlowEvent, Origin, State};
 use crate::flow::{Flow, Tag};
@@ -36,6 +37,9 @@ const TICK: Duration = Duration::from_secs(1);
 const EXPIRY_SEARCH: usize = 1 << 14;
 /// How many events at most share a write to the journal.
 const MAX_BATCH: usize = 512;
+
+/// How many flows at least are listed in one step, if there are so many. In a large table, a shard has about as many.
+const MIN_PAGE: usize = 2048;
 
 /// The channel to a backend.
 pub struct Output {
@@ -63,13 +67,15 @@ pub struct Settings {
 
 /// A request to the dispatcher. The answer goes into the channel that comes with it.
 pub enum Query {
-    /// From now on the events for the backend of this name go to this output, or nowhere. The answer is the flows
-    /// that are open at that moment, if there is an output.
-    Output(&'static str, Option<Output>, Sender<Vec<(Flow, OpenFlow)>>),
+    /// The events for the backend of this name go nowhere from now on.
+    RemoveOutput(&'static str, Sender<()>),
+    /// The events for the backend of the output's name go to this output, each flow's from the moment when the flow, if
+    /// it is open, is sent through the channel, which closes after the last flow.
+    AddOutput(Output, Sender<Vec<(Flow, OpenFlow)>>),
     /// New settings.
     Settings(Settings),
-    /// The open flows of one of the [`SHARDS`] that pass the filter, in no order.
-    Shard(usize, Filter, Sender<Vec<(Flow, OpenFlow)>>),
+    /// The open flows that pass the filter, in no order: a part of them, from this position on.
+    Flows(Position, Filter, Sender<Page>),
     /// One flow, in either direction, if it is open.
     Flow(Flow, Sender<Option<(Flow, OpenFlow)>>),
     /// Ends flows of one of the [`SHARDS`] that pass the filter, as an operator demands, but not so many that events
@@ -77,6 +83,19 @@ pub enum Query {
     End(usize, Filter, Sender<usize>),
     /// Sockets that a scan showed, each with its cookie; the flow has the local end as its source.
     Sockets(Vec<(Flow, u64)>),
+}
+
+/// A position in the list of open flows.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Position(usize);
+
+/// A part of the list of open flows.
+#[derive(Default)]
+pub struct Page {
+    /// The flows that pass the filter.
+    pub flows: Vec<(Flow, OpenFlow)>,
+    /// Where the next page begins. `None` after the last one.
+    pub next: Option<Position>,
 }
 
 /// Selects flows. The dispatcher filters, so that it copies only the flows that are wanted.
@@ -115,12 +134,13 @@ pub fn ask<T>(
 
 /// The open flows, or `None` if the dispatcher does not answer in time.
 pub fn open_flows(queries: &Sender<Query>) -> Option<Vec<(Flow, OpenFlow)>> {
-    let mut flows = Vec::new();
-    for index in 0..SHARDS {
-        let shard = ask(queries, ANSWER_TIMEOUT, |reply| {
-            Query::Shard(index, Filter::default(), reply)
+    let (mut flows, mut next) = (Vec::new(), Some(Position::default()));
+    while let Some(position) = next {
+        let page = ask(queries, ANSWER_TIMEOUT, |reply| {
+            Query::Flows(position, Filter::default(), reply)
         })?;
-        flows.extend(shard);
+        flows.extend(page.flows);
+        next = page.next;
     }
     Some(flows)
 }
@@ -148,11 +168,20 @@ impl Heartbeat {
     }
 }
 
+/// A new output that does not have all open flows yet. It receives the events of flows in the shards before `next_shard`;
+/// those of others go to the output that it replaces, if there is one.
+struct Joining {
+    output: Output,
+    flows: Sender<Vec<(Flow, OpenFlow)>>,
+    next_shard: usize,
+}
+
 /// The dispatcher, ready to run.
 pub struct Dispatcher {
     table: FlowTable,
     journal: Journal,
     outputs: Vec<Output>,
+    joining: Option<Joining>,
     max_age: Duration,
     /// `None` without the firefly plugin.
     echoes: Option<EchoFilter>,
@@ -188,6 +217,7 @@ impl Dispatcher {
             table,
             journal,
             outputs,
+            joining: None,
             max_age,
             echoes,
             heartbeat: Heartbeat::default(),
@@ -224,8 +254,10 @@ impl Dispatcher {
         loop {
             let (mut first, mut query) = (None, None);
             // Work that is done in steps goes on as soon as no event waits.
-            let is_busy =
-                !self.expired.is_empty() || self.journal.is_rewriting() || self.is_closing;
+            let is_busy = !self.expired.is_empty()
+                || self.journal.is_rewriting()
+                || self.is_closing
+                || self.joining.is_some();
             let idle = if is_busy { Duration::ZERO } else { TICK };
             select! {
                 recv(events) -> event => match event {
@@ -263,6 +295,7 @@ impl Dispatcher {
             if let Some(query) = query {
                 self.answer(query);
             }
+            self.continue_joining();
             self.journal.maintain(&self.table, now);
             self.queue.observe(events.len());
             self.heartbeat.beat();
@@ -273,16 +306,18 @@ impl Dispatcher {
 
     /// Answers a request. The requester may no longer be waiting: a send failure is ignored.
     fn answer(&mut self, query: Query) {
-        let flows = |table: &FlowTable| {
-            let flows = table.iter().map(|(flow, open)| (flow, open.clone()));
-            flows.collect()
-        };
         match query {
-            Query::Output(name, output, reply) => {
+            Query::RemoveOutput(name, reply) => {
                 self.outputs.retain(|output| output.name != name);
-                let open = output.is_some().then(|| flows(&self.table));
-                self.outputs.extend(output);
-                let _ = reply.send(open.unwrap_or_default());
+                self.joining.take_if(|joining| joining.output.name == name);
+                let _ = reply.send(());
+            }
+            Query::AddOutput(output, flows) => {
+                self.joining = Some(Joining {
+                    output,
+                    flows,
+                    next_shard: 0,
+                });
             }
             Query::Settings(settings) => {
                 self.table
@@ -293,11 +328,10 @@ impl Dispatcher {
                     false => self.echoes = None,
                 }
             }
-            Query::Shard(index, filter, reply) => {
-                let flows = self.table.shard(index);
-                let flows = flows.filter(|(flow, open)| filter.admits(flow, open.tag));
-                let flows = flows.map(|(flow, open)| (flow, open.clone()));
-                let _ = reply.send(flows.collect());
+            Query::Flows(Position(first), filter, reply) => {
+                let (flows, next) = self.page(first, filter);
+                let next = (next < SHARDS).then_some(Position(next));
+                let _ = reply.send(Page { flows, next });
             }
             Query::Flow(flow, reply) => {
                 let found = self.table.get(&flow);
@@ -308,6 +342,47 @@ impl Dispatcher {
                 let _ = reply.send(ended);
             }
             Query::Sockets(sockets) => self.table.learn_sockets(&sockets, now()),
+        }
+    }
+
+    /// Copies the open flows that pass the filter, from the shard `first` on: so many shards that an event that arrives
+    /// meanwhile does not wait for long. Also returns the next shard.
+    fn page(&self, first: usize, filter: Filter) -> (Vec<(Flow, OpenFlow)>, usize) {
+        let (mut flows, mut seen, mut next) = (Vec::new(), 0, first);
+        while next < SHARDS && seen < MIN_PAGE {
+            for (flow, open) in self.table.shard(next) {
+                seen += 1;
+                if filter.admits(&flow, open.tag) {
+                    flows.push((flow, open.clone()));
+                }
+            }
+            next += 1;
+        }
+        (flows, next)
+    }
+
+    /// Sends a part of the open flows to a new output, if there is one. All events so far are forwarded.
+    fn continue_joining(&mut self) {
+        while let Some(first) = self.joining.as_ref().map(|joining| joining.next_shard) {
+            let (flows, next) = self.page(first, Filter::default());
+            let has_all = |joining: &mut Joining| {
+                joining.next_shard = next;
+                // The requester may no longer be waiting.
+                let _ = joining.flows.send(flows);
+                next == SHARDS
+            };
+            if let Some(Joining { output, .. }) = self.joining.take_if(has_all) {
+                self.outputs.retain(|former| former.name != output.name);
+                self.outputs.push(output);
+            }
+            // Its backend runs only when it has all flows: until then, its channel must have room for the next events.
+            let is_filling = |joining: &Joining| {
+                let channel = &joining.output.channel;
+                channel.len() >= channel.capacity().unwrap_or(usize::MAX) / 4
+            };
+            if !self.joining.as_ref().is_some_and(is_filling) {
+                return;
+            }
         }
     }
 
@@ -407,10 +482,15 @@ impl Dispatcher {
         self.flows_open.set(self.table.len() as i64);
         for event in self.forwarded.drain(..) {
             let is_report = event.origin == Origin::Socket && event.state == State::Ongoing;
-            for output in self
-                .outputs
-                .iter()
-                .filter(|o| !is_report || o.wants_socket_reports)
+            let has_flow =
+                |joining: &&Joining| shard(&event.flow.canonical().0) < joining.next_shard;
+            let new = self.joining.as_ref().filter(has_flow);
+            let new = new.map(|joining| &joining.output);
+            let outputs = self.outputs.iter();
+            let others = outputs.filter(|output| new.is_none_or(|new| new.name != output.name));
+            for output in others
+                .chain(new)
+                .filter(|output| !is_report || output.wants_socket_reports)
             {
                 // The end of a backend stops the daemon by other means: see `daemon`.
                 if push(&output.channel, event.state, Arc::clone(&event)) == Pushed::Dropped {
@@ -418,8 +498,120 @@ impl Dispatcher {
                 }
             }
         }
-        for output in &self.outputs {
+        let new = self.joining.as_ref().map(|joining| &joining.output);
+        for output in self.outputs.iter().chain(new) {
             output.queue.observe(output.channel.len());
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::HashSet;
+    use std::sync::atomic::AtomicBool;
+    use std::thread;
+
+    use super::*;
+    use crate::event::Effect;
+    use crate::flow::Protocol;
+
+    /// How many flows are open at any time.
+    const OPEN: u32 = 20_000;
+
+    fn event(state: State, n: u32) -> FlowEvent {
+        let server = ([192, 0, 2, 2].into(), 1094);
+        let client = ([10, 0, (n >> 16) as u8, 1].into(), 1 + (n & 0xffff) as u16);
+        let ends = match n % 2 {
+            0 => (client, server),
+            _ => (server, client),
+        };
+        let flow = Flow::new(Protocol::Tcp, ends.0, ends.1).unwrap();
+        FlowEvent {
+            tag: Some(Tag {
+                experiment: 2,
+                activity: 9,
+            }),
+            ..FlowEvent::new(state, flow, Timestamp::now(), Origin::NamedPipe)
+        }
+    }
+
+    fn output(capacity: usize) -> (Output, Receiver<Arc<FlowEvent>>) {
+        let (channel, events) = bounded(capacity);
+        let output = Output {
+            name: "test",
+            channel,
+            queue: Metrics::new().queue("test"),
+            wants_socket_reports: false,
+        };
+        (output, events)
+    }
+
+    /// Applies events until the channel closes: each flow starts once before it ends, and ends once.
+    fn follow(open: &mut HashSet<Flow>, events: &Receiver<Arc<FlowEvent>>) -> (u32, u32) {
+        let (mut starts, mut ends) = (0, 0);
+        for event in events {
+            match event.effect {
+                Effect::Opened => {
+                    starts += 1;
+                    assert!(open.insert(event.flow), "{} starts twice", event.flow);
+                }
+                Effect::Closed(_) => {
+                    ends += 1;
+                    assert!(open.remove(&event.flow), "{} was not open", event.flow);
+                }
+                _ => panic!("{event:?}"),
+            }
+        }
+        (starts, ends)
+    }
+
+    #[test]
+    fn a_new_output_gets_each_flow_once_while_flows_start_and_end() {
+        let directory = tempfile::tempdir().unwrap();
+        let metrics = Metrics::new();
+        let mut table = FlowTable::new(usize::MAX);
+        let journal = Journal::open(directory.path(), &mut table, &metrics).unwrap();
+        let (former, former_events) = output(1 << 14);
+        let max_age = Duration::from_secs(3600);
+        let dispatcher = Dispatcher::new(table, journal, vec![former], max_age, None, &metrics);
+        let (sender, events) = bounded(4096);
+        let (queries, inbox) = bounded(16);
+        let has_joined = AtomicBool::new(false);
+        thread::scope(|scope| {
+            scope.spawn(move || dispatcher.run(&events, inbox));
+            let old = scope.spawn(|| {
+                let mut open = HashSet::new();
+                let counts = follow(&mut open, &former_events);
+                (open, counts)
+            });
+            (0..OPEN).for_each(|n| sender.send(event(State::Start, n)).unwrap());
+            let load = scope.spawn(|| {
+                let mut next = OPEN;
+                while !has_joined.load(Ordering::Relaxed) {
+                    sender.send(event(State::Start, next)).unwrap();
+                    sender.send(event(State::End, next - OPEN)).unwrap();
+                    next += 1;
+                }
+                drop(sender);
+                next
+            });
+            // So small that it fills up while the flows are copied.
+            let (output, new_events) = output(1 << 15);
+            let (pages, received) = crossbeam_channel::unbounded();
+            queries.send(Query::AddOutput(output, pages)).unwrap();
+            let mut open = HashSet::new();
+            for (flow, _) in received.iter().flatten() {
+                assert!(open.insert(flow), "{flow} is listed twice");
+            }
+            has_joined.store(true, Ordering::Relaxed);
+            let new = follow(&mut open, &new_events);
+            let (left, old) = old.join().unwrap();
+            let next = load.join().unwrap();
+            let expected = (next - OPEN..next).map(|n| event(State::Start, n).flow);
+            assert_eq!(open, expected.collect());
+            assert_eq!(old.0 + new.0, next, "each start goes to one output");
+            assert_eq!(old.1 + new.1, next - OPEN, "and each end");
+            assert_eq!(left.len() as u32, old.0 - old.1);
+        });
     }
 }

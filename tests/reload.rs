@@ -198,6 +198,49 @@ fn no_event_is_lost_under_load_whatever_changes() {
 
 #[test]
 #[ignore = "needs root: network namespaces"]
+fn a_backend_added_under_load_gets_each_open_flow_once() {
+    const OPEN: usize = 20_000;
+    let hosts = Hosts::new();
+    let base = "flows: {endOnSocketClose: false}\nbackends:\n  firefly: {}\n";
+    let home = Home::with(base);
+    let daemon = home.start(&hosts.here);
+    home.write(&lines("start", 0..OPEN, "2 9"));
+    daemon.expect_status(&format!("flows_open {OPEN}"));
+    // As many flows start as end, so that a flow that is missing or counts twice shows in the sums.
+    let is_added = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            let mut writer = home.writer();
+            let mut next = OPEN;
+            while !is_added.load(Ordering::Relaxed) {
+                let starts = lines("start", next..next + 100, "2 9");
+                let ends = lines("end", next - OPEN..next + 100 - OPEN, "2 9");
+                writer.write_all((starts + &ends).as_bytes()).unwrap();
+                next += 100;
+            }
+        });
+        reload(
+            &home,
+            &daemon,
+            &format!("{base}  prometheus: {{port: 9000}}\n"),
+        );
+        is_added.store(true, Ordering::Relaxed);
+    });
+    daemon.expect_status(&format!("flows_open {OPEN}"));
+    let mut client = Client::tcp(&hosts.here, "127.0.0.1:9000");
+    wait_for("as many open flows in the sums as in the table", || {
+        let page = client.get("/metrics").body;
+        let sums = page
+            .lines()
+            .filter(|line| line.starts_with("flowd_flows_open{"));
+        let open = sums.filter_map(|line| line.rsplit_once(' ')?.1.parse::<f64>().ok());
+        (open.sum::<f64>() == OPEN as f64).then_some(())
+    });
+    daemon.stop();
+}
+
+#[test]
+#[ignore = "needs root: network namespaces"]
 fn packets_are_marked_while_the_marker_is_replaced() {
     let hosts = Hosts::new();
     let bpffs = BpfFs::new();

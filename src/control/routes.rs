@@ -16,7 +16,7 @@ use serde_json::{Map, Value, json};
 
 use crate::context::DaemonContext;
 use crate::dispatcher::flow_table::OpenFlow;
-use crate::dispatcher::{self, Filter, Query, SHARDS};
+use crate::dispatcher::{self, Filter, Position, Query};
 use crate::flow::{Endpoint, Flow, Protocol, Tag, parse_address};
 use crate::http::{Body, Request, Response, problem};
 use crate::logging;
@@ -144,15 +144,15 @@ impl Routes {
             Ok(filter) => filter,
             Err(error) => return problem(400, &error),
         };
-        let Some(first) = self.ask(|reply| Query::Shard(0, filter, reply)) else {
+        let Some(first) = self.ask(|reply| Query::Flows(Position::default(), filter, reply)) else {
             return busy();
         };
         let listing = Listing {
             queries: self.context.queries.clone(),
             describer: self.describer(),
             filter,
-            flows: first.into_iter(),
-            next_shard: 1,
+            flows: first.flows.into_iter(),
+            next: first.next,
             state: ListingState::Begin,
         };
         Response {
@@ -411,25 +411,25 @@ struct Listing {
     describer: Describer,
     filter: Filter,
     flows: std::vec::IntoIter<(Flow, OpenFlow)>,
-    next_shard: usize,
+    /// The rest of the list; `None` if there is none.
+    next: Option<Position>,
     state: ListingState,
 }
 
 impl Listing {
-    /// The next flow, of this shard or a later one. An error if the dispatcher does not answer.
+    /// The next flow, of this page or a later one. An error if the dispatcher does not answer.
     fn next_flow(&mut self) -> Result<Option<(Flow, OpenFlow)>, ()> {
         loop {
             if let Some(flow) = self.flows.next() {
                 return Ok(Some(flow));
             }
-            if self.next_shard == SHARDS {
+            let Some(position) = self.next else {
                 return Ok(None);
-            }
-            let shard = self.next_shard;
-            self.next_shard += 1;
-            let query = |reply| Query::Shard(shard, self.filter, reply);
-            let flows = dispatcher::ask(&self.queries, DISPATCHER_TIMEOUT, query).ok_or(())?;
-            self.flows = flows.into_iter();
+            };
+            let query = |reply| Query::Flows(position, self.filter, reply);
+            let page = dispatcher::ask(&self.queries, DISPATCHER_TIMEOUT, query).ok_or(())?;
+            self.flows = page.flows.into_iter();
+            self.next = page.next;
         }
     }
 }

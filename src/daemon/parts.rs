@@ -8,7 +8,7 @@ use std::os::unix::fs::OpenOptionsExt;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use crossbeam_channel::{Receiver, Sender, bounded};
+use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, bounded, unbounded};
 use nix::libc;
 
 use super::Notice;
@@ -19,11 +19,10 @@ use crate::backends::firefly::public_addresses::AddressCache;
 use crate::backends::{self, Backend};
 use crate::config::Config;
 use crate::context::DaemonContext;
-use crate::dispatcher::flow_table::{FlowTable, OpenFlow};
+use crate::dispatcher::flow_table::FlowTable;
 use crate::dispatcher::{self, Output, Query, Settings};
 use crate::error::{Context, Error, Result};
 use crate::event::FlowEvent;
-use crate::flow::Flow;
 use crate::plugins::{EventSender, named_pipe};
 use crate::service::{STOP_DEADLINE, spawn};
 use crate::sys::handover::Handover;
@@ -172,7 +171,7 @@ impl Parts {
         }))?;
         for part in outdated.iter().filter(|part| part.kind == Kind::Backend) {
             if !wanted.iter().any(|wanted| wanted.is_same_part(part)) {
-                self.set_output(part.name, None)?;
+                self.remove_output(part.name)?;
                 self.wait_for(part, inbox)?;
             }
         }
@@ -226,15 +225,12 @@ impl Parts {
             handover.begin();
         }
         let (output, events) = self.output(&part, config);
-        let open = self.set_output(part.name, Some(output))?;
-        let mut table = FlowTable::new(usize::MAX);
-        open.into_iter()
-            .for_each(|(flow, open)| table.restore(flow, open));
+        let table = self.add_output(output)?;
         let Some((old, _)) = running else {
             let name = part.name;
             let started = self.start_built_backend(part, config, &table, &events);
             return started.or_else(|error| {
-                self.set_output(name, None)?;
+                self.remove_output(name)?;
                 Err(error)
             });
         };
@@ -376,22 +372,36 @@ impl Parts {
 
     fn send(&self, query: Query) -> Result<()> {
         let sent = self.context.queries.send_timeout(query, DISPATCHER_TIMEOUT);
-        sent.map_err(|_| Error::Failed("the dispatcher does not answer".to_owned()))
+        sent.map_err(|_| no_answer())
     }
 
-    fn set_output(
-        &self,
-        name: &'static str,
-        output: Option<Output>,
-    ) -> Result<Vec<(Flow, OpenFlow)>> {
-        let is_removed = output.is_none();
-        let query = |reply| Query::Output(name, output, reply);
-        let answer = dispatcher::ask(&self.context.queries, DISPATCHER_TIMEOUT, query);
-        if is_removed {
-            self.context.metrics.remove_queue(name);
+    /// Sends the events of a backend to this output. Returns the flows that are open, each as it was when its events
+    /// began to go to the output.
+    fn add_output(&self, output: Output) -> Result<FlowTable> {
+        let (sender, pages) = unbounded();
+        self.send(Query::AddOutput(output, sender))?;
+        let mut table = FlowTable::new(usize::MAX);
+        loop {
+            match pages.recv_timeout(DISPATCHER_TIMEOUT) {
+                Ok(flows) => flows
+                    .into_iter()
+                    .for_each(|(flow, open)| table.restore(flow, open)),
+                Err(RecvTimeoutError::Disconnected) => return Ok(table),
+                Err(RecvTimeoutError::Timeout) => return Err(no_answer()),
+            }
         }
-        answer.ok_or_else(|| Error::Failed("the dispatcher does not answer".to_owned()))
     }
+
+    fn remove_output(&self, name: &'static str) -> Result<()> {
+        let query = |reply| Query::RemoveOutput(name, reply);
+        let answer = dispatcher::ask(&self.context.queries, DISPATCHER_TIMEOUT, query);
+        self.context.metrics.remove_queue(name);
+        answer.ok_or_else(no_answer)
+    }
+}
+
+fn no_answer() -> Error {
+    Error::Failed("the dispatcher does not answer".to_owned())
 }
 
 /// Wraps the work of a thread so that only threads that use eBPF keep privileges.

@@ -15,8 +15,8 @@ pub struct Shards<V> {
     length: usize,
 }
 
-/// The shard of a flow. The hash table in the shard is safe against chosen keys; this choice need not be.
-fn shard(flow: &Flow) -> usize {
+/// The shard of a canonical flow. The hash table in the shard is safe against chosen keys; this choice need not be.
+pub fn shard(flow: &Flow) -> usize {
     let last = |address: IpAddr| match address {
         IpAddr::V4(address) => address.octets()[3],
         IpAddr::V6(address) => address.octets()[15],

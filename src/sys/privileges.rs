@@ -46,7 +46,12 @@ pub fn no_new_privileges() {
 pub fn keep_only(to_keep: &HashSet<Capability>) {
     let drop_others = || {
         let permitted = caps::read(None, CapSet::Permitted)?;
-        let kept = permitted.intersection(to_keep).copied().collect();
+        let inheritable = caps::read(None, CapSet::Inheritable)?;
+        // The other sets are within these two. Most threads inherit nothing, as the main thread keeps nothing.
+        if permitted.is_empty() && inheritable.is_empty() {
+            return Ok(());
+        }
+        let kept: HashSet<Capability> = permitted.intersection(to_keep).copied().collect();
         // Only a thread with CAP_SETPCAP may change the bounding set, and only such a thread needs to.
         if permitted.contains(&Capability::CAP_SETPCAP) {
             for capability in caps::read(None, CapSet::Bounding)?.difference(to_keep) {
@@ -60,7 +65,6 @@ pub fn keep_only(to_keep: &HashSet<Capability>) {
         }
         caps::set(None, CapSet::Effective, &kept)?;
         caps::set(None, CapSet::Permitted, &kept)?;
-        let inheritable = caps::read(None, CapSet::Inheritable)?;
         let inheritable = inheritable.intersection(to_keep).copied().collect();
         caps::set(None, CapSet::Inheritable, &inheritable)
     };
