@@ -3,14 +3,14 @@
 //! Two steps: the file into [`raw`], which checks only keys and types, then [`check`] into [`Config`],
 //! where every value has its default and is in range.
 
-mod check;
+pub(crate) mod check;
 mod flowd;
 pub mod nearest;
 mod python;
-mod raw;
+pub(crate) mod raw;
 mod settings;
-mod show;
-mod yaml;
+pub(crate) mod show;
+pub(crate) mod yaml;
 
 use std::io::Read;
 use std::os::unix::fs::PermissionsExt;
@@ -99,21 +99,7 @@ impl Config {
 
     fn from_yaml(text: &str, instance: &str) -> Result<Config, yaml::YamlError> {
         let raw = yaml::read(text)?;
-        check::check(raw, instance).map_err(|e| {
-            let parts: Vec<&str> = e.key.split('.').collect();
-            // A key that is missing is reported at its parent.
-            let parents = (1..parts.len()).rev().map(|depth| &parts[..depth]);
-            let place = yaml::locate(text, &parts, e.element).or_else(|| {
-                parents
-                    .into_iter()
-                    .find_map(|key| yaml::locate(text, key, None))
-            });
-            yaml::YamlError {
-                place,
-                key: e.key,
-                message: e.message,
-            }
-        })
+        check::check(raw, instance).map_err(|error| error.locate(text))
     }
 
     fn convert(text: &str) -> Result<flowd::Converted, flowd::FlowdError> {
@@ -142,7 +128,8 @@ pub fn is_writable_by_all(path: &Path) -> bool {
 /// The largest configuration file that is read, in bytes.
 const MAX_FILE_SIZE: u64 = 1 << 20;
 
-fn read(path: &Path) -> Result<String, ConfigError> {
+/// Reads a configuration file that nobody may have written to who must not.
+pub(crate) fn read(path: &Path) -> Result<String, ConfigError> {
     let error = |message: String| config_error(path, "", None, String::new(), message);
     if is_writable_by_all(path) {
         return Err(error(WRITABLE_BY_ALL.to_owned()));
@@ -169,7 +156,8 @@ fn read(path: &Path) -> Result<String, ConfigError> {
     })
 }
 
-fn config_error(
+/// The error at a place of a text.
+pub(crate) fn config_error(
     path: &Path,
     text: &str,
     place: Option<(usize, usize)>,

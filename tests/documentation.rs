@@ -4,18 +4,24 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
+use flowd_rs::collector::config as collector;
+use flowd_rs::collector::filter::{self, grammar};
+use flowd_rs::collector::store::fields::Fields;
+use flowd_rs::registry::Registry;
 use flowd_rs::{cli, config};
 
 const MAN8: &str = include_str!("../man/flowd-rs.8");
 const READER: &str = include_str!("../man/flowd-reader.8");
 const MAN5: &str = include_str!("../man/flowd.cfg.5");
 const CONF: &str = include_str!("../conf/flowd.cfg");
+const COLLECTOR_MAN5: &str = include_str!("../man/flowd-collector.cfg.5");
+const COLLECTOR_CONF: &str = include_str!("../conf/collector.cfg");
 const BASH: &str = include_str!("../conf/completion/flowd-rs.bash");
 
-/// The sections of flowd.cfg(5) and the keys in their lists, including nested lists.
-fn documented() -> BTreeMap<String, BTreeSet<String>> {
+/// The sections of a manual page of keys, and the keys in their lists, including nested lists.
+fn documented(page: &str) -> BTreeMap<String, BTreeSet<String>> {
     let (mut sections, mut section) = (BTreeMap::<_, BTreeSet<String>>::new(), None);
-    for line in MAN5.lines() {
+    for line in page.lines() {
         if let Some(name) = line.strip_prefix(".Ss ") {
             let name = if name == "Top level" { "" } else { name };
             section = Some(name.to_owned());
@@ -58,21 +64,81 @@ fn known() -> BTreeMap<String, BTreeSet<String>> {
 
 #[test]
 fn the_manual_page_documents_every_key_of_the_configuration_and_no_other() {
-    let (mut known, documented) = (known(), documented());
+    let (mut known, documented) = (known(), documented(MAN5));
     // The page refers to netlink for the keys of netstat.
     let netstat = known.insert("plugins.netstat".to_owned(), BTreeSet::new());
     assert_eq!(netstat.as_ref(), known.get("plugins.netlink"));
     assert_eq!(documented, known);
 }
 
+/// Whether a configuration shows a key.
+fn shows(configuration: &str, name: &str) -> bool {
+    let key = format!("{name}:");
+    let mut found = configuration.match_indices(&key);
+    found.any(|(at, _)| {
+        let before = configuration[..at].chars().next_back();
+        before.is_none_or(|c| !c.is_alphanumeric())
+    })
+}
+
+#[test]
+fn the_manual_page_of_the_collector_documents_every_key_and_no_other() {
+    let mut known = BTreeMap::<String, BTreeSet<String>>::new();
+    let keys = collector::keys();
+    for key in &keys {
+        let is_section = keys
+            .iter()
+            .any(|other| other.starts_with(&format!("{key}.")));
+        if !is_section {
+            let (section, name) = key.rsplit_once('.').unwrap_or(("", key));
+            known
+                .entry(section.to_owned())
+                .or_default()
+                .insert(name.to_owned());
+        }
+    }
+    let mut documented = documented(COLLECTOR_MAN5);
+    documented.retain(|_, keys| !keys.is_empty());
+    assert_eq!(documented, known);
+    for key in keys {
+        let name = key.rsplit('.').next().unwrap();
+        assert!(shows(COLLECTOR_CONF, name), "{key}");
+    }
+}
+
+#[test]
+fn the_manual_page_of_the_collector_has_every_field_directive_and_clause() {
+    let words: BTreeSet<&str> = COLLECTOR_MAN5.split([' ', '\n', ',']).collect();
+    // The page describes the suffix of a family.
+    let fields = Fields::names().filter(|name| !name.ends_with(['4', '6']));
+    let names = fields.chain(collector::DIRECTIVES).chain(grammar::CLAUSES);
+    for name in names.chain(["all", "tag", "quick", "mask", "equals", "port"]) {
+        assert!(words.contains(name), "{name}");
+    }
+}
+
+#[test]
+fn the_examples_in_the_manual_page_of_the_collector_are_valid() {
+    let examples = COLLECTOR_MAN5
+        .split(".Bd -literal -offset indent\n")
+        .skip(1);
+    let mut count = 0;
+    for example in examples {
+        let rules = example.split_once(".Ed").unwrap().0;
+        let parsed = filter::parse_rules(rules, &mut Default::default(), &Registry::builtin());
+        count += parsed
+            .unwrap_or_else(|error| panic!("{error}: {rules}"))
+            .rules
+            .len();
+    }
+    assert!(count >= 8, "{count}");
+}
+
 #[test]
 fn the_commented_configuration_shows_every_key() {
     for key in config::keys() {
         let name = key.rsplit('.').next().unwrap();
-        let shown = CONF.match_indices(&format!("{name}:")).any(|(at, _)| {
-            let before = CONF[..at].chars().next_back();
-            before.is_none_or(|c| !c.is_alphanumeric())
-        });
+        let shown = shows(CONF, name);
         // Keys without effect and keys of flowd are not shown.
         let without_effect = [
             "maxReaders",
@@ -178,7 +244,7 @@ fn bash_completes_commands_and_options() {
         complete("flowd-rs config ''", 2),
         "check convert schema show"
     );
-    assert_eq!(complete("flowd-rs config check --c", 3), "--config");
+    assert_eq!(complete("flowd-rs config check --conf", 3), "--config");
     assert_eq!(
         complete("flowd-rs flows --sort ''", 3),
         "age experiment source destination"

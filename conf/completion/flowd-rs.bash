@@ -6,7 +6,7 @@ _flowd_rs()
 	for ((i = 1; i < COMP_CWORD; i++)); do
 		case ${COMP_WORDS[i]} in
 		# Skip the option's value.
-		-c | --config | --socket | --pipe | --bpf-fs-path | --log-level | --sort | --target-interface | --user | --address | \
+		-c | --config | -D | --define | --socket | --pipe | --bpf-fs-path | --log-level | --sort | --target-interface | --user | --address | \
 			--port | --experiment | --limit | -o | --output | -H | --head | --from | --to | --sum-by | --top) ((i++)) ;;
 		-*) ;;
 		*)
@@ -47,8 +47,8 @@ _flowd_rs()
 	config)
 		case $sub in
 		"") words="check convert schema show" ;;
-		schema) ;;
-		*) words="--config" ;;
+		schema) words="--collector" ;;
+		*) words="--config --collector --define" ;;
 		esac
 		;;
 	flows)

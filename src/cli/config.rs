@@ -1,11 +1,15 @@
 //! `flowd-rs config`: checks, converts and shows a configuration file, without starting anything.
 
+mod collector;
+
 use std::io::Write;
 use std::net::SocketAddr;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 use argh::{ArgsInfo, FromArgs};
 
+use crate::collector::config::{self as collector_config, CollectorConfig};
+use crate::collector::filter::Macros;
 use crate::config::{self, DEFAULT_PATH};
 use crate::error::{ConfigError, Result};
 use crate::sys::interfaces;
@@ -36,67 +40,118 @@ enum Command {
     note = "The exit code is 0 if the file is valid, 2 if not."
 )]
 struct Check {
-    /// configuration file (default: /etc/flowd/flowd.cfg)
+    /// configuration file (default: /etc/flowd/flowd.cfg, or with --collector /etc/flowd/collector.cfg)
+    #[argh(option, short = 'c', arg_name = "file")]
+    config: Option<PathBuf>,
+
+    /// the file is that of the collector, also if its content does not show it
+    #[argh(switch)]
+    collector: bool,
+
+    /// of the collector: a macro that overrides that of the file; may be repeated
     #[argh(
         option,
-        short = 'c',
-        arg_name = "file",
-        default = "DEFAULT_PATH.into()"
+        short = 'D',
+        long = "define",
+        arg_name = "macro=value",
+        from_str_fn(macro_definition)
     )]
-    config: PathBuf,
+    macros: Vec<(String, String)>,
 }
 
-/// Print a KEY=value file of flowd as YAML, with the original keys.
+/// Print a KEY=value file of flowd, or a flowd.conf of djm's flowd, as YAML.
 #[derive(ArgsInfo, FromArgs)]
 #[argh(subcommand, name = "convert", help_triggers("-h", "--help", "help"))]
 struct Convert {
-    /// configuration file (default: /etc/flowd/flowd.cfg)
+    /// configuration file (default: /etc/flowd/flowd.cfg, or with --collector /etc/flowd/collector.cfg)
+    #[argh(option, short = 'c', arg_name = "file")]
+    config: Option<PathBuf>,
+
+    /// the file is that of the collector, also if its content does not show it
+    #[argh(switch)]
+    collector: bool,
+
+    /// of the collector: a macro that overrides that of the file; may be repeated
     #[argh(
         option,
-        short = 'c',
-        arg_name = "file",
-        default = "DEFAULT_PATH.into()"
+        short = 'D',
+        long = "define",
+        arg_name = "macro=value",
+        from_str_fn(macro_definition)
     )]
-    config: PathBuf,
+    macros: Vec<(String, String)>,
 }
 
 /// Print a JSON schema of the YAML configuration, for editors.
 #[derive(ArgsInfo, FromArgs)]
 #[argh(subcommand, name = "schema", help_triggers("-h", "--help", "help"))]
-struct Schema {}
+struct Schema {
+    /// that of the collector
+    #[argh(switch)]
+    collector: bool,
+}
 
 /// Print the settings in effect as YAML, including every default.
 #[derive(ArgsInfo, FromArgs)]
 #[argh(subcommand, name = "show", help_triggers("-h", "--help", "help"))]
 struct Show {
-    /// configuration file (default: /etc/flowd/flowd.cfg)
+    /// configuration file (default: /etc/flowd/flowd.cfg, or with --collector /etc/flowd/collector.cfg)
+    #[argh(option, short = 'c', arg_name = "file")]
+    config: Option<PathBuf>,
+
+    /// the file is that of the collector, also if its content does not show it
+    #[argh(switch)]
+    collector: bool,
+
+    /// of the collector: a macro that overrides that of the file; may be repeated
     #[argh(
         option,
-        short = 'c',
-        arg_name = "file",
-        default = "DEFAULT_PATH.into()"
+        short = 'D',
+        long = "define",
+        arg_name = "macro=value",
+        from_str_fn(macro_definition)
     )]
-    config: PathBuf,
+    macros: Vec<(String, String)>,
 }
 
 impl Config {
     pub fn run(self) -> Result<()> {
         let text = match self.command {
             Command::Check(check) => {
-                let config = load(&check.config)?;
-                format!("{}: valid\n{}", check.config.display(), describe(&config))
+                let file = File::find(check.config, check.collector)?;
+                let description = match file.is_collector {
+                    true => collector::describe(&file.load_collector(&check.macros)?),
+                    false => describe(&file.load()?),
+                };
+                format!("{}: valid\n{description}", file.path.display())
             }
             Command::Convert(convert) => {
-                config::Config::convert_file(&convert.config).inspect_err(print_excerpt)?
+                let file = File::find(convert.config, convert.collector)?;
+                let converted = match file.is_collector {
+                    true => CollectorConfig::convert_file(&file.path, &convert.macros),
+                    false => config::Config::convert_file(&file.path),
+                };
+                converted.inspect_err(print_excerpt)?
             }
-            Command::Schema(_) => format!("{:#}\n", config::schema()),
+            Command::Schema(schema) => {
+                let schema = match schema.collector {
+                    true => collector_config::schema(),
+                    false => config::schema(),
+                };
+                format!("{schema:#}\n")
+            }
             Command::Show(show) => {
-                let mut config = load(&show.config)?;
-                // What is shown is passed on, in tickets and mails.
-                if let Some(token) = config.api.as_mut().and_then(|api| api.token.as_mut()) {
-                    "HIDDEN".clone_into(token);
+                let file = File::find(show.config, show.collector)?;
+                if file.is_collector {
+                    file.load_collector(&show.macros)?.to_yaml()
+                } else {
+                    let mut config = file.load()?;
+                    // What is shown is passed on, in tickets and mails.
+                    if let Some(token) = config.api.as_mut().and_then(|api| api.token.as_mut()) {
+                        "HIDDEN".clone_into(token);
+                    }
+                    config.to_yaml()
                 }
-                config.to_yaml()
             }
         };
         // The reader (head, less) may close the pipe early.
@@ -105,8 +160,36 @@ impl Config {
     }
 }
 
-fn load(path: &Path) -> Result<config::Config> {
-    Ok(config::Config::load(path).inspect_err(print_excerpt)?)
+/// `name=value`, as the option `-D` has it.
+fn macro_definition(word: &str) -> std::result::Result<(String, String), String> {
+    Macros::split(word)
+}
+
+/// A configuration file, of one of the daemons.
+struct File {
+    path: PathBuf,
+    is_collector: bool,
+}
+
+impl File {
+    fn find(path: Option<PathBuf>, is_collector: bool) -> Result<File> {
+        let default = match is_collector {
+            true => collector_config::DEFAULT_PATH,
+            false => DEFAULT_PATH,
+        };
+        let path = path.unwrap_or_else(|| default.into());
+        let is_collector = is_collector || CollectorConfig::is_file(&path)?;
+        Ok(File { path, is_collector })
+    }
+
+    fn load(&self) -> Result<config::Config> {
+        Ok(config::Config::load(&self.path).inspect_err(print_excerpt)?)
+    }
+
+    fn load_collector(&self, macros: &[(String, String)]) -> Result<CollectorConfig> {
+        let config = CollectorConfig::load(&self.path, macros);
+        Ok(config.inspect_err(print_excerpt)?)
+    }
 }
 
 /// Prints the line of the error with a caret; `main` prints the error itself.

@@ -2,7 +2,7 @@
 
 mod backends;
 mod connections;
-mod plugins;
+pub mod plugins;
 mod sockops;
 mod stun;
 
@@ -13,6 +13,7 @@ use std::time::Duration;
 use jiff::{Span, SpanRelativeTo};
 use log::LevelFilter;
 
+use super::yaml::{self, YamlError};
 use super::{Config, ControlSocket, Flows, REGISTRY_URL, Stun, WORK_DIR, control_socket, raw};
 use crate::registry;
 
@@ -30,9 +31,30 @@ pub struct CheckError {
     pub message: String,
 }
 
-type Result<T> = std::result::Result<T, CheckError>;
+impl CheckError {
+    /// The error at its place in the YAML.
+    pub fn locate(self, text: &str) -> YamlError {
+        let parts: Vec<&str> = self.key.split('.').collect();
+        // A key that is missing is reported at its parent.
+        let parents = (1..parts.len()).rev().map(|depth| &parts[..depth]);
+        let place = yaml::locate(text, &parts, self.element).or_else(|| {
+            parents
+                .into_iter()
+                .find_map(|key| yaml::locate(text, key, None))
+        });
+        YamlError {
+            place,
+            key: self.key,
+            message: self.message,
+        }
+    }
+}
 
-fn error<T>(key: &str, message: impl Into<String>) -> Result<T> {
+/// The result of a check.
+pub type Result<T> = std::result::Result<T, CheckError>;
+
+/// The error for a value.
+pub fn error<T>(key: &str, message: impl Into<String>) -> Result<T> {
     Err(CheckError {
         key: key.to_owned(),
         element: None,
@@ -40,7 +62,8 @@ fn error<T>(key: &str, message: impl Into<String>) -> Result<T> {
     })
 }
 
-fn error_in<T>(key: &str, element: usize, message: impl Into<String>) -> Result<T> {
+/// The error for an element of a list, from 0.
+pub fn error_in<T>(key: &str, element: usize, message: impl Into<String>) -> Result<T> {
     error(key, message).map_err(|error| CheckError {
         element: Some(element),
         ..error
@@ -235,7 +258,8 @@ pub fn registry_settings(raw: raw::Raw) -> Result<registry::Settings> {
     registry(raw.registry, &path("workDir", raw.work_dir, WORK_DIR)?)
 }
 
-fn registry(raw: raw::Registry, work_dir: &Path) -> Result<registry::Settings> {
+/// The settings of the registry, which is cached in `work_dir`.
+pub fn registry(raw: raw::Registry, work_dir: &Path) -> Result<registry::Settings> {
     let url = raw.url.unwrap_or_else(|| REGISTRY_URL.to_owned());
     let host_and_path = ["http://", "https://"]
         .iter()
@@ -255,7 +279,8 @@ fn registry(raw: raw::Registry, work_dir: &Path) -> Result<registry::Settings> {
     })
 }
 
-fn range<T: TryFrom<i64>>(
+/// A number within bounds.
+pub fn range<T: TryFrom<i64>>(
     key: &str,
     value: Option<i64>,
     default: i64,
@@ -272,7 +297,8 @@ fn range<T: TryFrom<i64>>(
     }
 }
 
-fn path(key: &str, value: Option<String>, default: &str) -> Result<PathBuf> {
+/// A path that is not empty.
+pub fn path(key: &str, value: Option<String>, default: &str) -> Result<PathBuf> {
     match value.as_deref() {
         Some("") => error(key, "empty, expected a path"),
         value => Ok(PathBuf::from(value.unwrap_or(default))),
@@ -295,7 +321,7 @@ fn octal(key: &str, text: &str) -> Result<u32> {
 }
 
 /// `7d`, `36h`, `90 min`, or a number of seconds.
-fn duration(key: &str, text: &str) -> Result<Duration> {
+pub fn duration(key: &str, text: &str) -> Result<Duration> {
     let seconds = match text.parse::<u64>() {
         Ok(seconds) => Some(seconds),
         Err(_) => Span::from_str(text)

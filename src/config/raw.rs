@@ -352,7 +352,7 @@ pub struct Marker {
 }
 
 /// A section that is named is enabled, even without a value.
-fn section<'de, D, T>(deserializer: D) -> Result<Option<T>, D::Error>
+pub fn section<'de, D, T>(deserializer: D) -> Result<Option<T>, D::Error>
 where
     D: Deserializer<'de>,
     T: Deserialize<'de> + Default,

@@ -4,17 +4,18 @@ use std::path::Path;
 use std::time::Duration;
 
 use ipnet::IpNet;
-use schemars::Schema;
+use schemars::{JsonSchema, Schema};
+use serde::Serialize;
 use serde_json::{Map, Value, json};
 
+use super::yaml::Document;
 use super::{Config, ConnectionRule, Connections, Sockops, raw};
 use crate::flow::Tag;
 
 impl Config {
     /// YAML with the same meaning and every default.
     pub fn to_yaml(&self) -> String {
-        let value = serde_json::to_value(self.to_raw()).unwrap_or_default();
-        serde_yaml::to_string(&without_nulls(value)).unwrap_or_default()
+        print(&self.to_raw())
     }
 
     fn to_raw(&self) -> raw::Raw {
@@ -253,6 +254,12 @@ fn connections(connections: &Connections) -> raw::Connections {
     }
 }
 
+/// The keys that are set, as YAML.
+pub fn print(raw: &impl Serialize) -> String {
+    let value = serde_json::to_value(raw).unwrap_or_default();
+    serde_yaml::to_string(&without_nulls(value)).unwrap_or_default()
+}
+
 fn without_nulls(value: Value) -> Value {
     match value {
         Value::Object(map) => {
@@ -277,8 +284,15 @@ const ENUMS: [(&str, &[&str]); 5] = [
     ("strategy", &["poll", "transition"]),
 ];
 /// Keys with a text that may be a number in YAML.
-const TEXT_OR_NUMBER: [&str; 8] = [
+const TEXT_OR_NUMBER: [&str; 15] = [
     "maxAge",
+    "maxWaiting",
+    "templateMemory",
+    "templateMemoryPerExporter",
+    "templateTimeout",
+    "interval",
+    "size",
+    "age",
     "period",
     "mode",
     "unixSocketMode",
@@ -292,7 +306,7 @@ const TEXT_OR_NUMBER: [&str; 8] = [
 const EXAMPLE_CONFIG: &str = include_str!("../../conf/flowd.cfg");
 
 /// Keys without a default: their value in the example configuration is an example.
-const WITHOUT_DEFAULT: [&str; 16] = [
+const WITHOUT_DEFAULT: [&str; 22] = [
     "stunServers",
     "group",
     "unixSocket",
@@ -309,6 +323,13 @@ const WITHOUT_DEFAULT: [&str; 16] = [
     "publicIPv6",
     "manualMapping",
     "port",
+    // Of the collector.
+    "sources",
+    "interface",
+    "logfile",
+    "size",
+    "age",
+    "path",
 ];
 
 /// A key of the example configuration: the comment above it and its value.
@@ -318,11 +339,11 @@ struct Described {
     default: Option<Value>,
 }
 
-/// All keys of the example configuration.
-fn described() -> Vec<Described> {
+/// All keys of a commented configuration.
+fn described(example: &str) -> Vec<Described> {
     let (mut described, mut comment) = (Vec::new(), Vec::new());
     let mut sections: Vec<(usize, String)> = Vec::new();
-    for line in EXAMPLE_CONFIG.lines() {
+    for line in example.lines() {
         let text = line.trim_start();
         let indent = line.len() - text.len();
         // "# text" is a comment, "#key: value" is a key that is commented out.
@@ -352,21 +373,33 @@ fn property<'a>(root: &'a mut Value, key: &[String]) -> Option<&'a mut Value> {
     let mut pointer = String::new();
     for name in key {
         let schema = root.pointer(&pointer)?;
-        let target = [&schema["$ref"], &schema["anyOf"][0]["$ref"]];
-        if let Some(target) = target.into_iter().find_map(Value::as_str) {
-            pointer = target.trim_start_matches('#').to_owned();
+        if let Some(target) = definition(schema) {
+            pointer = format!("/$defs/{target}");
         }
         pointer += &format!("/properties/{name}");
     }
     root.pointer_mut(&pointer)
 }
 
+/// The name of the definition that a schema refers to, perhaps as one of several possibilities.
+fn definition(schema: &Value) -> Option<&str> {
+    let target = schema["$ref"].as_str();
+    let name = target.and_then(|target| target.strip_prefix("#/$defs/"));
+    let possibilities = schema["anyOf"].as_array().into_iter().flatten();
+    name.or_else(|| possibilities.into_iter().find_map(definition))
+}
+
 /// A JSON schema (draft 2020-12) of the YAML, for editors: allowed values, descriptions and defaults.
 pub fn schema() -> Value {
-    let schema: Schema = schemars::schema_for!(raw::Raw);
+    describe::<raw::Raw>("flowd.cfg of flowd-rs", EXAMPLE_CONFIG)
+}
+
+/// The schema of raw settings, with the comments and defaults of a commented configuration.
+pub fn describe<T: JsonSchema>(title: &str, example: &str) -> Value {
+    let schema: Schema = schemars::schema_for!(T);
     let mut schema = serde_json::to_value(schema).unwrap_or_default();
     refine(&mut schema);
-    for Described { key, text, default } in described() {
+    for Described { key, text, default } in described(example) {
         let Some(property) = property(&mut schema, &key) else {
             continue;
         };
@@ -385,7 +418,7 @@ pub fn schema() -> Value {
             None => {}
         }
     }
-    schema["title"] = json!("flowd.cfg of flowd-rs");
+    schema["title"] = json!(title);
     schema
 }
 
@@ -425,10 +458,20 @@ fn refine_all(value: &mut Value) {
 
 /// All keys of the YAML, by dots, in their order; for a list of mappings also the keys of its elements.
 pub fn keys() -> Vec<String> {
-    let schema = schema();
+    keys_of(&schema())
+}
+
+/// All keys of a schema.
+pub fn keys_of(schema: &Value) -> Vec<String> {
     let mut keys = Vec::new();
-    collect(&schema, &schema, "", &mut keys);
+    collect(schema, schema, "", &mut keys);
     keys
+}
+
+impl Document for raw::Raw {
+    fn keys() -> Vec<String> {
+        keys()
+    }
 }
 
 fn collect(root: &Value, schema: &Value, prefix: &str, keys: &mut Vec<String>) {
@@ -440,16 +483,8 @@ fn collect(root: &Value, schema: &Value, prefix: &str, keys: &mut Vec<String>) {
             format!("{prefix}.{key}")
         };
         keys.push(path.clone());
-        let inner = [property, &property["items"]];
-        let options = inner.iter().flat_map(|p| {
-            let any = p["anyOf"].as_array().into_iter().flatten();
-            any.chain([*p])
-        });
-        for option in options {
-            if let Some(name) = option["$ref"]
-                .as_str()
-                .and_then(|r| r.strip_prefix("#/$defs/"))
-            {
+        for inner in [property, &property["items"]] {
+            if let Some(name) = definition(inner) {
                 collect(root, &root["$defs"][name], &path, keys);
             }
         }
@@ -545,7 +580,7 @@ backends:
             mode["enum"].is_array() && mode["default"] == "lean",
             "{mode}"
         );
-        let described = described();
+        let described = described(EXAMPLE_CONFIG);
         assert!(described.len() > 80 && described.iter().all(|d| !d.key.is_empty()));
         let validator = jsonschema::validator_for(&schema).unwrap();
         let texts = [

@@ -1,14 +1,20 @@
-//! Reads YAML into [`Raw`], and finds the place of a key whose value turns out to be wrong later. No I/O.
+//! Reads YAML into raw settings, and finds the place of a key whose value turns out to be wrong later. No I/O.
 
 mod content_error;
 mod syntax_error;
 
 use std::fmt;
 
-use serde::de::{DeserializeSeed, Error as _, IgnoredAny, MapAccess, SeqAccess, Visitor};
+use serde::de::{
+    DeserializeOwned, DeserializeSeed, Error as _, IgnoredAny, MapAccess, SeqAccess, Visitor,
+};
 use serde_yaml::{Deserializer, Error, Location};
 
-use super::raw::Raw;
+/// A kind of configuration: its keys and types.
+pub trait Document: DeserializeOwned + Default {
+    /// All keys, by dots.
+    fn keys() -> Vec<String>;
+}
 
 /// Line and column, from 1; a column is a character.
 type Place = (usize, usize);
@@ -28,12 +34,12 @@ pub struct YamlError {
 }
 
 /// Reads a configuration. An empty text has all defaults.
-pub fn read(text: &str) -> Result<Raw, YamlError> {
+pub fn read<T: Document>(text: &str) -> Result<T, YamlError> {
     if text
         .lines()
         .all(|line| line.trim_start().starts_with('#') || line.trim().is_empty())
     {
-        return Ok(Raw::default());
+        return Ok(T::default());
     }
     if let Some(place) = too_deep(text) {
         return Err(YamlError {
@@ -53,7 +59,7 @@ pub fn read(text: &str) -> Result<Raw, YamlError> {
         };
         match content_error::duplicate_key(&error.message) {
             Some(name) => duplicate_key(text, &error, name),
-            None => match content_error::explain(&error) {
+            None => match content_error::explain(&error, T::keys) {
                 Some(message) => YamlError { message, ..error },
                 None => syntax_error::explain(text, error),
             },
@@ -263,7 +269,12 @@ impl<'de> Visitor<'de> for Fail {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::config::raw::Raw;
     use proptest::prelude::*;
+
+    fn read(text: &str) -> Result<Raw, YamlError> {
+        super::read(text)
+    }
 
     #[test]
     fn the_place_of_a_value_is_found_in_every_style() {

@@ -1,11 +1,11 @@
 //! serde's errors of types and keys in the words of the manual page. No I/O.
 
 use super::YamlError;
-use crate::config::{nearest::nearest, show};
+use crate::config::nearest::nearest;
 
-/// The message in place of serde's; `None` for an error that is not serde's.
-pub fn explain(error: &YamlError) -> Option<String> {
-    type_error(&error.message).or_else(|| unknown_key(error))
+/// The message in place of serde's; `None` for an error that is not serde's. `keys` lists those of the configuration.
+pub fn explain(error: &YamlError, keys: fn() -> Vec<String>) -> Option<String> {
+    type_error(&error.message).or_else(|| unknown_key(error, keys))
 }
 
 /// The name in serde's "duplicate field `name`".
@@ -84,7 +84,7 @@ fn whole_number(found: &str) -> &'static str {
 }
 
 /// serde's "unknown field `x`, expected one of `y`, `z`", with the key that may have been meant.
-fn unknown_key(error: &YamlError) -> Option<String> {
+fn unknown_key(error: &YamlError, keys: fn() -> Vec<String>) -> Option<String> {
     let mut names = error.message.strip_prefix("unknown field ")?.split('`');
     names.next();
     let mut names = names.step_by(2);
@@ -102,7 +102,7 @@ fn unknown_key(error: &YamlError) -> Option<String> {
     }
     // A section below the wrong parent, or indented by mistake.
     let known = match error.key.matches('.').count() {
-        0 | 1 => show::keys(),
+        0 | 1 => keys(),
         _ => Vec::new(),
     };
     let elsewhere = known.iter().filter(|key| {
@@ -121,7 +121,12 @@ fn unknown_key(error: &YamlError) -> Option<String> {
 
 #[cfg(test)]
 mod tests {
-    use crate::config::yaml::read;
+    use crate::config::raw::Raw;
+    use crate::config::yaml::{YamlError, read as read_document};
+
+    fn read(text: &str) -> Result<Raw, YamlError> {
+        read_document(text)
+    }
 
     /// The error of a text: line and column, and key and message.
     fn error(text: &str) -> (Option<(usize, usize)>, String) {

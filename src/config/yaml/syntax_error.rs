@@ -288,7 +288,12 @@ fn indentations(line: &str) -> Vec<usize> {
 
 #[cfg(test)]
 mod tests {
-    use crate::config::yaml::read;
+    use crate::config::raw::Raw;
+    use crate::config::yaml::{YamlError, read as read_document};
+
+    fn read(text: &str) -> Result<Raw, YamlError> {
+        read_document(text)
+    }
 
     #[test]
     fn each_syntax_error_says_where_and_what_was_expected() {
