@@ -213,8 +213,11 @@ impl Marker {
         ))
     }
 
-    fn enter(&mut self, flow: &Flow, tag: Tag) {
-        let outcome = match self.entry(flow, tag) {
+    /// Enters a flow into the map. Returns its key, if the flow is one that can be marked.
+    fn enter(&mut self, flow: &Flow, tag: Tag) -> Option<Key> {
+        let entry = self.entry(flow, tag);
+        let key = entry.as_ref().ok().map(|(key, _)| *key);
+        let outcome = match entry {
             Ok((key, mark)) => match self.program.maps.enter(&key, mark) {
                 Ok(Entered::Done) => {
                     self.match_all_flow = Some(*flow);
@@ -245,6 +248,7 @@ impl Marker {
             Outcome::Ipv4 | Outcome::PortUnknown | Outcome::Untagged => log::debug!("marker: {flow}: not marked: {outcome:?}"),
             _ => {}
         }
+        key
     }
 
     fn remove(&mut self, flow: &Flow) {
@@ -269,7 +273,9 @@ impl Marker {
             return;
         }
         match event.effect {
-            Effect::Opened | Effect::Retagged(_) => self.enter(&event.flow, event.tag()),
+            Effect::Opened | Effect::Retagged(_) => {
+                self.enter(&event.flow, event.tag());
+            }
             Effect::Closed(_) => self.remove(&event.flow),
             // The end of a flow that was not open says nothing about the mark of another.
             Effect::Nothing | Effect::Counted => {}
@@ -302,16 +308,11 @@ impl Backend for Marker {
             if self.config.match_all {
                 flows.sort_unstable_by_key(|(_, open)| open.sequence);
             }
-            for (flow, open) in &flows {
-                if stale.is_empty() {
-                    break;
-                }
-                if let Ok((key, _)) = self.entry(flow, open.tag) {
+            for (flow, open) in flows {
+                let key = self.enter(&flow, open.tag);
+                if let Some(key) = key.filter(|_| !stale.is_empty()) {
                     stale.remove(&key);
                 }
-            }
-            for (flow, open) in flows {
-                self.enter(&flow, open.tag);
             }
         }
         for key in &stale {
