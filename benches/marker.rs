@@ -6,7 +6,9 @@ mod common;
 #[path = "../tests/common/prog_run.rs"]
 mod prog_run;
 
-use std::os::fd::{AsFd, OwnedFd};
+use std::io::Write;
+use std::net::{TcpListener, TcpStream};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::process::Stdio;
 use std::time::{Duration, Instant};
 
@@ -17,10 +19,11 @@ use common::wire::Wire;
 use flowd_rs::flow::{Flow, Protocol, Tag};
 use flowd_rs::scitag;
 use flowd_rs::scitag::Strategy;
+use flowd_rs::sys::interfaces;
 use flowd_rs::sys::mark_maps::{Key, Maps, Mark};
 use flowd_rs::sys::marker::Program;
-use libbpf_rs::ObjectBuilder;
-use prog_run::{BpfFs, run, settings};
+use libbpf_rs::{MapCore, TC_EGRESS, TcHookBuilder};
+use prog_run::{BpfFs, empty_program, load, run, settings, writer};
 
 const TAG: Tag = Tag {
     experiment: 2,
@@ -35,6 +38,7 @@ fn main() {
     println!("| measurement | result | baseline | ratio |");
     println!("| --- | --- | --- | --- |");
     per_packet();
+    per_tcp_packet();
     map_updates();
     latency();
     throughput();
@@ -47,18 +51,6 @@ fn row(measurement: &str, result: &str, baseline: &str, ratio: &str) {
 fn median(mut values: Vec<f64>) -> f64 {
     values.sort_by(f64::total_cmp);
     values[values.len() / 2]
-}
-
-/// A tc program that returns at once.
-fn empty_program() -> OwnedFd {
-    let object = include_bytes!(concat!(env!("OUT_DIR"), "/empty.bpf.o"));
-    let object = ObjectBuilder::default()
-        .open_memory(object)
-        .unwrap()
-        .load()
-        .unwrap();
-    let program = object.progs().next().unwrap();
-    program.as_fd().try_clone_to_owned().unwrap()
 }
 
 fn flow(n: u32) -> Flow {
@@ -81,57 +73,170 @@ fn mark() -> Mark {
     }
 }
 
+/// The headers of a TCP packet, as the kernel sends them: its payload is in fragments.
 fn frame(flow: &Flow) -> Vec<u8> {
     let octets = |address| match address {
         std::net::IpAddr::V6(address) => std::net::Ipv6Addr::octets(&address),
         std::net::IpAddr::V4(_) => unreachable!("flow() returns IPv6 flows"),
     };
     let mut frame = vec![
-        2, 0, 0, 0, 0, 2, 2, 0, 0, 0, 0, 1, 0x86, 0xdd, 0x60, 0, 0, 0, 0, 100, 6, 64,
+        2, 0, 0, 0, 0, 2, 2, 0, 0, 0, 0, 1, 0x86, 0xdd, 0x60, 0, 0, 0, 0, 32, 6, 64,
     ];
     frame.extend_from_slice(&octets(flow.source.address));
     frame.extend_from_slice(&octets(flow.destination.address));
     frame.extend_from_slice(&flow.source.port.to_be_bytes());
     frame.extend_from_slice(&flow.destination.port.to_be_bytes());
-    frame.resize(14 + 40 + 100, 0);
+    frame.extend_from_slice(&[0, 0, 0, 0, 0, 0, 0, 0, 8 << 4]);
+    frame.resize(14 + 40 + 32, 0);
     frame
 }
 
+/// Prints a row for each lookup that costs `times` in addition to the first, which is that of an empty program. The
+/// second is a miss, to which the hits are compared.
+fn lookup_rows<const N: usize>(what: &str, names: [&str; N], times: [Vec<f64>; N]) {
+    let medians = times.map(median);
+    let (base, miss) = (medians[0], medians[1] - medians[0]);
+    for (name, time) in names.iter().zip(medians).skip(1) {
+        let net = time - base;
+        row(
+            &format!("{what}, {name}"),
+            &format!("{net:.1} ns net"),
+            &format!("miss {miss:.1} ns net, empty program {base:.1} ns"),
+            &format!("{:.2}", net / miss),
+        );
+    }
+}
+
+const LOOKUPS: [&str; 4] = [
+    "empty",
+    "miss",
+    "hit",
+    "hit, label written by bpf_skb_store_bytes",
+];
+
 fn per_packet() {
-    const REPEAT: i32 = 1_000_000;
-    const ROUNDS: usize = 7;
-    let bpffs = BpfFs::new();
-    let program = Program::load(&settings(&bpffs, Strategy::Label), 200_000, &[7; 16]).unwrap();
+    // Short rounds, so that the median is of rounds that nothing interrupted.
+    const REPEAT: i32 = 10_000;
+    const ROUNDS: usize = 501;
+    let bpffs = [BpfFs::new(), BpfFs::new()];
+    let [program, without] = [0, 1]
+        .map(|n| Program::load(&settings(&bpffs[n], Strategy::Label), 200_000, &[7; 16]).unwrap());
+    writer(&bpffs[1]).delete(&[0; 4]).unwrap();
     let empty = empty_program();
-    let nanoseconds =
-        |program: &OwnedFd, frame: &[u8]| run(program, frame, REPEAT).duration.as_nanos() as f64;
+    let nanoseconds = |program: &OwnedFd, frame: &[u8]| {
+        let began = Instant::now();
+        run(program, frame, REPEAT);
+        began.elapsed().as_nanos() as f64 / f64::from(REPEAT)
+    };
     let (hit, miss) = (frame(&flow(5)), frame(&flow(900_000)));
     let mut entered = 0;
     for count in [10, 100_000] {
         for n in entered..count {
-            program
-                .maps
-                .enter(&Key::new(&flow(n)).unwrap(), mark())
-                .unwrap();
+            for program in [&program, &without] {
+                let key = Key::new(&flow(n)).unwrap();
+                program.maps.enter(&key, mark()).unwrap();
+            }
         }
         entered = count;
-        let [mut base, mut hits, mut misses] = [const { Vec::new() }; 3];
+        let mut times = [const { Vec::new() }; 4];
         for _ in 0..ROUNDS {
-            base.push(nanoseconds(&empty, &hit));
-            hits.push(nanoseconds(program.programs()[0], &hit));
-            misses.push(nanoseconds(program.programs()[0], &miss));
+            times[0].push(nanoseconds(&empty, &hit));
+            times[1].push(nanoseconds(program.programs()[0], &miss));
+            times[2].push(nanoseconds(program.programs()[0], &hit));
+            times[3].push(nanoseconds(without.programs()[0], &hit));
         }
-        let base = median(base);
-        for (lookup, times) in [("hit", hits), ("miss", misses)] {
-            let net = median(times) - base;
-            row(
-                &format!("per packet, {lookup}, {count} flows in the map"),
-                &format!("{net:.0} ns net"),
-                &format!("empty program {base:.0} ns"),
-                "",
-            );
+        lookup_rows(
+            &format!("per packet, {count} flows in the map"),
+            LOOKUPS,
+            times,
+        );
+    }
+}
+
+/// The kernel's statistics of the time that a program takes, while this value lives.
+struct RunTimes;
+
+const RUN_TIMES: &str = "/proc/sys/kernel/bpf_stats_enabled";
+
+impl RunTimes {
+    fn enable() -> RunTimes {
+        std::fs::write(RUN_TIMES, "1").unwrap();
+        RunTimes
+    }
+
+    /// Nanoseconds and number of runs.
+    fn of(&self, program: &OwnedFd) -> [f64; 2] {
+        let path = format!("/proc/self/fdinfo/{}", program.as_raw_fd());
+        let info = std::fs::read_to_string(path).unwrap();
+        ["run_time_ns:\t", "run_cnt:\t"].map(|name| {
+            let value = info.lines().find_map(|line| line.strip_prefix(name));
+            value.unwrap().parse().unwrap()
+        })
+    }
+}
+
+impl Drop for RunTimes {
+    fn drop(&mut self) {
+        let _ = std::fs::write(RUN_TIMES, "0");
+    }
+}
+
+/// The same for the packets of a TCP connection, which TCP clones.
+fn per_tcp_packet() {
+    const WRITES: usize = 4000;
+    const ROUNDS: usize = 31;
+    let hosts = Hosts::new();
+    let bpffs = [BpfFs::new(), BpfFs::new()];
+    let programs = [0, 1].map(|n| load(&settings(&bpffs[n], Strategy::Label)));
+    writer(&bpffs[1]).delete(&[0; 4]).unwrap();
+    let empty = empty_program();
+    let listener = hosts.there.enter(|| TcpListener::bind("[2001:db8::2]:443"));
+    let listener = listener.unwrap();
+    let (veth, mut client) = hosts.here.enter(|| {
+        let (interfaces, _) = interfaces::list().unwrap();
+        let veth = interfaces.into_iter().find(|i| i.name == "veth0").unwrap();
+        programs[0].attach(&veth).unwrap();
+        let mut hook = TcHookBuilder::new(empty.as_fd())
+            .ifindex(veth.index as i32)
+            .handle(1)
+            .priority(5)
+            .hook(TC_EGRESS);
+        hook.attach().unwrap();
+        (veth, TcpStream::connect("[2001:db8::2]:443").unwrap())
+    });
+    client.set_nodelay(true).unwrap();
+    let mut server = listener.accept().unwrap().0;
+    let reader = std::thread::spawn(move || std::io::copy(&mut server, &mut std::io::sink()));
+    let ends = [client.local_addr().unwrap(), client.peer_addr().unwrap()];
+    let [source, destination] = ends.map(|end| (end.ip(), end.port()));
+    let key = Key::new(&Flow::new(Protocol::Tcp, source, destination).unwrap()).unwrap();
+    let run_times = RunTimes::enable();
+    let mut times = [const { Vec::new() }; 4];
+    for _ in 0..ROUNDS {
+        for (lookup, program) in [&programs[0], &programs[0], &programs[1]]
+            .iter()
+            .enumerate()
+        {
+            hosts.here.enter(|| program.attach(&veth).unwrap());
+            match lookup {
+                0 => drop(program.maps.remove(&key)),
+                _ => drop(program.maps.enter(&key, mark()).unwrap()),
+            }
+            let fds = [&empty, program.programs()[0]];
+            let before = fds.map(|fd| run_times.of(fd));
+            for _ in 0..WRITES {
+                client.write_all(&[0; 1000]).unwrap();
+            }
+            let after = fds.map(|fd| run_times.of(fd));
+            let [base, time] =
+                [0, 1].map(|n| (after[n][0] - before[n][0]) / (after[n][1] - before[n][1]));
+            times[0].push(base);
+            times[1 + lookup].push(time);
         }
     }
+    drop(client);
+    reader.join().unwrap().unwrap();
+    lookup_rows("per packet, real TCP", LOOKUPS, times);
 }
 
 fn map_updates() {

@@ -1,13 +1,14 @@
 // SPDX-License-Identifier: (Apache-2.0 OR GPL-2.0)
 /* The marker: a tc program on clsact egress that writes the tag of a flow into the IPv6 header of its
- * packets, as flow label or as an option in extension headers. It never drops a packet, and the next
- * filter always runs. */
+ * packets, as flow label or as an option in extension headers. It returns no verdict, so the next filter
+ * always runs. */
 
 #include <linux/bpf.h>
 #include <linux/if_ether.h>
 #include <linux/in.h>
 #include <linux/ipv6.h>
 #include <linux/pkt_cls.h>
+#include <linux/tcp.h>
 
 #include <bpf/bpf_endian.h>
 #include <bpf/bpf_helpers.h>
@@ -41,6 +42,19 @@ struct {
 	__type(value, __u64);
 } unmarked SEC(".maps");
 
+int flowd_write(struct __sk_buff *skb);
+
+/* One entry: the program that writes the flow label in place. The kernel empties the array when it is neither
+ * open nor pinned; flow labels are then written by bpf_skb_store_bytes. */
+struct {
+	__uint(type, BPF_MAP_TYPE_PROG_ARRAY);
+	__uint(max_entries, 1);
+	__uint(key_size, sizeof(__u32));
+	__array(values, int (void *));
+} writer SEC(".maps") = {
+	.values = { [0] = (void *)&flowd_write },
+};
+
 struct options_header {
 	__u8 next_header;
 	__u8 length;
@@ -58,6 +72,7 @@ struct packet {
 	__u16 length;		/* of the payload */
 	__u8 next_header;	/* of the IPv6 header */
 	__u8 fragment;
+	__u8 in_place;		/* see can_write_in_place */
 };
 
 static __always_inline int count_unmarked(__u32 reason)
@@ -146,18 +161,32 @@ static __always_inline int find_ports(struct __sk_buff *skb, struct packet *pack
 	return -1;
 }
 
+/* Whether flowd_write may write the label. Before a program that writes in place runs, the kernel makes the
+ * whole linear part of the packet writable. If another packet shares it, the kernel may have to copy it, and
+ * drops the packet if there is no memory. So only packets are written in place that need no copy: those that
+ * this host sends, either unicast UDP, which has no clone, or TCP without payload in the linear part; TCP
+ * clones all packets of its queue, but shares only their payload. */
+static __always_inline int can_write_in_place(struct __sk_buff *skb, const struct ipv6hdr *ip, void *end)
+{
+	const struct tcphdr *tcp = (const void *)(ip + 1);
+
+	if (skb->ingress_ifindex)
+		return 0;
+	if (ip->nexthdr == IPPROTO_UDP)
+		return ip->daddr.s6_addr[0] != 0xff;
+	return (void *)(tcp + 1) <= end && (void *)tcp + tcp->doff * 4 >= end;
+}
+
 /* Fast path: reads a packet in place if TCP or UDP directly follows IPv6 and IPv6 directly follows
- * Ethernet. `make bench` showed a third to a half of the cost of the general path. Packets are not written
- * in place: the kernel would then make the linear part of every cloned packet writable before the program
- * runs, which costs a TCP packet more than a hit gains, also if it is not marked (benches/README.md). */
+ * Ethernet. `make bench` showed a third to a half of the cost of the general path. */
 static __always_inline int find_plain(struct __sk_buff *skb, struct packet *packet, int ethernet)
 {
 	void *data = (void *)(long)skb->data, *end = (void *)(long)skb->data_end;
 	struct ethhdr *frame = data;
 	struct ipv6hdr *ip = data + (ethernet ? ETH_HLEN : 0);
-	__be16 *ports = (void *)(ip + 1);
+	__be32 *ports = (void *)(ip + 1);
 
-	if ((void *)(ports + 2) > end)
+	if ((void *)(ports + 1) > end)
 		return -1;
 	if (ethernet && frame->h_proto != bpf_htons(ETH_P_IPV6))
 		return -1;
@@ -165,9 +194,10 @@ static __always_inline int find_plain(struct __sk_buff *skb, struct packet *pack
 		return -1;
 	packet->offset = ethernet ? ETH_HLEN : 0;
 	take_header(packet, ip);
-	packet->key.source_port = ports[0];
-	packet->key.destination_port = ports[1];
+	/* One copy: the map's functions read both ports at once. */
+	__builtin_memcpy(&packet->key.source_port, ports, sizeof(*ports));
 	packet->key.protocol = ip->nexthdr;
+	packet->in_place = ethernet && can_write_in_place(skb, ip, end);
 	return 0;
 }
 
@@ -184,12 +214,10 @@ static __always_inline __u32 entropy(const struct packet *packet)
 	return hash & ENTROPY_MASK;
 }
 
-static __always_inline int write_label(struct __sk_buff *skb, const struct packet *packet, __u32 label)
+/* Version, traffic class (DSCP, ECN) and the new label. */
+static __always_inline __be32 label_word(const struct packet *packet, __u32 label)
 {
-	/* Leave version and traffic class (DSCP, ECN) unchanged. */
-	__be32 word = (packet->word & bpf_htonl(~LABEL_MASK)) | bpf_htonl(label & LABEL_MASK);
-
-	return bpf_skb_store_bytes(skb, packet->offset, &word, sizeof(word), 0);
+	return (packet->word & bpf_htonl(~LABEL_MASK)) | bpf_htonl(label & LABEL_MASK);
 }
 
 static __always_inline void fill_header(struct options_header *header, __u8 next, __u32 tag)
@@ -250,11 +278,19 @@ static __always_inline int add_headers(struct __sk_buff *skb, const struct packe
 	return 0;
 }
 
+static __always_inline void count_marked(struct flow_mark *flow, __u64 packets, __u64 bytes)
+{
+	__sync_fetch_and_add(&flow->packets, packets);
+	__sync_fetch_and_add(&flow->bytes, bytes);
+}
+
 static __always_inline int mark(struct __sk_buff *skb, int ethernet)
 {
 	struct packet packet = {};
 	struct flow_mark *flow;
-	__u32 segments, bytes = skb->len;
+	__u64 segments, bytes = skb->len;
+	__be32 word;
+	__u32 label;
 
 	if (find_plain(skb, &packet, ethernet)) {
 		if (find_ipv6(skb, &packet, ethernet))
@@ -272,24 +308,31 @@ static __always_inline int mark(struct __sk_buff *skb, int ethernet)
 	}
 	if (!flow)
 		return TC_ACT_UNSPEC;
-	segments = skb->gso_segs;
+	segments = skb->gso_segs ? skb->gso_segs : 1;
+	label = flow->label;
+	if (settings.debug)
+		bpf_printk("flowd-rs: marking, tag %x, label %x", flow->tag, label);
 	if (settings.hop_by_hop || settings.destination) {
 		int reason = add_headers(skb, &packet, flow->tag);
 
 		if (reason)
 			return count_unmarked(reason - 1);
-	} else {
-		__u32 label = flow->label;
-
-		if (settings.match_all)
-			label = (label & ~ENTROPY_MASK) | entropy(&packet);
-		if (write_label(skb, &packet, label))
-			return count_unmarked(UNMARKED_REFUSED);
+		count_marked(flow, segments, bytes);
+		return TC_ACT_UNSPEC;
 	}
-	__sync_fetch_and_add(&flow->packets, segments ? segments : 1);
-	__sync_fetch_and_add(&flow->bytes, bytes);
-	if (settings.debug)
-		bpf_printk("flowd-rs: marked, tag %x, label %x", flow->tag, flow->label);
+	if (settings.match_all)
+		label = (label & ~ENTROPY_MASK) | entropy(&packet);
+	word = label_word(&packet, label);
+	/* Counted first: the tail call returns only if the array is empty. */
+	count_marked(flow, segments, bytes);
+	if (packet.in_place) {
+		skb->cb[4] = word;
+		bpf_tail_call(skb, &writer, 0);
+	}
+	if (bpf_skb_store_bytes(skb, packet.offset, &word, sizeof(word), 0)) {
+		count_marked(flow, -segments, -bytes);
+		return count_unmarked(UNMARKED_REFUSED);
+	}
 	return TC_ACT_UNSPEC;
 }
 
@@ -306,6 +349,19 @@ int flowd_mark_l3(struct __sk_buff *skb)
 	if (skb->protocol != bpf_htons(ETH_P_IPV6))
 		return TC_ACT_UNSPEC;
 	return mark(skb, 0);
+}
+
+/* Writes the label of a plain frame, after a tail call from flowd_mark_l2. It is a program of its own because
+ * the kernel prepares the packet for writing (see can_write_in_place) before all runs of a program that writes
+ * in place, and most packets are not to be written. */
+SEC("tc")
+int flowd_write(struct __sk_buff *skb)
+{
+	void *data = (void *)(long)skb->data, *end = (void *)(long)skb->data_end;
+
+	if (data + ETH_HLEN + sizeof(__be32) <= end)
+		*(__be32 *)(data + ETH_HLEN) = skb->cb[4];
+	return TC_ACT_UNSPEC;
 }
 
 char LICENSE[] SEC("license") = "Dual BSD/GPL";

@@ -21,10 +21,11 @@ use flowd_rs::flow::Tag;
 use flowd_rs::scitag;
 use flowd_rs::scitag::Strategy;
 use flowd_rs::sys::mark_maps::Maps;
+use libbpf_rs::MapCore;
 use nix::sys::socket::{
     AddressFamily, SockFlag, SockType, SockaddrIn6, bind, connect, setsockopt, socket, sockopt,
 };
-use prog_run::BpfFs;
+use prog_run::{BpfFs, empty_program, replace_writer, writer, written_by};
 
 const TAG: Tag = Tag {
     experiment: 2,
@@ -527,6 +528,121 @@ fn marking_continues_without_a_daemon_and_the_next_one_takes_over() {
     let distinct: HashSet<u32> = labels.into_iter().collect();
     assert_eq!(distinct.len(), 1, "{distinct:x?}");
     assert_eq!(scitag::from_label(*distinct.iter().next().unwrap()), TAG);
+}
+
+#[test]
+#[ignore = "needs root"]
+fn labels_are_written_in_place_after_the_daemon_was_killed_too() {
+    let hosts = Hosts::new();
+    let bpffs = BpfFs::new();
+    let home = home(&bpffs, "targetInterfaces: [veth0]");
+    let daemon = home.start(&hosts.here);
+    home.write("start udp 2001:db8::1 4000 2001:db8::2 5000 atlas Staging\n");
+    entered(&daemon, 1);
+    let wire = Wire::listen(&hosts);
+    let socket = udp(&hosts.here, "[2001:db8::1]:4000");
+    let is_marked = || {
+        socket.send_to(b"x", "[2001:db8::2]:5000").unwrap();
+        let frames = wire.frames(1, |f| f.source_port == 4000);
+        scitag::from_label(frames[0].label) == TAG
+    };
+    assert!(is_marked());
+    daemon.kill();
+    assert!(written_by(&writer(&bpffs)).is_some());
+    assert!(is_marked());
+    // The filter runs the program that is in the pinned array; without one, it marks by itself.
+    replace_writer(&writer(&bpffs), &empty_program());
+    assert!(!is_marked());
+    writer(&bpffs).delete(&[0; 4]).unwrap();
+    assert!(is_marked());
+    // The next daemon has an array of its own.
+    let daemon = home.start(&hosts.here);
+    assert!(written_by(&writer(&bpffs)).is_some());
+    assert!(is_marked());
+    daemon.stop();
+}
+
+/// A copy that another filter made shares the packet's memory.
+#[test]
+#[ignore = "needs root"]
+fn the_label_is_not_written_into_a_copy_that_another_filter_made() {
+    let hosts = Hosts::new();
+    let bpffs = BpfFs::new();
+    hosts.here.ip(&[
+        "link",
+        "add",
+        "mirror",
+        "type",
+        "veth",
+        "peer",
+        "name",
+        "mirror",
+        "netns",
+        &hosts.there.name,
+    ]);
+    for ns in [&hosts.here, &hosts.there] {
+        ns.ip(&[
+            "link",
+            "set",
+            "mirror",
+            "up",
+            "arp",
+            "off",
+            "addrgenmode",
+            "none",
+        ]);
+    }
+    tc(&hosts.here, &["qdisc", "add", "dev", "veth0", "clsact"]);
+    let mirror = "filter add dev veth0 egress prio 5 protocol ipv6 u32 match u32 0 0 action mirred egress mirror dev mirror continue";
+    tc(&hosts.here, &mirror.split(' ').collect::<Vec<_>>());
+    let home = home(&bpffs, "targetInterfaces: [veth0]");
+    let daemon = home.start(&hosts.here);
+    home.write("start udp 2001:db8::1 4000 2001:db8::2 5000 atlas Staging\nstart tcp 2001:db8::1 40001 2001:db8::2 443 atlas Staging\n");
+    entered(&daemon, 2);
+    let wire = Wire::listen(&hosts);
+    let socket = udp(&hosts.here, "[2001:db8::1]:4000");
+    for _ in 0..10 {
+        socket.send_to(b"x", "[2001:db8::2]:5000").unwrap();
+    }
+    transfer(connection(&hosts, 0), 1 << 20);
+    let frames = wire.frames(usize::MAX, |f| matches!(f.source_port, 4000 | 40001));
+    for port in [4000, 40001] {
+        let of_port = frames.iter().filter(|f| f.source_port == port);
+        let (marked, copies): (Vec<_>, Vec<_>) =
+            of_port.partition(|f| scitag::from_label(f.label) == TAG);
+        assert!(marked.len() >= 10);
+        assert_eq!(marked.len(), copies.len(), "port {port}");
+    }
+    daemon.stop();
+}
+
+#[test]
+#[ignore = "needs root"]
+fn retransmitted_packets_are_marked() {
+    let hosts = Hosts::new();
+    let bpffs = BpfFs::new();
+    let home = home(&bpffs, "targetInterfaces: [veth0]");
+    let daemon = home.start(&hosts.here);
+    home.write("start tcp 2001:db8::1 40001 2001:db8::2 443 atlas Staging\n");
+    entered(&daemon, 1);
+    let (mut client, server) = connection(&hosts, 0);
+    // Without its address, the other host drops the packets.
+    let address = ["2001:db8::2/64", "dev", "veth0"];
+    hosts.there.ip(&[&["addr", "del"], &address[..]].concat());
+    let wire = Wire::listen(&hosts);
+    client.write_all(b"lost").unwrap();
+    let frames = wire.frames(3, |f| f.source_port == 40001 && f.bytes.ends_with(b"lost"));
+    assert_eq!(frames.len(), 3);
+    assert!(frames.iter().all(|f| scitag::from_label(f.label) == TAG));
+    hosts
+        .there
+        .ip(&[&["addr", "add"], &address[..], &["nodad"]].concat());
+    let mut received = [0; 4];
+    server.set_read_timeout(Some(common::DEADLINE)).unwrap();
+    (&server).read_exact(&mut received).unwrap();
+    assert_eq!(&received, b"lost");
+    transfer((client, server), 1 << 20);
+    daemon.stop();
 }
 
 #[test]

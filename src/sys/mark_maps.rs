@@ -19,6 +19,9 @@ use crate::scitag::Strategy;
 /// The directory of the pinned maps in the bpffs. The version is that of the layout in bpf/marker.h.
 pub(super) const PIN_DIR: &str = "flowd-rs/v1";
 
+/// The array with the program that writes labels in place. Its pin keeps the kernel from emptying it when the daemon ends.
+pub(super) const WRITER: &str = "writer";
+
 /// The key of a flow, in the direction of the packets that leave this host.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Key([u8; 40]);
@@ -318,8 +321,8 @@ impl Maps {
 
     /// Removes the pins. The kernel frees the maps when their last user closes them.
     pub fn unpin(&self) -> io::Result<()> {
-        for name in ["flows", "unmarked", "totals", "qdiscs", "about"] {
-            fs::remove_file(self.directory.join(name))?;
+        for name in ["flows", "unmarked", WRITER, "totals", "qdiscs", "about"] {
+            remove_pin(&self.directory.join(name))?;
         }
         // The directories may hold the maps of another version.
         let _ = fs::remove_dir(&self.directory);
@@ -327,6 +330,14 @@ impl Maps {
             let _ = fs::remove_dir(parent);
         }
         Ok(())
+    }
+}
+
+/// Removes a pin if there is one.
+pub(super) fn remove_pin(path: &Path) -> io::Result<()> {
+    match fs::remove_file(path) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
+        _ => Ok(()),
     }
 }
 

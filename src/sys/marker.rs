@@ -19,7 +19,9 @@ use nix::sys::statfs::{BPF_FS_MAGIC, fstatfs, statfs};
 
 use super::clsact;
 use super::interfaces::Interface;
-use super::mark_maps::{Maps, PIN_DIR, UNMARKED, access_failure, failure, io_error};
+use super::mark_maps::{
+    Maps, PIN_DIR, UNMARKED, WRITER, access_failure, failure, io_error, remove_pin,
+};
 use super::ownership::{self, Owner};
 use crate::error::{Context, Error, Result};
 use crate::scitag::Strategy;
@@ -170,7 +172,11 @@ impl Program {
         for mut map in object.maps_mut() {
             let name = map.name().to_string_lossy().into_owned();
             let path = directory.join(&name);
-            if matches!(name.as_str(), "flows" | "unmarked") && !path.exists() {
+            // Each load has an array of its own: programs of a former one go on without it.
+            if name == WRITER {
+                remove_pin(&path).context(|| format!("pinned map {}", path.display()))?;
+            }
+            if matches!(name.as_str(), "flows" | "unmarked" | WRITER) && !path.exists() {
                 map.pin(&path)
                     .map_err(|e| failure(&format!("pinned map {}", path.display()), &e))?;
             }

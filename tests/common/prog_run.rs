@@ -2,14 +2,14 @@
 
 #![allow(dead_code, missing_docs)]
 
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::path::Path;
 use std::process::Command;
 use std::time::Duration;
 
 use flowd_rs::scitag::Strategy;
 use flowd_rs::sys::marker::{Program, Settings};
-use libbpf_rs::libbpf_sys;
+use libbpf_rs::{MapCore, MapFlags, MapHandle, ObjectBuilder, libbpf_sys};
 use tempfile::TempDir;
 
 /// A bpffs for one test. Dropping it unmounts the file system.
@@ -43,6 +43,35 @@ impl Drop for BpfFs {
     fn drop(&mut self) {
         let _ = Command::new("umount").arg("-l").arg(self.0.path()).status();
     }
+}
+
+/// A tc program that returns at once.
+pub fn empty_program() -> OwnedFd {
+    let object = include_bytes!(concat!(env!("OUT_DIR"), "/empty.bpf.o"));
+    let object = ObjectBuilder::default()
+        .open_memory(object)
+        .unwrap()
+        .load()
+        .unwrap();
+    let program = object.progs().next().unwrap();
+    program.as_fd().try_clone_to_owned().unwrap()
+}
+
+/// The pinned array with the program that writes labels in place.
+pub fn writer(bpffs: &BpfFs) -> MapHandle {
+    MapHandle::from_pinned_path(bpffs.path().join("flowd-rs/v1/writer")).unwrap()
+}
+
+/// The id of the program in the array.
+pub fn written_by(writer: &MapHandle) -> Option<u32> {
+    let id = writer.lookup(&[0; 4], MapFlags::ANY).unwrap()?;
+    Some(u32::from_ne_bytes(id.try_into().unwrap()))
+}
+
+/// Puts a program in the place of the one that writes labels.
+pub fn replace_writer(writer: &MapHandle, program: &OwnedFd) {
+    let fd = program.as_raw_fd().to_ne_bytes();
+    writer.update(&[0; 4], &fd, MapFlags::ANY).unwrap();
 }
 
 pub fn settings(bpffs: &BpfFs, strategy: Strategy) -> Settings {
