@@ -3,10 +3,12 @@
 
 mod common;
 
-use std::fs;
+use std::fs::{self, OpenOptions};
 use std::io::{BufRead, BufReader, Read, Write};
 use std::path::PathBuf;
 use std::process::{Command, Output, Stdio};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
 
 use common::daemon::PROGRAM;
 use flowd_rs::collector::record::{Attribution, FlowRecord, Origin};
@@ -359,6 +361,41 @@ fn a_damaged_record_is_skipped_and_told() {
     );
 }
 
+/// A write is seen in parts: a record that is written meanwhile is not damaged.
+#[test]
+fn a_file_that_is_being_written_has_no_torn_end() {
+    let files = Files::new();
+    let path = files.write("live", "");
+    let record = segment([0], Fields::ALL);
+    let stop = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            let mut file = OpenOptions::new().append(true).open(&path).unwrap();
+            let (first, second) = record.split_at(record.len() / 2);
+            while !stop.load(Ordering::Relaxed) {
+                file.write_all(first).unwrap();
+                std::thread::sleep(Duration::from_millis(1));
+                file.write_all(second).unwrap();
+            }
+        });
+        let outcomes: Vec<_> = (0..20).map(|_| outcome(&["-U", &path])).collect();
+        stop.store(true, Ordering::Relaxed);
+        for (code, _, error) in outcomes {
+            assert_eq!((code, error.as_str()), (0, ""));
+        }
+    });
+    // A torn end that stays is told.
+    fs::write(&path, &record[..record.len() - 1]).unwrap();
+    let (code, _, error) = outcome(&[&path]);
+    let length = record.len();
+    let told = format!(
+        "{} bytes at offset 0 skipped: truncated: {0} bytes of at least {length}\n",
+        length - 1
+    );
+    assert_eq!(code, 1);
+    assert!(error.ends_with(&told), "{error}");
+}
+
 #[test]
 fn of_a_directory_only_the_segments_of_the_period_are_read() {
     let files = Files::new();
@@ -445,6 +482,85 @@ fn a_relative_period_counts_from_now() {
         2
     );
     assert_eq!(read(&["--from", "-10m", &file]), "");
+}
+
+#[test]
+fn records_are_chosen_by_the_clauses_of_a_rule() {
+    let files = Files::new();
+    let file = files.write("ours", segment(0..100, Fields::ALL));
+    let count = |clauses: &str| read(&["--where", clauses, &file]).lines().count();
+    assert_eq!(count("src 198.51.100.0/24"), 50);
+    assert_eq!(count("src 198.51.100.0/24 port 1"), 1);
+    assert_eq!(count("proto tcp dst 2001:db8:2::9 port 1094"), 50);
+    assert_eq!(count("experiment atlas"), 25);
+    assert_eq!(count("proto udp"), 0);
+    let period = ["--from", "2026-11-24T17:00:10Z", "-H3"];
+    let chosen = read(&[&period[..], &["--where", "inet", &file]].concat());
+    assert_eq!(chosen.lines().count(), 3);
+    assert!(chosen.contains("src [198.51.100.11]:11 "), "{chosen}");
+    let (code, out, error) = outcome(&["--where", "proto tcp src nowhere", &file]);
+    assert_eq!((code, out.as_str()), (2, ""));
+    assert!(
+        error.starts_with("flowd-rs: --where: column 15: "),
+        "{error}"
+    );
+}
+
+#[test]
+fn the_rules_of_a_file_choose_and_tag_records() {
+    let files = Files::new();
+    let file = files.write("ours", segment(0..100, Fields::ALL));
+    let rules = "# comment\nours = \"198.51.100.0/24\"\ndiscard all\naccept tag 7 src $ours\naccept quick src 2001:db8:1::6\n";
+    let rules = files.write("rules", rules);
+    let copy = files.path("copy").to_str().unwrap().to_owned();
+    let output = reader(&["-d", "-f", &rules, "-o", &copy, &file]);
+    let error = String::from_utf8(output.stderr).unwrap();
+    assert_eq!(
+        (output.status.code(), output.stdout.len()),
+        (Some(0), 0),
+        "{error}"
+    );
+    let lines: Vec<&str> = error.lines().collect();
+    assert!(
+        lines[0].ends_with(" 100 records, 51 of them selected, 0 bytes skipped"),
+        "{error}"
+    );
+    assert_eq!(
+        lines[2],
+        "flowd-rs: rule in line 4: 100 evaluations, 50 matches, decided 50"
+    );
+    let sums = read(&["-c", "--sum-by", "tag", &copy]);
+    // Record 6 was stored with tag 6.
+    let tags: Vec<&str> = sums
+        .lines()
+        .filter_map(|line| line.split(',').next())
+        .collect();
+    assert_eq!(tags, ["tag", "7", "6", "total"]);
+    // All else is as it was.
+    let expected: Vec<u8> = (0..100)
+        .filter(|n| n % 2 == 1 || *n == 6)
+        .flat_map(|n| {
+            let rule_tag = Some(if n == 6 { 6 } else { 7 });
+            let mut bytes = Vec::new();
+            encode(
+                &FlowRecord {
+                    rule_tag,
+                    ..record(n)
+                },
+                Fields::ALL,
+                &mut bytes,
+            );
+            bytes
+        })
+        .collect();
+    assert!(fs::read(&copy).unwrap() == expected, "not the same bytes");
+    let wrong = files.write("wrong", "accept all\naccept form here\n");
+    let (code, out, error) = outcome(&["-f", &wrong, &file]);
+    assert_eq!((code, out.as_str()), (2, ""));
+    assert!(
+        error.starts_with(&format!("flowd-rs: {wrong}:2:8: ")),
+        "{error}"
+    );
 }
 
 #[test]

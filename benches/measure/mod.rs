@@ -1,6 +1,8 @@
 //! Shared by the benches: table rows, medians, a fast receiver, CPU time and memory of the daemon.
 #![allow(dead_code, missing_docs)]
 
+pub mod reader;
+
 use std::fs;
 use std::io::IoSliceMut;
 use std::net::UdpSocket;

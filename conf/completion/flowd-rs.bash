@@ -7,7 +7,7 @@ _flowd_rs()
 		case ${COMP_WORDS[i]} in
 		# Skip the option's value.
 		-c | --config | -D | --define | --socket | --pipe | --bpf-fs-path | --log-level | --sort | --target-interface | --user | --address | \
-			--port | --experiment | --limit | -o | --output | -H | --head | --from | --to | --sum-by | --top) ((i++)) ;;
+			--port | --experiment | --limit | -o | --output | -f | --filter | --where | -H | --head | --from | --to | --sum-by | --top) ((i++)) ;;
 		-*) ;;
 		*)
 			if [ -z "$command" ]; then
@@ -19,7 +19,7 @@ _flowd_rs()
 		esac
 	done
 	case $before in
-	-c | --config | --socket | --pipe | --bpf-fs-path | -o | --output)
+	-c | --config | --socket | --pipe | --bpf-fs-path | -o | --output | -f | --filter)
 		compopt -o filenames 2>/dev/null
 		COMPREPLY=($(compgen -f -- "$word"))
 		return
@@ -60,7 +60,7 @@ _flowd_rs()
 	prepare) words="--config --user" ;;
 	reader)
 		compopt -o filenames 2>/dev/null
-		words="--verbose --csv --json --quiet --utc --head --from --to --sum-by --top --output --legacy --debug"
+		words="--verbose --csv --json --quiet --utc --head --from --to --where --filter --sum-by --top --output --legacy --debug"
 		[[ $word == -* ]] || words="$(compgen -f -- "$word")"
 		;;
 	registry) words="list update lookup --config" ;;

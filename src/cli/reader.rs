@@ -9,6 +9,7 @@ mod line;
 mod names;
 mod period;
 mod progress;
+mod selection;
 mod sums;
 mod text;
 
@@ -22,14 +23,17 @@ use argh::{ArgsInfo, FromArgs};
 use jiff::Zoned;
 use jiff::tz::TimeZone;
 
+use crate::collector::filter::Where;
 use crate::collector::record::FlowRecord;
 use crate::collector::store::fields::Fields;
 use crate::collector::store::segment::{self, SegmentError, v2};
 use crate::error::{Context, Error, Result};
+use crate::registry::Registry;
 use input::{Input, Problem, Source};
 use names::Names;
 use period::{Clock, Period};
 use progress::Progress;
+use selection::{Rules, Selection};
 use sums::{Columns, Style, Sums};
 use text::Text;
 
@@ -73,6 +77,14 @@ pub struct Reader {
     #[argh(option, arg_name = "time")]
     to: Option<String>,
 
+    /// only records that match the clauses of a rule: 'src 192.0.2.0/24 proto tcp'
+    #[argh(option, long = "where", arg_name = "clauses")]
+    clauses: Option<String>,
+
+    /// only records that the rules in a file accept, with their tags
+    #[argh(option, short = 'f', arg_name = "file")]
+    filter: Option<PathBuf>,
+
     /// sum up by fields: src, dst, src/24, dst/48, src_port, dst_port, src_as,
     /// dst_as, in_if, out_if, proto, exporter, tag, experiment, activity, label
     #[argh(option, arg_name = "fields", from_str_fn(Columns::parse))]
@@ -114,7 +126,10 @@ impl Reader {
             false => Zoned::now(),
         };
         let period = self.check(&now)?;
-        let format = self.format(now.time_zone().clone());
+        let zone = now.time_zone();
+        let registry = super::registry::load(None);
+        let selection = self.selection(period, &registry, zone)?;
+        let format = self.format(zone.clone());
         let (inputs, errors) = input::list(&self.files, period);
         let copy = match &self.output {
             Some(path) => Some(Output::copy(path, &inputs)?),
@@ -129,10 +144,10 @@ impl Reader {
             is_debug: self.debug,
             is_v2: self.legacy,
             is_verbose: self.verbose && matches!(format, Format::Text(_)),
-            period,
+            selection,
             left: self.head.unwrap_or(u64::MAX),
-            names: Names::new(super::registry::load(None)),
-            started: Clock::new(now.time_zone().clone()),
+            names: Names::new(registry),
+            started: Clock::new(zone.clone()),
             format,
             out: Output::standard(),
             copy,
@@ -179,6 +194,24 @@ impl Reader {
             return Err(usage("--from must be earlier than --to"));
         }
         Ok(Period { from, to })
+    }
+
+    fn selection(&self, period: Period, registry: &Registry, zone: &TimeZone) -> Result<Selection> {
+        let clauses = self.clauses.as_deref();
+        let clauses = clauses.map(|text| Where::parse(text, registry, zone.clone()));
+        let clauses = clauses.transpose().map_err(|error| {
+            Error::Usage(format!(
+                "--where: column {}: {}",
+                error.place.1, error.message
+            ))
+        })?;
+        let rules = self.filter.as_deref();
+        let rules = rules.map(|path| Rules::load(path, registry, zone.clone()));
+        Ok(Selection {
+            period,
+            clauses,
+            rules: rules.transpose()?,
+        })
     }
 
     fn format(&self, zone: TimeZone) -> Format {
@@ -278,7 +311,7 @@ struct Run {
     is_v2: bool,
     /// Each file is announced.
     is_verbose: bool,
-    period: Period,
+    selection: Selection,
     /// How many records are still wanted.
     left: u64,
     names: Names,
@@ -314,6 +347,11 @@ impl Run {
             self.progress.input(input.length);
         }
         self.progress.clear();
+        if let Some(rules) = self.selection.rules.as_ref().filter(|_| self.is_debug) {
+            for line in rules.statistics() {
+                eprintln!("flowd-rs: {line}");
+            }
+        }
         if let Format::Sums(sums, style) = std::mem::replace(&mut self.format, Format::Nothing) {
             // Writing to a Vec cannot fail.
             let _ = sums.print(top, style, &mut self.out.buffer);
@@ -336,14 +374,23 @@ impl Run {
         while self.left > 0 {
             match source.next() {
                 None => break,
-                Some(Ok((record, fields))) => {
+                Some(Ok((mut record, mut fields))) => {
                     records += 1;
                     self.progress.record(source.offset());
-                    if self.period.contains(&record, fields) {
+                    let tag = record.rule_tag;
+                    if self.selection.takes(&mut record, &mut fields) {
                         selected += 1;
                         self.left -= 1;
-                        self.record(&record, fields, &source)?;
+                        let is_changed = record.rule_tag != tag;
+                        self.record(&record, fields, &source, is_changed)?;
                     }
+                }
+                Some(Err(Problem::Skipped(damage)))
+                    if matches!(damage.reason, SegmentError::Truncated { .. })
+                        && source.is_drained()
+                        && input.is_being_written(source.offset()) =>
+                {
+                    break;
                 }
                 Some(Err(Problem::Skipped(damage))) => {
                     skipped += damage.bytes;
@@ -382,7 +429,14 @@ impl Run {
         self.out.buffer.extend_from_slice(line.as_bytes());
     }
 
-    fn record(&mut self, record: &FlowRecord, fields: Fields, source: &Source) -> Result<()> {
+    /// Prints or copies a record. `is_changed` is for one that is not as it was stored.
+    fn record(
+        &mut self,
+        record: &FlowRecord,
+        fields: Fields,
+        source: &Source,
+        is_changed: bool,
+    ) -> Result<()> {
         let has_crc = fields.contains(Fields::CRC32);
         let stored = Stored {
             record,
@@ -399,8 +453,8 @@ impl Run {
         }
         if let Some(copy) = &mut self.copy {
             match source.bytes() {
-                Some(bytes) => copy.buffer.extend_from_slice(bytes),
-                None => segment::encode(record, fields, &mut copy.buffer),
+                Some(bytes) if !is_changed => copy.buffer.extend_from_slice(bytes),
+                _ => segment::encode(record, fields, &mut copy.buffer),
             }
             if copy.is_full() {
                 copy.flush()?;

@@ -3,6 +3,8 @@
 use std::fs::{self, File};
 use std::io::{self, BufReader, Read};
 use std::path::{Path, PathBuf};
+use std::thread::sleep;
+use std::time::Duration;
 
 use super::arguments::STDIN;
 use super::period::Period;
@@ -14,6 +16,8 @@ use crate::collector::store::segment::{self, ReadError, Records, v2};
 
 /// The bytes that are read at once of a file of version 2.
 const BUFFER_SIZE: usize = 1 << 20;
+/// A batch is written in far less.
+const WRITE_TIME: Duration = Duration::from_millis(20);
 
 /// A file, or standard input.
 pub struct Input {
@@ -34,6 +38,13 @@ impl Input {
             true => "standard input".to_owned(),
             false => escaped(&self.path.display().to_string()),
         }
+    }
+
+    /// Whether the end that was found at `offset` is that of a batch which the collector was writing: soon it is elsewhere.
+    pub fn is_being_written(&self, offset: u64) -> bool {
+        sleep(WRITE_TIME);
+        fs::metadata(&self.path)
+            .is_ok_and(|metadata| metadata.is_file() && metadata.len() != offset)
     }
 
     /// Opens it. `is_v2` is for a file of version 2.
