@@ -524,3 +524,75 @@ fn send_reports_a_pipe_that_is_full() {
         (1, String::new(), expected)
     );
 }
+
+#[test]
+fn config_commands_know_the_collector_in_both_spellings() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = |name: &str| directory.path().join(name).to_str().unwrap().to_owned();
+    let conf = path("netflow.conf");
+    let text = "web = \"port 80\"\nlogfile \"/var/log/flowd\"\nlisten on [::]:9995\nflow source any\n\
+                discard all\naccept tag 4294967295 quick dst 192.0.2.0/24 $web\naccept src any\n";
+    fs::write(&conf, text).unwrap();
+    let (code, output, error) = run(&["config", "check", "-c", &conf]);
+    assert_eq!((code, error.as_str()), (0, ""), "{output}");
+    for line in [
+        "listens on:  UDP [::]:9995 (listen)\n",
+        "sources:     every network\n",
+        "filter:      3 rules\n",
+        "stores in:   /var/log/flowd\n",
+        "note:        line 4: flow source any accepts every source",
+        "note:        line 7: src any matches every record",
+    ] {
+        assert!(output.contains(line), "{line}{output}");
+    }
+    let (code, yaml, error) = run(&["config", "convert", "-c", &conf, "-D", "web=port 443"]);
+    assert_eq!((code, error.as_str()), (0, ""), "{yaml}");
+    assert!(yaml.contains("dst 192.0.2.0/24 port 443"), "{yaml}");
+    let cfg = path("collector.cfg");
+    fs::write(&cfg, yaml).unwrap();
+    let shown = run(&["config", "show", "-c", &cfg]);
+    assert_eq!(shown.0, 0, "{}", shown.2);
+    let original = run(&["config", "show", "-c", &conf, "-D", "web=port 443"]);
+    assert_eq!(shown.1, original.1);
+
+    // A file without a key of its own is the collector's by its name, or by the option.
+    fs::write(&cfg, "logLevel: debug\n").unwrap();
+    let (code, output, _) = run(&["config", "check", "-c", &cfg]);
+    assert!(code == 0 && output.contains("UDP [::]:2055"), "{output}");
+    let other = path("other");
+    fs::write(&other, "logLevel: debug\n").unwrap();
+    assert_eq!(run(&["config", "check", "-c", &other]).0, 2);
+    assert_eq!(run(&["config", "check", "--collector", "-c", &other]).0, 0);
+
+    fs::write(
+        &cfg,
+        "filter: |\n  accept all\n  discard src 192.0.2.1/24\n",
+    )
+    .unwrap();
+    let (code, _, error) = run(&["config", "check", "-c", &cfg]);
+    let expected = format!(
+        "    3 |   discard src 192.0.2.1/24\n      |               ^\n\
+         flowd-rs: {cfg}:3:15: filter: 192.0.2.1/24 has bits of a host behind its length, expected 192.0.2.0/24 for the network or 192.0.2.1 for the host\n"
+    );
+    assert_eq!((code, error), (2, expected));
+    fs::set_permissions(&cfg, Permissions::from_mode(0o666)).unwrap();
+    let (code, _, error) = run(&["config", "show", "--collector", "-c", &cfg]);
+    assert_eq!(code, 2);
+    assert!(
+        error.contains("every user can write to this file"),
+        "{error}"
+    );
+    let (code, _, error) = run(&["config", "check", "-c", &conf, "-D", "1=x"]);
+    assert_eq!(code, 2);
+    assert!(
+        error.contains("\"1\" is not a valid name of a macro"),
+        "{error}"
+    );
+
+    let (code, schema, _) = run(&["config", "schema", "--collector"]);
+    let schema: Value = serde_json::from_str(&schema).unwrap();
+    assert_eq!(
+        (code, &schema["title"]),
+        (0, &"collector.cfg of flowd-rs".into())
+    );
+}

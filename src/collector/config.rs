@@ -85,7 +85,7 @@ impl CollectorConfig {
             }));
         }
         let config = flowd_conf::parse(&text, &mut Macros::new(macros)).map_err(error)?;
-        let raw = flowd_conf::convert(&text, &mut Macros::new(macros)).map_err(error)?;
+        let raw = flowd_conf::convert(&text, macros).map_err(error)?;
         let notes = config.notes.iter().map(|note| format!("# {note}\n"));
         Ok(show::print(&raw) + &notes.collect::<String>())
     }

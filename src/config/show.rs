@@ -306,7 +306,7 @@ const TEXT_OR_NUMBER: [&str; 15] = [
 const EXAMPLE_CONFIG: &str = include_str!("../../conf/flowd.cfg");
 
 /// Keys without a default: their value in the example configuration is an example.
-const WITHOUT_DEFAULT: [&str; 22] = [
+const WITHOUT_DEFAULT: [&str; 16] = [
     "stunServers",
     "group",
     "unixSocket",
@@ -323,13 +323,6 @@ const WITHOUT_DEFAULT: [&str; 22] = [
     "publicIPv6",
     "manualMapping",
     "port",
-    // Of the collector.
-    "sources",
-    "interface",
-    "logfile",
-    "size",
-    "age",
-    "path",
 ];
 
 /// A key of the example configuration: the comment above it and its value.
@@ -391,11 +384,12 @@ fn definition(schema: &Value) -> Option<&str> {
 
 /// A JSON schema (draft 2020-12) of the YAML, for editors: allowed values, descriptions and defaults.
 pub fn schema() -> Value {
-    describe::<raw::Raw>("flowd.cfg of flowd-rs", EXAMPLE_CONFIG)
+    describe::<raw::Raw>("flowd.cfg of flowd-rs", EXAMPLE_CONFIG, &WITHOUT_DEFAULT)
 }
 
-/// The schema of raw settings, with the comments and defaults of a commented configuration.
-pub fn describe<T: JsonSchema>(title: &str, example: &str) -> Value {
+/// The schema of raw settings, with the comments and defaults of a commented configuration; its values of the keys
+/// `without_default` are examples.
+pub fn describe<T: JsonSchema>(title: &str, example: &str, without_default: &[&str]) -> Value {
     let schema: Schema = schemars::schema_for!(T);
     let mut schema = serde_json::to_value(schema).unwrap_or_default();
     refine(&mut schema);
@@ -410,7 +404,7 @@ pub fn describe<T: JsonSchema>(title: &str, example: &str) -> Value {
             Some(value)
                 if key
                     .last()
-                    .is_some_and(|key| WITHOUT_DEFAULT.contains(&key.as_str())) =>
+                    .is_some_and(|key| without_default.contains(&key.as_str())) =>
             {
                 property["examples"] = json!([value]);
             }

@@ -70,19 +70,36 @@ pub fn parse(text: &str, macros: &mut Macros) -> std::result::Result<CollectorCo
     Ok(config)
 }
 
-/// Reads a text into YAML with the same meaning.
-pub fn convert(text: &str, macros: &mut Macros) -> std::result::Result<raw::Raw, YamlError> {
-    let file = File::read(text, macros).map_err(without_key)?;
-    let rules: Vec<String> = file
-        .rules
-        .rules
-        .iter()
-        .map(|rule| format!("{rule}\n"))
-        .collect();
+/// Reads a text into YAML with the same meaning. The rules stay as they are, with their macros and comments, unless
+/// macros of the command line replace some.
+pub fn convert(text: &str, fixed: &[(String, String)]) -> std::result::Result<raw::Raw, YamlError> {
+    let file = File::read(text, &mut Macros::new(fixed)).map_err(without_key)?;
+    let rules = file.rules.rules.iter();
+    let rules: String = match fixed.is_empty() {
+        true => filter_lines(text, &file.filter_lines),
+        false => rules.map(|rule| format!("{rule}\n")).collect(),
+    };
     Ok(raw::Raw {
-        filter: (!rules.is_empty()).then(|| TextOrList::Text(rules.concat())),
+        filter: (!file.rules.rules.is_empty()).then_some(TextOrList::Text(rules)),
         ..file.raw
     })
+}
+
+/// The given lines, from 1, each with the comments above it.
+fn filter_lines(text: &str, ranges: &[(usize, usize)]) -> String {
+    let lines = text.trim_start_matches('\u{feff}').lines();
+    let lines: Vec<&str> = lines.map(str::trim_end).collect();
+    let mut result = String::new();
+    for &(first, last) in ranges {
+        let is_comment = |line: &&&str| line.trim_start().starts_with('#');
+        let above = lines[..first - 1].iter().rev().take_while(is_comment);
+        let start = first - 1 - above.count();
+        for line in &lines[start..last] {
+            result.push_str(line);
+            result.push('\n');
+        }
+    }
+    result
 }
 
 fn without_key(error: ParseError) -> YamlError {
@@ -106,6 +123,8 @@ struct File {
     rules: Rules,
     origins: Vec<Origin>,
     notes: Vec<String>,
+    /// First and last line of each rule and macro.
+    filter_lines: Vec<(usize, usize)>,
     accepts_all_sources: bool,
 }
 
@@ -121,16 +140,19 @@ impl File {
         let (registry, _) = registry::load_cached_or_builtin(&settings);
         let mut statements = Statements::new(text.trim_start_matches('\u{feff}'));
         while let Some(tokens) = statements.next_statement(macros)? {
+            let place = tokens[0].place;
+            let lines = (place.0, statements.last_line);
             if define_macro(&tokens, macros)? {
+                file.filter_lines.push(lines);
                 continue;
             }
-            let place = tokens[0].place;
             let mut parser = Parser::new(tokens);
             match parser.peek_word() {
                 Some("accept" | "discard") => {
                     let rule = parser.rule(&registry)?;
                     file.rule_notes(&rule, place.0);
                     file.rules.push(rule, place)?;
+                    file.filter_lines.push(lines);
                 }
                 _ => file.directive(&mut parser, place)?,
             }

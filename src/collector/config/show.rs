@@ -17,6 +17,9 @@ pub use crate::config::show::print;
 /// The commented example configuration, with the description and default of every key.
 const EXAMPLE_CONFIG: &str = include_str!("../../../conf/collector.cfg");
 
+/// Keys without a default: their value in the example configuration is an example.
+const WITHOUT_DEFAULT: [&str; 6] = ["sources", "logfile", "size", "age", "path", "bufferSize"];
+
 impl Document for raw::Raw {
     fn keys() -> Vec<String> {
         keys()
@@ -25,7 +28,11 @@ impl Document for raw::Raw {
 
 /// A JSON schema (draft 2020-12) of the YAML, for editors: descriptions and defaults.
 pub fn schema() -> Value {
-    describe::<raw::Raw>("collector.cfg of flowd-rs", EXAMPLE_CONFIG)
+    describe::<raw::Raw>(
+        "collector.cfg of flowd-rs",
+        EXAMPLE_CONFIG,
+        &WITHOUT_DEFAULT,
+    )
 }
 
 /// All keys of the YAML, by dots, in their order; for a list of mappings also the keys of its elements.

@@ -270,6 +270,7 @@ store TAG
 store recv_time # in any case
 store SRCDST_ADDR
 
+# Nothing else is kept.
 discard all
 accept tag 1 quick agent 192.0.2.1 src $Site $web \
     dst any
@@ -319,9 +320,9 @@ fn flowd_conf_of_djm_is_read_as_it_is() {
     assert_eq!(
         config.notes,
         [
-            "line 19: dst any matches every record; in djm's flowd, such a rule never matched",
-            "line 22: src any matches every record; in djm's flowd, such a rule never matched",
-            "line 23: the time from after to before reaches over midnight",
+            "line 20: dst any matches every record; in djm's flowd, such a rule never matched",
+            "line 23: src any matches every record; in djm's flowd, such a rule never matched",
+            "line 24: the time from after to before reaches over midnight",
         ]
     );
     let macros = [("web".to_owned(), "port 443".to_owned())];
@@ -489,7 +490,21 @@ fn shown_and_converted_yaml_has_the_same_meaning() {
         "{yaml}"
     );
     assert!(
-        yaml.contains("# line 22: src any matches every record"),
+        yaml.contains("# line 23: src any matches every record"),
+        "{yaml}"
+    );
+    assert!(
+        yaml.contains("# Nothing else is kept.\n  discard all\n"),
+        "{yaml}"
+    );
+    assert!(
+        yaml.contains("src $Site $web \\\n      dst any\n"),
+        "{yaml}"
+    );
+    let macros = [("web".to_owned(), "port 443".to_owned())];
+    let yaml = CollectorConfig::convert_file(&path, &macros).unwrap();
+    assert!(
+        yaml.contains("src 192.0.2.0/24 port 443 dst any\n"),
         "{yaml}"
     );
     std::fs::write(&path, "workers: 1\n").unwrap();
@@ -548,8 +563,35 @@ proptest! {
     ) {
         for text in [text, parts.join(" "), parts.concat()] {
             let _ = parse(&text);
-            let _ = flowd_conf::convert(&text, &mut Macros::default());
+            let _ = flowd_conf::convert(&text, &[]);
             let _ = CollectorConfig::is_collector(&text);
+        }
+    }
+
+    #[test]
+    fn a_converted_flowd_conf_has_the_same_meaning(
+        lines in proptest::collection::vec(
+            proptest::sample::select(vec![
+                "listen on 127.0.0.1:5", "listen on [::1]:$port bufsize 4096", "flow source ::/0", "flow source any",
+                "join group ff02::1", "logfile \"/a b\"", "logsock '/s' bufsize 2048", "pidfile /p", "store TAG",
+                "store all", "forward to 192.0.2.1:9", "accept all", "accept tag 5 $what", "\tdiscard dst any\t",
+                "accept \\\n  proto tcp # x: y", "# a: comment", "", "what = \"src any\"", "what = src any port $port",
+                "port = 80", "port=8080 # and so on", "discard label any experiment 'atlas'",
+            ]),
+            1..12,
+        ),
+        end in proptest::sample::select(vec!["\n", "\r\n"]),
+    ) {
+        let text: String = lines.iter().map(|line| format!("{line}{end}")).collect();
+        if let (Ok(config), true) = (parse(&text), flowd_conf::is_flowd_conf(&text)) {
+            let yaml = show::print(&flowd_conf::convert(&text, &[]).unwrap());
+            let converted = parse(&yaml).map_err(|error| TestCaseError::fail(format!("{error}\n{yaml}")))?;
+            let notes = Vec::new();
+            prop_assert_eq!(
+                CollectorConfig { notes: notes.clone(), ..converted },
+                CollectorConfig { notes, ..config },
+                "{}", yaml
+            );
         }
     }
 }

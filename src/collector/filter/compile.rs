@@ -174,16 +174,19 @@ pub(super) struct Tags {
 pub(super) struct TagSet(Box<[u64]>);
 
 impl TagSet {
-    fn of(holds: impl Fn(Tag) -> bool) -> TagSet {
-        let activities = |experiment| {
-            let tags = (0..=ACTIVITY_MAX).map(|activity| Tag {
-                experiment,
-                activity,
-            });
-            let bits = tags.filter(|tag| holds(*tag)).map(|tag| 1 << tag.activity);
-            bits.fold(0, |all, bit| all | bit)
-        };
+    /// `activities` gives the bits of an experiment.
+    fn of(activities: impl Fn(u16) -> u64) -> TagSet {
         TagSet((0..=EXPERIMENT_MAX).map(activities).collect())
+    }
+
+    fn registered(registry: &Registry) -> TagSet {
+        TagSet::of(|experiment| {
+            let experiment = registry.experiment(experiment);
+            let activities = experiment.iter().flat_map(|e| &e.activities);
+            activities
+                .map(|activity| bit(activity.id))
+                .fold(0, |all, bit| all | bit)
+        })
     }
 
     pub(super) fn contains(&self, tag: Tag) -> bool {
@@ -202,7 +205,7 @@ impl Filter {
         let mut filter = Filter {
             rules: Vec::with_capacity(rules.len()),
             checks: Vec::new(),
-            registered: TagSet::of(|tag| is_registered(registry, tag)),
+            registered: TagSet::registered(registry),
             uses_tags: false,
             uses_local_time: false,
             time_zone,
@@ -406,33 +409,40 @@ fn addresses(whose: Whose, test: &Test<Addresses>) -> Option<Check> {
     })
 }
 
-fn is_registered(registry: &Registry, tag: Tag) -> bool {
-    let experiment = registry.experiment(tag.experiment);
-    experiment.is_some_and(|e| e.activities.iter().any(|a| a.id == tag.activity))
+/// The bit of an activity; none for one that does not fit in a label.
+fn bit(activity: u16) -> u64 {
+    1_u64.checked_shl(activity.into()).unwrap_or(0)
 }
 
 fn tags(clauses: &Clauses, registry: &Registry) -> Tags {
-    let experiment = |name: &Name, tag: Tag| match name {
-        Name::Id(id) => tag.experiment == *id,
-        Name::Name(name) => registry.experiment_id(name) == Some(tag.experiment),
+    let test = |test: &Option<Test<Vec<Name>>>| match test {
+        Some(test) => (test.negated, test.value.clone()),
+        // Not one of none: all.
+        None => (true, Vec::new()),
     };
-    // The same name has another id in each experiment.
-    let activity = |name: &Name, tag: Tag| match name {
-        Name::Id(id) => tag.activity == *id,
-        Name::Name(name) => registry.activity_id(tag.experiment, name) == Some(tag.activity),
-    };
-    let holds = |test: &Option<Test<Vec<Name>>>, is: &dyn Fn(&Name, Tag) -> bool, tag| {
-        let holds =
-            |test: &Test<Vec<Name>>| test.value.iter().any(|name| is(name, tag)) != test.negated;
-        test.as_ref().is_none_or(holds)
-    };
-    let negated = |test: &Option<Test<Vec<Name>>>| test.as_ref().is_none_or(|test| test.negated);
-    Tags {
-        set: TagSet::of(|tag| {
-            holds(&clauses.experiment, &experiment, tag) && holds(&clauses.activity, &activity, tag)
-        }),
-        untagged: negated(&clauses.experiment) && negated(&clauses.activity),
-    }
+    let (not_experiments, experiments) = test(&clauses.experiment);
+    let (not_activities, activities) = test(&clauses.activity);
+    let experiments: Vec<u16> = experiments
+        .iter()
+        .filter_map(|name| match name {
+            Name::Id(id) => Some(*id),
+            Name::Name(name) => registry.experiment_id(name),
+        })
+        .collect();
+    let set = TagSet::of(|experiment| {
+        if experiments.contains(&experiment) == not_experiments {
+            return 0;
+        }
+        // The same name has another id in each experiment.
+        let ids = activities.iter().filter_map(|name| match name {
+            Name::Id(id) => Some(*id),
+            Name::Name(name) => registry.activity_id(experiment, name),
+        });
+        let bits = ids.map(bit).fold(0, |all, bit| all | bit);
+        if not_activities { !bits } else { bits }
+    });
+    let untagged = not_experiments && not_activities;
+    Tags { set, untagged }
 }
 
 /// A name of a rule that the registry does not know.

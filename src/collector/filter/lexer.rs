@@ -145,6 +145,8 @@ pub struct Statements<'a> {
     /// Where the macro is used that is being expanded.
     used_at: Place,
     expansion: usize,
+    /// The last line of the statement that was read last.
+    pub last_line: usize,
     /// Lines with a comment that ends with a backslash, which does not continue it.
     pub comments_with_backslash: Vec<usize>,
 }
@@ -158,6 +160,7 @@ impl<'a> Statements<'a> {
             expanded: Vec::new(),
             used_at: (1, 1),
             expansion: 0,
+            last_line: 0,
             comments_with_backslash: Vec::new(),
         }
     }
@@ -194,6 +197,7 @@ impl<'a> Statements<'a> {
             let place = self.place();
             match c {
                 '\n' => {
+                    self.last_line = self.at.0;
                     self.next();
                     if !tokens.is_empty() {
                         return Ok(Some(tokens));
@@ -224,6 +228,7 @@ impl<'a> Statements<'a> {
                 }
             }
         }
+        self.last_line = self.at.0;
         Ok((!tokens.is_empty()).then_some(tokens))
     }
 
