@@ -78,7 +78,7 @@ fn records() -> Vec<FlowRecord> {
             .wrapping_add(1);
         (state >> 33) % below
     };
-    let mut address = move |random: &mut dyn FnMut(u64) -> u64, v4: bool| -> IpAddr {
+    let address = move |random: &mut dyn FnMut(u64) -> u64, v4: bool| -> IpAddr {
         match v4 {
             true => IpAddr::from([192, 0, random(4) as u8, random(256) as u8]),
             false => {

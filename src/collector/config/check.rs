@@ -12,6 +12,7 @@ use super::settings::{
     CONTROL_SOCKET, CollectorConfig, Forward, Limits, Listen, MulticastGroup, NETFLOW_PORT,
     STATE_DIR,
 };
+use crate::collector::exporters;
 use crate::collector::filter::Rules;
 use crate::collector::filter::grammar::prefix;
 use crate::collector::store::fields::Fields;
@@ -29,10 +30,6 @@ const DIRECTORY: &str = "/var/lib/flowd-collector/segments";
 const ROTATE_INTERVAL: Duration = Duration::from_secs(300);
 const MIB: u64 = 1 << 20;
 const MAX_WAITING: u64 = 256 * MIB;
-const TEMPLATE_MEMORY: u64 = 32 * MIB;
-const TEMPLATE_MEMORY_PER_EXPORTER: u64 = MIB;
-/// Exporters repeat templates every half an hour at least; three times that, as RFC 7011 advises, and some more.
-const TEMPLATE_TIMEOUT: Duration = Duration::from_secs(2 * 3600);
 const MAX_EXPORTERS: i64 = 10_000;
 /// The prometheus backend of `flowd-rs run` has 8080 and 8081.
 const METRICS_PORT: i64 = 8082;
@@ -52,6 +49,7 @@ pub fn check(raw: raw::Raw, rules: Rules) -> Result<CollectorConfig> {
     let mut notes = Vec::new();
     let registry = registry_settings(&raw)?;
     let limits = raw.limits;
+    let exporters = exporters::Limits::default();
     let max_waiting = size("limits.maxWaiting", limits.max_waiting.as_deref())?;
     let log_socket = raw
         .log_socket
@@ -117,16 +115,16 @@ pub fn check(raw: raw::Raw, rules: Rules) -> Result<CollectorConfig> {
             template_memory: size_or(
                 "limits.templateMemory",
                 limits.template_memory,
-                TEMPLATE_MEMORY,
+                exporters.total_bytes as u64,
             )?,
             template_memory_per_exporter: size_or(
                 "limits.templateMemoryPerExporter",
                 limits.template_memory_per_exporter,
-                TEMPLATE_MEMORY_PER_EXPORTER,
+                exporters.exporter_bytes as u64,
             )?,
             template_timeout: match limits.template_timeout {
                 Some(text) => duration("limits.templateTimeout", &text)?,
-                None => TEMPLATE_TIMEOUT,
+                None => Duration::from_secs(exporters.lifetime_s),
             },
             max_exporters: range(
                 "limits.maxExporters",

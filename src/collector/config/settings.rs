@@ -88,10 +88,11 @@ pub struct Forward {
 pub struct Limits {
     /// `templateMemory`: bytes of all templates and options; beyond, the ones used least recently are dropped.
     pub template_memory: usize,
-    /// `templateMemoryPerExporter`: bytes of one exporter's, likewise.
+    /// `templateMemoryPerExporter`: bytes of those of one address, likewise.
     pub template_memory_per_exporter: usize,
-    /// `templateTimeout`: how long a template is kept that the exporter does not repeat.
+    /// `templateTimeout`: how long a template is kept after its last use.
     pub template_timeout: Duration,
-    /// `maxExporters`: how many exporters are known at a time; beyond, the one that was silent longest is forgotten.
+    /// `maxExporters`: how many exporters have counts of their own; beyond, those that were silent longest are counted
+    /// together.
     pub max_exporters: usize,
 }
