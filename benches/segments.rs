@@ -47,6 +47,9 @@ fn benches(criterion: &mut Criterion) {
     for ((family, is_v6), (name, fields)) in families.iter().flat_map(|f| fields.map(|g| (*f, g))) {
         let records: Vec<FlowRecord> = (0..BATCH).map(|n| record(n, is_v6)).collect();
         let mut out = Vec::new();
+        records
+            .iter()
+            .for_each(|record| encode(record, fields, &mut out));
         group.bench_function(format!("encode, {family}, {name}"), |b| {
             b.iter(|| {
                 out.clear();

@@ -2,7 +2,6 @@
 
 use std::net::IpAddr;
 
-use jiff::Timestamp;
 use jiff::tz::TimeZone;
 
 use super::Stored;
@@ -27,7 +26,8 @@ pub struct Text {
     is_verbose: bool,
     received: Clock,
     sent: Clock,
-    zone: TimeZone,
+    start: Clock,
+    end: Clock,
 }
 
 impl Text {
@@ -36,7 +36,8 @@ impl Text {
             is_verbose,
             received: Clock::new(zone.clone()),
             sent: Clock::new(zone.clone()),
-            zone,
+            start: Clock::new(zone.clone()),
+            end: Clock::new(zone),
         }
     }
 
@@ -128,7 +129,7 @@ impl Text {
     }
 
     /// The fields that djm's flowd does not have follow those that it has.
-    fn extension(&self, stored: &Stored, names: &mut Names, out: &mut Vec<u8>) {
+    fn extension(&mut self, stored: &Stored, names: &mut Names, out: &mut Vec<u8>) {
         let record = stored.record;
         let has = |field| stored.fields.contains(field);
         if let Some(label) = record.flow_label {
@@ -145,26 +146,14 @@ impl Text {
             );
         }
         if has(Fields::ABSOLUTE_TIMES) {
-            for (name, time) in [("start", record.start_ms), ("end", record.end_ms)] {
-                display(out, format_args!(" {name} {}", self.milliseconds(time)));
-            }
+            milliseconds(out, "start", record.start_ms, &mut self.start);
+            milliseconds(out, "end", record.end_ms, &mut self.end);
         }
         if has(Fields::SAMPLING) {
             field(out, "sampling", record.sampling_interval);
         }
         if has(Fields::DOMAIN) {
             field(out, "domain", record.domain);
-        }
-    }
-
-    fn milliseconds(&self, time: u64) -> String {
-        let parsed = i64::try_from(time).ok().map(Timestamp::from_millisecond);
-        match parsed {
-            Some(Ok(time)) => {
-                let zoned = time.to_zoned(self.zone.clone());
-                zoned.strftime("%Y-%m-%dT%H:%M:%S.%3f").to_string()
-            }
-            _ => time.to_string(),
         }
     }
 }
@@ -205,4 +194,16 @@ fn uptime(out: &mut Vec<u8>, name: &str, milliseconds: u32) {
         }
     }
     display(out, format_args!(".{:03}", milliseconds % 1000));
+}
+
+/// Appends a UNIX time; as a number if it is beyond the year 2106.
+fn milliseconds(out: &mut Vec<u8>, name: &str, time: u64, clock: &mut Clock) {
+    label(out, name);
+    match u32::try_from(time / 1000) {
+        Ok(second) => display(
+            out,
+            format_args!("{}.{:03}", clock.text(second), time % 1000),
+        ),
+        Err(_) => number(out, time),
+    }
 }

@@ -37,6 +37,13 @@ impl Reader<'_> {
         u32::from_be_bytes(self.take())
     }
 
+    /// Two numbers at once, which saves a check of the length.
+    #[inline(always)]
+    fn pair(&mut self) -> (u32, u32) {
+        let both = self.u64();
+        ((both >> 32) as u32, both as u32)
+    }
+
     #[inline(always)]
     fn u64(&mut self) -> u64 {
         u64::from_be_bytes(self.take())
@@ -61,8 +68,7 @@ impl Reader<'_> {
             record.rule_tag = Some(self.u32());
         }
         if self.has(Fields::RECV_TIME) {
-            record.received_s = self.u32();
-            record.received_us = self.u32();
+            (record.received_s, record.received_us) = self.pair();
         }
         if self.has(Fields::PROTO_FLAGS_TOS) {
             [record.tcp_flags, record.protocol, record.tos, _] = self.take();
@@ -84,22 +90,18 @@ impl Reader<'_> {
             record.octets = self.u64();
         }
         if self.has(Fields::IF_INDICES) {
-            record.input = self.u32();
-            record.output = self.u32();
+            (record.input, record.output) = self.pair();
         }
         if self.has(Fields::AGENT_INFO) {
-            record.uptime_ms = self.u32();
-            record.exporter_s = self.u32();
-            record.exporter_ns = self.u32();
-            record.version = (self.u32() >> 16) as u16;
+            (record.uptime_ms, record.exporter_s) = self.pair();
+            let (exporter_ns, version) = self.pair();
+            (record.exporter_ns, record.version) = (exporter_ns, (version >> 16) as u16);
         }
         if self.has(Fields::FLOW_TIMES) {
-            record.start_uptime_ms = self.u32();
-            record.end_uptime_ms = self.u32();
+            (record.start_uptime_ms, record.end_uptime_ms) = self.pair();
         }
         if self.has(Fields::AS_INFO) {
-            record.source_as = self.u32();
-            record.destination_as = self.u32();
+            (record.source_as, record.destination_as) = self.pair();
             [record.source_mask, record.destination_mask, _, _] = self.take();
         }
         if self.has(Fields::FLOW_ENGINE_INFO) {
