@@ -27,7 +27,7 @@ BENCH_TOOLS = wrk:wrk:wrk
 # Tests the API against its OpenAPI description; from PyPI.
 SCHEMATHESIS = target/schemathesis/bin/schemathesis
 
-.PHONY: help deps test-deps test-tools build run test bench lint install rpm test-rpm
+.PHONY: help deps test-deps test-tools build run test fuzz bench lint install rpm test-rpm
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 10
@@ -59,9 +59,25 @@ test: test-deps ## run all tests; without root, those that need it are skipped a
 		$(CARGO) test --locked && echo "Tests marked \"ignored\" need root; run them with sudo make test."; \
 	fi
 
+FUZZ_SECONDS = 60
+# With a nightly toolchain the address sanitizer watches, too; libFuzzer itself needs none.
+fuzz: deps ## run every fuzz target for FUZZ_SECONDS; installs cargo-fuzz if need be
+	@command -v cargo-fuzz >/dev/null || $(CARGO) install --locked cargo-fuzz
+	@if rustup run nightly rustc --version >/dev/null 2>&1; then \
+		echo "make fuzz: nightly toolchain, with the address sanitizer"; toolchain=+nightly; sanitizer=address; \
+	else \
+		echo "make fuzz: no nightly toolchain, so without a sanitizer"; toolchain=; sanitizer=none; \
+	fi; \
+	for target in $$($(CARGO) fuzz list); do \
+		mkdir -p fuzz/corpus/$$target fuzz/seeds/$$target && \
+		$(CARGO) $$toolchain fuzz run --sanitizer $$sanitizer $$target fuzz/corpus/$$target fuzz/seeds/$$target -- \
+			-max_total_time=$(FUZZ_SECONDS) -max_len=8192 || exit; \
+	done
+
 bench: test-deps ## measure the codecs, and the daemon against the limits of this machine (needs root)
 	@conf/install-deps $(BENCH_TOOLS)
 	$(CARGO) bench --locked --bench codecs
+	$(CARGO) bench --locked --bench collector
 	$(CARGO) bench --locked --bench end_to_end
 	$(CARGO) bench --locked --bench marker
 	$(CARGO) bench --locked --bench inputs

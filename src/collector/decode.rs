@@ -67,8 +67,13 @@ impl Decoder {
         Decoder {
             sequences: Recent::new(exporters.limits().sequences),
             exporters,
-            places: Places::new(),
+            places: Places::default(),
         }
+    }
+
+    /// Number of exporters' processes whose sequence numbers are followed.
+    pub fn sequences(&self) -> usize {
+        self.sequences.len()
     }
 
     /// Decodes a datagram that arrived at `received`, UNIX seconds and microseconds, and appends its flow records. An IPv4 sender's

@@ -12,7 +12,7 @@ use std::net::IpAddr;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
-use arc_swap::ArcSwap;
+use arc_swap::ArcSwapOption;
 
 use super::decode::options::News;
 use super::decode::sampling::{Sampling, Scope};
@@ -22,7 +22,7 @@ use super::record::ExporterKey;
 pub use saved::{RestoreError, Restored};
 
 /// A writer copies the map of one shard, so that there are many and each is small.
-const SHARDS: usize = 256;
+const SHARDS: usize = 1024;
 /// An exporter that was heard again after so long is known.
 const KNOWN_AFTER_US: u64 = 1_000_000;
 
@@ -149,8 +149,8 @@ impl Exporter {
             Change::Withdraw(id) => self.templates.retain(|template| template.id != id),
             Change::WithdrawAll(kind) => self.templates.retain(|template| template.kind() != kind),
             Change::News(News::Interval(scope, interval)) => {
-                // Templates have the most of the bytes of an address.
-                let most = limits.exporter_bytes / 4 / size_of::<(Scope, u32)>();
+                // Templates need most of the bytes, and every change copies all intervals.
+                let most = limits.exporter_bytes / 16 / size_of::<(Scope, u32)>();
                 if self.sampling.len() < most || self.sampling.get(scope).is_some() {
                     self.sampling.set(scope, interval);
                 }
@@ -164,6 +164,7 @@ impl Exporter {
         // An entry of the map, with the room that maps leave free, and two allocations.
         const ENTRY: usize = 2 * size_of::<(ExporterKey, Arc<Exporter>)>() + 32;
         self.templates.shrink_to_fit();
+        self.sampling.shrink_to_fit();
         let templates: usize = self.templates.iter().map(|template| template.bytes()).sum();
         self.bytes = ENTRY
             + size_of::<Exporter>()
@@ -177,9 +178,19 @@ type Map = HashMap<ExporterKey, Arc<Exporter>>;
 
 #[derive(Default)]
 struct Shard {
-    map: ArcSwap<Map>,
-    /// Held while the map is replaced. Readers do not look at it.
-    writer: Mutex<()>,
+    map: ArcSwapOption<Map>,
+    /// Bytes of all exporters in the map. Held while the map is replaced; readers do not look at it.
+    writer: Mutex<usize>,
+}
+
+impl Shard {
+    /// Every exporter.
+    fn all(&self) -> Vec<(ExporterKey, Arc<Exporter>)> {
+        let map = self.map.load();
+        let all = map.iter().flat_map(|map| map.iter());
+        all.map(|(key, exporter)| (*key, exporter.clone()))
+            .collect()
+    }
 }
 
 /// What is known of an exporter, for listings.
@@ -239,7 +250,7 @@ impl Exporters {
     /// The current state of an exporter.
     pub fn get(&self, key: &ExporterKey) -> Option<Arc<Exporter>> {
         let map = self.shards[self.shard(key.address)].map.load();
-        map.get(key).cloned()
+        map.as_ref()?.get(key).cloned()
     }
 
     /// Changes the state of an exporter. Returns the new state, `None` if nothing is left of it.
@@ -271,7 +282,7 @@ impl Exporters {
             if !exporter.is_empty() {
                 exporter.measure();
                 map.insert(*key, Arc::new(exporter));
-                self.bound_address(map, key.address);
+                self.bound_address(map, key);
             }
             map.get(key).cloned()
         });
@@ -282,28 +293,31 @@ impl Exporters {
     /// Replaces the map of a shard by one that `change` makes of it.
     fn replace<T>(&self, index: usize, change: impl FnOnce(&mut Map) -> T) -> T {
         let shard = &self.shards[index];
-        let _writer = shard.writer.lock().unwrap_or_else(PoisonError::into_inner);
-        let mut map = Map::clone(&shard.map.load());
-        let bytes = |map: &Map| map.values().map(|exporter| exporter.bytes).sum::<usize>();
-        let before = bytes(&map);
+        let mut before = shard.writer.lock().unwrap_or_else(PoisonError::into_inner);
+        let map = shard.map.load_full();
+        let mut map = map.map_or_else(Map::default, |map| Map::clone(&map));
         let result = change(&mut map);
-        let after = bytes(&map);
-        shard.map.store(Arc::new(map));
+        let after = map.values().map(|exporter| exporter.bytes).sum();
+        shard.map.store((!map.is_empty()).then(|| Arc::new(map)));
         self.bytes.fetch_add(after, Ordering::Relaxed);
-        self.bytes.fetch_sub(before, Ordering::Relaxed);
+        self.bytes.fetch_sub(*before, Ordering::Relaxed);
+        *before = after;
         result
     }
 
-    /// Forgets templates of an address, those first that were not used for the longest time, until its limit is kept.
-    fn bound_address(&self, map: &mut Map, address: IpAddr) {
+    /// Forgets templates of an address, those first that were not used for the longest time, until its limit is kept; those of
+    /// `changed` last.
+    fn bound_address(&self, map: &mut Map, changed: &ExporterKey) {
+        let address = changed.address;
         loop {
             let mut bytes = 0;
-            let mut oldest: Option<(u64, ExporterKey, Option<u16>)> = None;
+            let mut oldest: Option<((u64, bool), ExporterKey, Option<u16>)> = None;
             for (key, exporter) in map.iter().filter(|(key, _)| key.address == address) {
                 bytes += exporter.bytes;
                 let mut candidate = |used_us, id| {
-                    if oldest.is_none_or(|(other, ..)| used_us < other) {
-                        oldest = Some((used_us, *key, id));
+                    let age = (used_us, key == changed);
+                    if oldest.is_none_or(|(other, ..)| age < other) {
+                        oldest = Some((age, *key, id));
                     }
                 };
                 if exporter.templates.is_empty() {
@@ -332,22 +346,30 @@ impl Exporters {
         let mut index = grown;
         // Every shard is asked once at most: then other workers make room, too.
         for _ in 0..=SHARDS {
-            while self.bytes() > self.limits.total_bytes {
-                let forgotten = self.replace(index, |map| {
-                    // Those that were heard only once are the first to go.
-                    let age = |exporter: &Exporter| {
-                        let used_us = exporter.used_us();
-                        let known = used_us.saturating_sub(exporter.first_us) >= KNOWN_AFTER_US;
-                        (known, used_us)
-                    };
-                    let others = map.iter().filter(|(key, _)| *key != keep);
-                    let oldest = others.min_by_key(|(_, exporter)| age(exporter));
-                    let oldest = oldest.map(|(key, _)| *key);
-                    oldest.and_then(|key| map.remove(&key)).is_some()
+            if self.bytes() > self.limits.total_bytes {
+                self.replace(index, |map| {
+                    let mut excess = self.bytes().saturating_sub(self.limits.total_bytes);
+                    let mut others: Vec<_> = map
+                        .iter()
+                        .filter(|(key, _)| *key != keep)
+                        .map(|(key, exporter)| {
+                            let used_us = exporter.used_us();
+                            // Those that were heard only once are the first to go.
+                            let known = used_us.saturating_sub(exporter.first_us) >= KNOWN_AFTER_US;
+                            (known, used_us, *key, exporter.bytes)
+                        })
+                        .collect();
+                    others.sort_unstable();
+                    // A few more than need be, so that the map is not copied again for the next one.
+                    excess += others.iter().map(|(.., bytes)| bytes).sum::<usize>() / 8;
+                    for (.., key, bytes) in others {
+                        if excess == 0 {
+                            break;
+                        }
+                        map.remove(&key);
+                        excess = excess.saturating_sub(bytes);
+                    }
                 });
-                if !forgotten {
-                    break;
-                }
             }
             if self.bytes() <= self.limits.total_bytes {
                 return;
@@ -358,14 +380,16 @@ impl Exporters {
 
     /// Forgets templates and exporters that were not used within their lifetime; to be called about once a minute.
     pub fn expire(&self, now_s: u64) {
-        let oldest_us = now_s.saturating_sub(self.limits.lifetime_s) * 1_000_000;
+        let oldest_us = now_s
+            .saturating_sub(self.limits.lifetime_s)
+            .saturating_mul(1_000_000);
         for (index, shard) in self.shards.iter().enumerate() {
             let is_old = |template: &Template| template.used_us() < oldest_us;
             let has_old = |exporter: &Arc<Exporter>| {
                 exporter.used_us() < oldest_us
                     || exporter.templates.iter().any(|template| is_old(template))
             };
-            if !shard.map.load().values().any(has_old) {
+            if !shard.all().iter().any(|(_, exporter)| has_old(exporter)) {
                 continue;
             }
             self.replace(index, |map| {
@@ -389,9 +413,8 @@ impl Exporters {
     pub fn templates(&self) -> Vec<Known> {
         let mut all = Vec::new();
         for shard in &self.shards {
-            let map = shard.map.load();
-            all.extend(map.iter().map(|(key, exporter)| Known {
-                key: *key,
+            all.extend(shard.all().into_iter().map(|(key, exporter)| Known {
+                key,
                 templates: exporter.templates.len(),
                 intervals: exporter.sampling.len(),
                 sampling_interval: exporter.sampling.default_interval(),

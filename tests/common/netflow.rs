@@ -5,11 +5,36 @@ pub const REVERSE: u32 = 29305;
 /// Length of a field whose records tell its length.
 pub const VARIABLE: u16 = 65535;
 
+/// The fields, element and length, that a router sends of an IPv4 flow.
+pub const FIELDS_20: [(u16, u16); 20] = [
+    (8, 4),
+    (12, 4),
+    (15, 4),
+    (10, 4),
+    (14, 4),
+    (2, 4),
+    (1, 4),
+    (22, 4),
+    (21, 4),
+    (7, 2),
+    (11, 2),
+    (6, 1),
+    (4, 1),
+    (5, 1),
+    (16, 4),
+    (17, 4),
+    (9, 1),
+    (13, 1),
+    (48, 1),
+    (61, 1),
+];
+
 /// A datagram of NetFlow v9 or IPFIX.
 #[derive(Clone)]
 pub struct Message {
     version: u16,
     bytes: Vec<u8>,
+    sets: u16,
 }
 
 impl Message {
@@ -18,7 +43,11 @@ impl Message {
         for number in [uptime_ms, unix_s, sequence, source_id] {
             bytes.extend(number.to_be_bytes());
         }
-        Message { version: 9, bytes }
+        Message {
+            version: 9,
+            bytes,
+            sets: 0,
+        }
     }
 
     pub fn ipfix(unix_s: u32, sequence: u32, domain: u32) -> Message {
@@ -26,11 +55,16 @@ impl Message {
         for number in [unix_s, sequence, domain] {
             bytes.extend(number.to_be_bytes());
         }
-        Message { version: 10, bytes }
+        Message {
+            version: 10,
+            bytes,
+            sets: 0,
+        }
     }
 
     /// A set of anything.
     pub fn set(mut self, id: u16, content: &[u8]) -> Message {
+        self.sets += 1;
         self.bytes.extend(id.to_be_bytes());
         self.bytes.extend((content.len() as u16 + 4).to_be_bytes());
         self.bytes.extend(content);
@@ -74,14 +108,13 @@ impl Message {
         self.set(set, &content)
     }
 
-    /// The datagram, with its length or count filled in.
+    /// The datagram, with its length filled in; in v9 the count, of which tshark believes that it counts sets.
     pub fn done(mut self) -> Vec<u8> {
-        let number = if self.version == 9 {
-            1
-        } else {
-            self.bytes.len()
+        let number = match self.version {
+            9 => self.sets,
+            _ => self.bytes.len() as u16,
         };
-        self.bytes[2..4].copy_from_slice(&(number as u16).to_be_bytes());
+        self.bytes[2..4].copy_from_slice(&number.to_be_bytes());
         self.bytes
     }
 }
@@ -117,6 +150,14 @@ pub fn variable(value: &[u8], long: bool) -> Vec<u8> {
     }
     bytes.extend(value);
     bytes
+}
+
+/// A datagram of v1 with records of 48 bytes, as softflowd sends them, in place of 52.
+pub fn short_v1(records: u32, uptime_ms: u32, unix_s: u32) -> Vec<u8> {
+    let long = old(1, records, 0, uptime_ms, unix_s);
+    let (header, long) = long.split_at(16);
+    let short = long.chunks(52).flat_map(|record| &record[..48]);
+    header.iter().chain(short).copied().collect()
 }
 
 /// A datagram of v1, v5 or v7 with records that differ in their ports and counters.

@@ -74,8 +74,14 @@ pub struct Plan {
     is_flow: bool,
 }
 
-/// Where the fields of one data record of variable length are: offset and length of each copy's.
-pub type Places = Vec<(u16, u16)>;
+/// Where the fields of a data record of variable length are.
+#[derive(Debug, Default)]
+pub struct Places {
+    /// Offset and length of the field of each copy.
+    fields: Vec<(u16, u16)>,
+    /// Offsets of all bytes that tell a length.
+    lengths: Vec<usize>,
+}
 
 /// What became of a set.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -236,17 +242,21 @@ impl Plan {
                     let Some(length) = self.find(steps, rest, places) else {
                         break;
                     };
+                    // Most names are as long as the one before: what has the same lengths is decoded together.
+                    let like_first =
+                        |row: &&[u8]| places.lengths.iter().all(|at| row[*at] == rest[*at]);
+                    let alike = rest.chunks_exact(length).take_while(like_first).count();
                     if self.is_flow {
                         let new = records.len();
-                        records.push(context.base);
+                        records.resize(new + alike, context.base);
                         let rows = Rows {
-                            bytes: &rest[..length],
+                            bytes: &rest[..alike * length],
                             stride: length,
                         };
-                        self.fill(rows, context, Some(places), new, records);
+                        self.fill(rows, context, Some(&places.fields), new, records);
                     }
-                    ran.data_records += 1;
-                    ran.bytes += length;
+                    ran.data_records += alike;
+                    ran.bytes += alike * length;
                 }
                 ran
             }
@@ -255,8 +265,9 @@ impl Plan {
 
     /// Finds the fields of the first data record in `bytes`. Returns its length, `None` if it is cut off.
     fn find(&self, steps: &[Step], bytes: &[u8], places: &mut Places) -> Option<usize> {
-        places.clear();
-        places.resize(self.copies.len(), (0, 0));
+        places.lengths.clear();
+        places.fields.clear();
+        places.fields.resize(self.copies.len(), (0, 0));
         let mut at = 0_usize;
         for step in steps {
             let (copy, length) = match *step {
@@ -265,10 +276,12 @@ impl Plan {
                 Step::SkipVariable | Step::TakeVariable(_) => {
                     // RFC 7011, 7.
                     let mut length = usize::from(*bytes.get(at)?);
+                    places.lengths.push(at);
                     at += 1;
                     if length == 255 {
                         let long = bytes.get(at..)?.first_chunk()?;
                         length = u16::from_be_bytes(*long).into();
+                        places.lengths.extend([at, at + 1]);
                         at += 2;
                     }
                     match *step {
@@ -279,7 +292,7 @@ impl Plan {
             };
             if let Some(copy) = copy {
                 // A datagram, and so an offset in it, has 16 bits.
-                places[usize::from(copy)] = (u16::try_from(at).ok()?, length as u16);
+                places.fields[usize::from(copy)] = (u16::try_from(at).ok()?, length as u16);
             }
             at += length;
             if at > bytes.len() {
@@ -294,7 +307,7 @@ impl Plan {
         &self,
         rows: Rows<'_>,
         context: &Context<'_>,
-        places: Option<&Places>,
+        places: Option<&[(u16, u16)]>,
         new: usize,
         records: &mut Vec<FlowRecord>,
     ) {
@@ -396,10 +409,14 @@ impl FieldCopy {
         if usize::from(self.length) != N {
             return;
         }
-        for (record, field) in records.iter_mut().zip(column.chunks(rows.stride)) {
-            if let Some(bytes) = field.first_chunk() {
-                set(record, *bytes);
-            }
+        // `chunks` would divide by the stride, once per field.
+        let mut rest = column;
+        for record in records {
+            let Some(bytes) = rest.first_chunk() else {
+                return;
+            };
+            set(record, *bytes);
+            rest = rest.get(rows.stride..).unwrap_or_default();
         }
     }
 

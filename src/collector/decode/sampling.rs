@@ -71,6 +71,11 @@ impl Sampling {
         self.intervals.iter()
     }
 
+    /// Gives memory back that is not used.
+    pub fn shrink_to_fit(&mut self) {
+        self.intervals.shrink_to_fit();
+    }
+
     /// Memory in use on the heap, in bytes.
     pub fn heap_bytes(&self) -> usize {
         self.intervals.capacity() * size_of::<(Scope, u32)>()

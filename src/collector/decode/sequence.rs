@@ -176,6 +176,16 @@ impl<K: Eq + Hash + Copy, V> Recent<K, V> {
         }
     }
 
+    /// Number of entries.
+    pub fn len(&self) -> usize {
+        self.newer.len() + self.older.len()
+    }
+
+    /// Whether there is none.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
     /// An entry.
     pub fn get(&mut self, key: &K) -> Option<&mut V> {
         if !self.newer.contains_key(key) {

@@ -6,13 +6,6 @@ use super::problem::{Expected, Problem, Rejection};
 use super::times::{self, Clocks};
 use crate::collector::record::FlowRecord;
 
-/// What differs between the versions.
-struct Version {
-    header: usize,
-    record: usize,
-    most: usize,
-}
-
 /// What is read of the header, and what of the records.
 pub struct Header {
     /// Sequence number of the first record; 0 in v1.
@@ -68,37 +61,30 @@ pub fn run(
     clocks: &Clocks,
     records: &mut Vec<FlowRecord>,
 ) -> Result<usize, Problem> {
-    let layout = match version {
-        1 => Version {
-            header: 16,
-            record: 52,
-            most: 24,
-        },
-        5 => Version {
-            header: 24,
-            record: 48,
-            most: 30,
-        },
-        _ => Version {
-            header: 24,
-            record: 52,
-            most: 30,
-        },
+    let (header, most, expected) = match version {
+        1 => (16, 24, "1 to 24"),
+        _ => (24, 30, "1 to 30"),
     };
     let count = usize::from(u16::from_be_bytes([datagram[2], datagram[3]]));
-    if !(1..=layout.most).contains(&count) {
+    if !(1..=most).contains(&count) {
         return Err(Problem {
             reason: Rejection::Malformed,
             offset: 2,
             what: "number of records",
             found: count,
-            expected: Expected::Words(if version == 1 { "1 to 24" } else { "1 to 30" }),
+            expected: Expected::Words(expected),
         });
     }
-    let length = layout.header + count * layout.record;
-    if datagram.len() != length {
+    let body = &datagram[header..];
+    let record = match version {
+        // Cisco's routers send 52 bytes, softflowd 48: all that differs is padding at the end.
+        1 if body.len() != count * 52 => 48,
+        5 => 48,
+        _ => 52,
+    };
+    if body.len() != count * record {
         return Err(Problem {
-            reason: if datagram.len() < length {
+            reason: if body.len() < count * record {
                 Rejection::Truncated
             } else {
                 Rejection::Malformed
@@ -106,13 +92,13 @@ pub fn run(
             offset: 2,
             what: "number of records, with a datagram length of",
             found: datagram.len(),
-            expected: Expected::Exactly(length),
+            expected: Expected::Exactly(header + count * record),
         });
     }
-    let body = &datagram[layout.header..];
-    match version {
-        1 => append::<52>(body, records, |record| v1(record, base, clocks)),
-        5 => append::<48>(body, records, |record| v5_v7(record, base, clocks)),
+    match (version, record) {
+        (1, 48) => append::<48>(body, records, |record| v1(record, base, clocks)),
+        (1, _) => append::<52>(body, records, |record| v1(record, base, clocks)),
+        (5, _) => append::<48>(body, records, |record| v5_v7(record, base, clocks)),
         _ => append::<52>(body, records, |record| v5_v7(record, base, clocks)),
     }
     Ok(count)
@@ -151,7 +137,8 @@ fn common<const N: usize>(record: &[u8; N], base: FlowRecord) -> FlowRecord {
     }
 }
 
-fn v1(record: &[u8; 52], base: FlowRecord, clocks: &Clocks) -> FlowRecord {
+#[inline(always)]
+fn v1<const N: usize>(record: &[u8; N], base: FlowRecord, clocks: &Clocks) -> FlowRecord {
     let mut flow = FlowRecord {
         protocol: record[38],
         tos: record[39],

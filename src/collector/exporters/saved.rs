@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! flowd exporters 1
-//! template 192.0.2.1 9 0 1700000000000000 data 01000002000100040002000 4 9ae0daaf
+//! template 192.0.2.1 9 0 1700000000000000 data 0100000100010004 9ae0daaf
 //! interval 192.0.2.1 9 0 1700000000000000 sampler 3 1000 414fa339
 //! start 192.0.2.1 10 7 1700000000000000 1699990000000 6a5a6c1e
 //! ```
@@ -68,7 +68,7 @@ impl Exporters {
             line.clear();
         };
         for shard in &self.shards {
-            for (key, exporter) in shard.map.load().iter() {
+            for (key, exporter) in shard.all() {
                 let key = format!("{} {} {}", key.address, key.version, key.domain);
                 let used_us = exporter.used_us();
                 for template in &exporter.templates {
@@ -107,10 +107,11 @@ impl Exporters {
             Some(Ok(version)) => return Err(RestoreError::Version(version)),
             _ => return Err(RestoreError::Foreign),
         }
+        let oldest_s = now_s.saturating_sub(self.limits().lifetime_s);
         let mut restored = Restored::default();
         for line in lines.filter(|line| !line.is_empty()) {
             match std::str::from_utf8(line).ok().and_then(entry) {
-                Some((_, _, used_us)) if used_us / 1_000_000 + self.limits().lifetime_s < now_s => {
+                Some((_, _, used_us)) if used_us / 1_000_000 < oldest_s => {
                     restored.expired += 1;
                 }
                 Some((key, change, used_us)) => {
