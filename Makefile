@@ -24,10 +24,13 @@ TEST_TOOLS = $(LINT_TOOLS) ip:iproute2:iproute tc:iproute2:iproute-tc nsenter:ut
 RPM_TOOLS = rpmbuild:rpm:rpm-build rpmlint:rpmlint:rpmlint systemd-analyze:systemd:systemd git:git:git
 # Additional packages for the benches.
 BENCH_TOOLS = wrk:wrk:wrk
+# Exporters and peers of the collector.
+COLLECTOR_TOOLS = softflowd:softflowd:softflowd nfcapd:nfdump:nfdump fprobe:fprobe:fprobe pmacctd:pmacct:pmacct \
+	ovs-vswitchd:openvswitch-switch:openvswitch
 # Tests the API against its OpenAPI description; from PyPI.
 SCHEMATHESIS = target/schemathesis/bin/schemathesis
 
-.PHONY: help deps test-deps test-tools build run test fuzz bench lint install rpm test-rpm
+.PHONY: help deps test-deps test-tools build run run-collector test fuzz bench bench-collector lint install rpm test-rpm
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 10
@@ -38,7 +41,7 @@ deps: ## install missing build dependencies (apt or dnf, with sudo unless root)
 test-deps: test-tools $(SCHEMATHESIS)
 
 test-tools:
-	@conf/install-deps $(TOOLS) $(TEST_TOOLS)
+	@conf/install-deps $(TOOLS) $(TEST_TOOLS) $(COLLECTOR_TOOLS)
 
 $(SCHEMATHESIS): | test-tools
 	python3 -m venv target/schemathesis
@@ -49,6 +52,10 @@ build: deps ## build the release binary
 
 run: build ## build, run the quick start, and print the received fireflies; Ctrl-C stops it
 	@conf/quickstart target/release/flowd-rs
+
+run-collector: build ## run the collector; softflowd exports real traffic to it, and the stored records are printed (root)
+	@conf/install-deps softflowd:softflowd:softflowd curl:curl:curl python3:python3:python3
+	@conf/quickstart-collector target/release/flowd-rs
 
 test: test-deps ## run all tests; without root, those that need it are skipped and a note is printed
 	@if [ "$$(id -u)" = 0 ]; then \
@@ -77,12 +84,17 @@ fuzz: deps ## run every fuzz target for FUZZ_SECONDS; installs cargo-fuzz if nee
 bench: test-deps ## measure the codecs, and the daemon against the limits of this machine (needs root)
 	@conf/install-deps $(BENCH_TOOLS)
 	$(CARGO) bench --locked --bench codecs
-	$(CARGO) bench --locked --bench collector
 	$(CARGO) bench --locked --bench end_to_end
 	$(CARGO) bench --locked --bench marker
 	$(CARGO) bench --locked --bench inputs
 	$(CARGO) bench --locked --bench sockets
 	$(CARGO) bench --locked --bench metrics
+
+bench-collector: test-deps ## measure the collector, beside nfcapd and nfdump (needs root, a quiet machine)
+	$(CARGO) bench --locked --bench collector
+	$(CARGO) bench --locked --bench filter
+	$(CARGO) bench --locked --bench segments
+	$(CARGO) bench --locked --bench collect
 
 # A manual page that ours refer to need not be installed on this machine.
 lint: deps ## check formatting, clippy and manual pages
@@ -97,7 +109,9 @@ install: ## install the output of `make build` below DESTDIR
 	[ -e $(DESTDIR)$(SYSCONFDIR)/flowd/flowd.cfg ] || \
 		install -D -m 644 conf/flowd.cfg $(DESTDIR)$(SYSCONFDIR)/flowd/flowd.cfg
 	install -d $(DESTDIR)$(PREFIX)/lib/systemd/system
-	for unit in flowd-rs.service flowd-rs@.service; do \
+	[ -e $(DESTDIR)$(SYSCONFDIR)/flowd/collector.cfg ] || \
+		install -D -m 644 conf/collector.cfg $(DESTDIR)$(SYSCONFDIR)/flowd/collector.cfg
+	for unit in flowd-rs.service flowd-rs@.service flowd-collector.service; do \
 		sed 's,/usr/bin/flowd-rs,$(PREFIX)/bin/flowd-rs,' conf/$$unit > $(DESTDIR)$(PREFIX)/lib/systemd/system/$$unit; \
 		chmod 644 $(DESTDIR)$(PREFIX)/lib/systemd/system/$$unit; \
 	done
@@ -105,7 +119,9 @@ install: ## install the output of `make build` below DESTDIR
 	install -D -m 644 conf/flowd-rs.tmpfiles $(DESTDIR)$(PREFIX)/lib/tmpfiles.d/flowd-rs.conf
 	install -D -m 644 man/flowd-rs.8 $(DESTDIR)$(MANDIR)/man8/flowd-rs.8
 	ln -sf flowd-rs.8 $(DESTDIR)$(MANDIR)/man8/flowd.8
+	install -D -m 644 man/flowd-collector.8 $(DESTDIR)$(MANDIR)/man8/flowd-collector.8
 	install -D -m 644 man/flowd-reader.8 $(DESTDIR)$(MANDIR)/man8/flowd-reader.8
+	install -D -m 644 man/flowd-collector.cfg.5 $(DESTDIR)$(MANDIR)/man5/flowd-collector.cfg.5
 	install -D -m 644 man/flowd.cfg.5 $(DESTDIR)$(MANDIR)/man5/flowd.cfg.5
 	install -D -m 644 man/flowd-rs-migration.7 $(DESTDIR)$(MANDIR)/man7/flowd-rs-migration.7
 	install -D -m 644 conf/grafana/flowd-rs.json $(DESTDIR)$(PREFIX)/share/flowd-rs/grafana/flowd-rs.json

@@ -2,7 +2,10 @@
 
 mod access;
 mod client;
+mod collect;
 mod config;
+mod exporters;
+mod filter;
 mod flows;
 mod listen;
 #[cfg(feature = "bpf")]
@@ -50,7 +53,10 @@ struct Arguments {
 #[argh(subcommand)]
 enum Command {
     Run(run::Run),
+    Collect(collect::Collect),
     Config(config::Config),
+    Exporters(exporters::Exporters),
+    Filter(filter::Filter),
     Flows(flows::Flows),
     Listen(listen::Listen),
     #[cfg(feature = "bpf")]
@@ -168,7 +174,10 @@ fn dispatch(arguments: Arguments) -> Result<ExitCode> {
         _ if arguments.version => version(),
         Some(Command::Version(_)) => version(),
         Some(Command::Run(command)) => return command.run(logging),
+        Some(Command::Collect(command)) => return command.run(logging),
         Some(Command::Config(command)) => command.run()?,
+        Some(Command::Exporters(command)) => command.run()?,
+        Some(Command::Filter(command)) => command.run()?,
         Some(Command::Flows(command)) => command.run()?,
         Some(Command::Send(command)) => command.run()?,
         Some(Command::Status(command)) => command.run()?,

@@ -127,8 +127,9 @@ pub fn run(config: Config, path: &Path, log_level: Option<LevelFilter>) -> Resul
     let supervisor = Supervisor::new(
         daemon,
         notifier,
-        (notices, inbox),
-        Config::load,
+        notices,
+        inbox,
+        Box::new(Config::load),
         path.to_owned(),
         log_level.is_some(),
     );
@@ -227,7 +228,7 @@ impl Service for Daemon {
         self.metrics.summary()
     }
 
-    fn beats(&self) -> u64 {
+    fn beats(&mut self) -> u64 {
         self.heartbeat.beats()
     }
 }

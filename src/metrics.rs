@@ -89,7 +89,7 @@ pub struct Count {
 
 /// Fills in the count of a template: a group `{one|many}` becomes the count and the matching word. A second
 /// group becomes the matching word alone.
-fn count_text(template: &str, count: u64) -> String {
+pub fn count_text(template: &str, count: u64) -> String {
     let mut text = String::new();
     let mut groups = template.split(['{', '}']);
     text += groups.next().unwrap_or_default();

@@ -4,8 +4,9 @@ mod notifier;
 mod pid_file;
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
+use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -75,8 +76,11 @@ pub trait Service {
     /// The counters that are not zero, for the log.
     fn summary(&self) -> String;
     /// A number that changes while the daemon works. If it does not, systemd restarts the daemon.
-    fn beats(&self) -> u64;
+    fn beats(&mut self) -> u64;
 }
+
+/// Reads a configuration file.
+pub type Load<C> = Box<dyn Fn(&Path) -> std::result::Result<C, ConfigError> + Send + Sync>;
 
 /// The work of the main thread once all others run.
 pub struct Supervisor<S: Service> {
@@ -84,7 +88,7 @@ pub struct Supervisor<S: Service> {
     notifier: Notifier,
     inbox: Receiver<Notice<S::Config>>,
     notices: Sender<Notice<S::Config>>,
-    load: fn(&std::path::Path) -> std::result::Result<S::Config, ConfigError>,
+    load: Arc<Load<S::Config>>,
     path: PathBuf,
     /// Whether the command line sets the level of the log.
     has_fixed_log_level: bool,
@@ -102,8 +106,9 @@ impl<S: Service> Supervisor<S> {
     pub fn new(
         service: S,
         notifier: Notifier,
-        (notices, inbox): (Sender<Notice<S::Config>>, Receiver<Notice<S::Config>>),
-        load: fn(&std::path::Path) -> std::result::Result<S::Config, ConfigError>,
+        notices: Sender<Notice<S::Config>>,
+        inbox: Receiver<Notice<S::Config>>,
+        load: Load<S::Config>,
         path: PathBuf,
         has_fixed_log_level: bool,
     ) -> Supervisor<S> {
@@ -113,7 +118,7 @@ impl<S: Service> Supervisor<S> {
             notifier,
             inbox,
             notices,
-            load,
+            load: Arc::new(load),
             path,
             has_fixed_log_level,
             started: Instant::now(),
@@ -243,7 +248,11 @@ impl<S: Service> Supervisor<S> {
             NotifyState::Reloading,
             NotifyState::monotonic_usec_now().unwrap_or(NotifyState::Reloading),
         ]);
-        let (path, notices, load) = (self.path.clone(), self.notices.clone(), self.load);
+        let (path, notices, load) = (
+            self.path.clone(),
+            self.notices.clone(),
+            Arc::clone(&self.load),
+        );
         let read = move || {
             // Nobody receives it after a stop.
             let _ = notices.send(Notice::Loaded(Box::new(load(&path))));

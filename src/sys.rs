@@ -14,6 +14,7 @@ pub mod mark_maps;
 pub mod marker;
 pub mod ownership;
 pub mod privileges;
+pub mod raw_udp;
 pub mod resolver;
 pub mod scanner;
 pub mod sock_diag;

@@ -12,6 +12,7 @@ use flowd_rs::{cli, config};
 
 const MAN8: &str = include_str!("../man/flowd-rs.8");
 const READER: &str = include_str!("../man/flowd-reader.8");
+const COLLECTOR: &str = include_str!("../man/flowd-collector.8");
 const MAN5: &str = include_str!("../man/flowd.cfg.5");
 const CONF: &str = include_str!("../conf/flowd.cfg");
 const COLLECTOR_MAN5: &str = include_str!("../man/flowd-collector.cfg.5");
@@ -155,7 +156,7 @@ fn the_commented_configuration_shows_every_key() {
 /// The options in the manual pages: the arguments of `Fl`.
 fn documented_options() -> BTreeSet<String> {
     let mut options = BTreeSet::new();
-    let lines = MAN8.lines().chain(READER.lines());
+    let lines = MAN8.lines().chain(READER.lines()).chain(COLLECTOR.lines());
     for line in lines.filter(|line| line.starts_with('.')) {
         let mut flag = false;
         for word in line.split_whitespace() {

@@ -6,12 +6,12 @@ mod common;
 use std::collections::HashMap;
 use std::fs;
 use std::io::Write;
-use std::path::Path;
 use std::process::Command;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::Duration;
 
 use common::daemon::{Home, line, lines};
+use common::disk::Disk;
 use common::net::Hosts;
 use common::sink::Sink;
 use common::wait_for;
@@ -177,28 +177,6 @@ fn a_full_table_refuses_starts_and_logs_it() {
     daemon.stop();
     let refused = home.log().lines().filter(|l| l.contains("refused")).count();
     assert!((1..10).contains(&refused), "{refused} lines");
-}
-
-/// A tmpfs, unmounted on drop.
-struct Disk<'a>(&'a Path);
-
-impl<'a> Disk<'a> {
-    fn mount(path: &'a Path, size: &str) -> Disk<'a> {
-        fs::create_dir_all(path).unwrap();
-        let option = format!("size={size}");
-        let mounted = Command::new("mount")
-            .args(["-t", "tmpfs", "-o", &option, "tmpfs"])
-            .arg(path)
-            .status();
-        assert!(mounted.unwrap().success());
-        Disk(path)
-    }
-}
-
-impl Drop for Disk<'_> {
-    fn drop(&mut self) {
-        let _ = Command::new("umount").arg("-l").arg(self.0).status();
-    }
 }
 
 #[test]

@@ -75,6 +75,10 @@ fn files_modes_owners_and_dependencies_are_as_listed() {
         ("/usr/bin/flowd-rs", "-rwxr-xr-x"),
         ("/usr/lib/systemd/system/flowd-rs.service", "-rw-r--r--"),
         ("/usr/lib/systemd/system/flowd-rs@.service", "-rw-r--r--"),
+        (
+            "/usr/lib/systemd/system/flowd-collector.service",
+            "-rw-r--r--",
+        ),
         ("/usr/lib/sysusers.d/flowd-rs.conf", "-rw-r--r--"),
         ("/usr/lib/tmpfiles.d/flowd-rs.conf", "-rw-r--r--"),
         (
@@ -95,9 +99,14 @@ fn files_modes_owners_and_dependencies_are_as_listed() {
     .map(|(path, mode)| root(path, mode))
     .collect();
     // Configuration that an upgrade does not replace, documentation, licence.
-    expected.insert(root("/etc/flowd/flowd.cfg", "-rw-r--r--") + " cn");
+    for name in ["flowd.cfg", "collector.cfg"] {
+        expected.insert(root(&format!("/etc/flowd/{name}"), "-rw-r--r--") + " cn");
+    }
     for page in [
         "man5/flowd.cfg.5",
+        "man5/flowd-collector.cfg.5",
+        "man8/flowd-collector.8",
+        "man8/flowd-reader.8",
         "man7/flowd-rs-migration.7",
         "man8/flowd-rs.8",
         "man8/flowd-reader.8",
@@ -176,8 +185,11 @@ fn scriptlets_are_shell_and_an_upgrade_hands_over() {
         assert!(status.success(), "{tag}: {script}");
     }
     for (tag, expected) in [
-        ("POSTIN", "preset flowd-rs.service "),
-        ("PREUN", "disable --now flowd-rs.service flowd-rs@.service "),
+        ("POSTIN", "preset flowd-rs.service flowd-collector.service "),
+        (
+            "PREUN",
+            "disable --now flowd-rs.service flowd-rs@.service flowd-collector.service ",
+        ),
         ("PREUN", "systemctl stop 'flowd-rs@*.service'"),
     ] {
         let script = query(&["--qf", &format!("%{{{tag}}}")]);
@@ -210,7 +222,9 @@ fn scriptlets_are_shell_and_an_upgrade_hands_over() {
     };
     let calls = run("1");
     assert!(
-        calls.contains("daemon-reload") && calls.contains("SIGUSR2 flowd-rs.service"),
+        calls.contains("daemon-reload")
+            && calls
+                .contains("SIGUSR2 flowd-rs.service flowd-rs@*.service flowd-collector.service"),
         "{calls}"
     );
     assert!(!run("0").contains("SIGUSR2"));
@@ -290,12 +304,12 @@ fn the_installed_package_runs_unchanged() {
     let output = Command::new("systemd-analyze")
         .args(["verify", "--man=no", "--root"])
         .arg(root.path())
-        .arg("flowd-rs.service")
+        .args(["flowd-rs.service", "flowd-collector.service"])
         .output();
     let output_text = String::from_utf8(output.unwrap().stderr).unwrap();
     // Ignore missing files of systemd and util-linux.
     let is_own = |line: &&str| !line.contains("sysinit.target") && !line.contains("/bin/kill");
-    let ours = output_text.lines().filter(|line| line.contains("flowd-rs"));
+    let ours = output_text.lines().filter(|line| line.contains("flowd-"));
     let ours: Vec<&str> = ours.filter(is_own).collect();
     assert!(ours.is_empty(), "{output_text}");
     for page in [
@@ -303,6 +317,9 @@ fn the_installed_package_runs_unchanged() {
         "man8/flowd.8",
         "man8/flowd-reader.8",
         "man5/flowd.cfg.5",
+        "man5/flowd-collector.cfg.5",
+        "man8/flowd-collector.8",
+        "man8/flowd-reader.8",
         "man7/flowd-rs-migration.7",
     ] {
         let page = at("usr/share/man").join(page);

@@ -7,6 +7,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 const MAN8: &str = include_str!("../man/flowd-rs.8");
+const COLLECTOR_MAN8: &str = include_str!("../man/flowd-collector.8");
 
 fn source() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("src")
@@ -89,8 +90,8 @@ fn documented(part: &str) -> BTreeSet<String> {
         .collect()
 }
 
-fn metrics_section() -> (&'static str, &'static str) {
-    let section = between(MAN8, ".Sh METRICS\n", ".Sh ")[0];
+fn metrics_section(page: &'static str) -> (&'static str, &'static str) {
+    let section = between(page, ".Sh METRICS\n", ".Sh ")[0];
     section.split_once(".Ss Outcomes\n").unwrap()
 }
 
@@ -119,7 +120,7 @@ fn the_manual_page_has_every_metric_and_no_other() {
         }
     }
     assert!(metrics.len() > 80, "{metrics:?}");
-    let mut documented = documented(metrics_section().0);
+    let mut documented = documented(metrics_section(MAN8).0);
     documented.retain(|name| !name.starts_with("process_"));
     // It is written out where the page is put together; the sums of a summary have a suffix.
     for name in ["ca_info", "flow_tcp_ Ns Ar name Ns Li "] {
@@ -130,20 +131,40 @@ fn the_manual_page_has_every_metric_and_no_other() {
 }
 
 #[test]
-fn the_manual_page_has_every_outcome_and_no_other() {
-    let mut outcomes = BTreeSet::new();
+fn the_manual_page_of_the_collector_has_every_metric_and_no_other() {
+    let page = fs::read_to_string(source().join("collector/metrics_page.rs")).unwrap();
+    let names = between(&page, "\"flowd_", "\"");
+    let names: BTreeSet<String> = names.iter().map(|name| format!("flowd_{name}")).collect();
+    assert!(names.len() > 12, "{names:?}");
+    let mut documented = documented(metrics_section(COLLECTOR_MAN8).0);
+    documented.retain(|name| !name.starts_with("process_"));
+    assert_eq!(documented, names);
+}
+
+#[test]
+fn the_manual_pages_have_every_outcome_and_no_other() {
+    let [mut of_the_daemon, mut of_the_collector] = [BTreeSet::new(), BTreeSet::new()];
     for (path, text) in rust_files(&source()) {
         if path.ends_with("example.rs") {
             continue;
         }
+        let is_collector = path.starts_with(source().join("collector"));
         let text = text.split("#[cfg(test)]").next().unwrap();
         for block in between(text, "\noutcomes! {", "\n}") {
-            let words = between(block, " = \"", "\"");
-            outcomes.extend(words.into_iter().map(str::to_owned));
+            let words = between(block, " = \"", "\"").into_iter().map(str::to_owned);
+            match is_collector {
+                true => of_the_collector.extend(words),
+                false => of_the_daemon.extend(words),
+            }
         }
     }
-    assert!(outcomes.len() > 50, "{outcomes:?}");
-    assert_eq!(documented(metrics_section().1), outcomes);
+    assert!(of_the_daemon.len() > 50, "{of_the_daemon:?}");
+    assert_eq!(documented(metrics_section(MAN8).1), of_the_daemon);
+    assert!(of_the_collector.len() > 5, "{of_the_collector:?}");
+    assert_eq!(
+        documented(metrics_section(COLLECTOR_MAN8).1),
+        of_the_collector
+    );
 }
 
 /// The part that CONTRIBUTING.md shows: without imports and tests.

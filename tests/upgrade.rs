@@ -7,151 +7,24 @@ mod common;
 mod prog_run;
 
 use std::fs::{self, File};
-use std::io::{IoSliceMut, Write};
+use std::io::Write;
 use std::net::UdpSocket;
-use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
-use std::os::unix::net::UnixDatagram;
-use std::process::{Child, Stdio};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-use common::daemon::{Home, PROGRAM, lines};
+use common::daemon::{Home, lines};
 use common::net::Hosts;
+use common::service::Service;
 use common::sink::Sink;
+use common::wait_for;
 use common::wire::Wire;
-use common::{DEADLINE, wait_for};
 use flowd_rs::event::{FlowEvent, Origin, State};
 use flowd_rs::firefly::Encoder;
 use flowd_rs::flow::{Flow, Protocol, Tag};
 use jiff::Timestamp;
-use nix::fcntl::{FcntlArg, FdFlag, fcntl};
 use nix::sys::signal::{Signal, kill};
-use nix::sys::socket::{ControlMessageOwned, MsgFlags, recvmsg};
 use nix::unistd::Pid;
 use prog_run::BpfFs;
-
-/// Does what systemd does for a service of `Type=notify` with a file descriptor store.
-struct Service<'a> {
-    home: &'a Home,
-    hosts: &'a Hosts,
-    notify: UnixDatagram,
-    child: Child,
-    store: Vec<(String, OwnedFd)>,
-}
-
-impl<'a> Service<'a> {
-    fn start(home: &'a Home, hosts: &'a Hosts) -> Service<'a> {
-        let notify = UnixDatagram::bind(home.path("notify")).unwrap();
-        notify.set_read_timeout(Some(DEADLINE)).unwrap();
-        let child = spawn(home, hosts, &[]);
-        let mut service = Service {
-            home,
-            hosts,
-            notify,
-            child,
-            store: Vec::new(),
-        };
-        service.wait_until_ready();
-        service
-    }
-
-    /// Receives a notification, and stores the file descriptors that come with it.
-    fn notification(&mut self) -> Option<String> {
-        let mut buffer = [0; 4096];
-        let mut space = nix::cmsg_space!([i32; 8]);
-        let mut slices = [IoSliceMut::new(&mut buffer)];
-        let flags = MsgFlags::MSG_CMSG_CLOEXEC;
-        let message = recvmsg::<()>(
-            self.notify.as_raw_fd(),
-            &mut slices,
-            Some(&mut space),
-            flags,
-        )
-        .ok()?;
-        let mut fds = Vec::new();
-        for control in message.cmsgs().unwrap() {
-            if let ControlMessageOwned::ScmRights(received) = control {
-                // SAFETY: the kernel has just created them for this process.
-                fds.extend(
-                    received
-                        .into_iter()
-                        .map(|fd| unsafe { OwnedFd::from_raw_fd(fd) }),
-                );
-            }
-        }
-        let length = message.bytes;
-        let text = String::from_utf8(buffer[..length].to_vec()).unwrap();
-        let name = text.lines().find_map(|line| line.strip_prefix("FDNAME="));
-        let name = name.unwrap_or_default().to_owned();
-        if text.contains("FDSTOREREMOVE=1") {
-            self.store.retain(|(stored, _)| *stored != name);
-        } else if text.contains("FDSTORE=1") {
-            self.store
-                .extend(fds.into_iter().map(|fd| (name.clone(), fd)));
-        }
-        Some(text)
-    }
-
-    fn wait_until_ready(&mut self) {
-        wait_for("READY=1", || {
-            self.notification().filter(|text| text.contains("READY=1"))
-        });
-    }
-
-    /// Does what the package does, and what systemd does on exit code 75.
-    fn replace(&mut self) {
-        kill(Pid::from_raw(self.child.id() as i32), Signal::SIGUSR2).unwrap();
-        let status = wait_for("the exit", || {
-            self.notify
-                .set_read_timeout(Some(Duration::from_millis(1)))
-                .unwrap();
-            while self.notification().is_some() {}
-            self.child.try_wait().unwrap()
-        });
-        while self.notification().is_some() {}
-        self.notify.set_read_timeout(Some(DEADLINE)).unwrap();
-        assert_eq!(status.code(), Some(75), "{}", self.home.log());
-        self.child = spawn(self.home, self.hosts, &self.store);
-        self.wait_until_ready();
-    }
-}
-
-impl Drop for Service<'_> {
-    fn drop(&mut self) {
-        let _ = self.child.kill();
-        let _ = self.child.wait();
-        if std::thread::panicking() {
-            eprintln!("{}", self.home.log());
-        }
-    }
-}
-
-fn spawn(home: &Home, hosts: &Hosts, store: &[(String, OwnedFd)]) -> Child {
-    // The shell passes them as systemd does: from descriptor 3 on.
-    let mut script = String::new();
-    for (index, (_, fd)) in store.iter().enumerate() {
-        fcntl(fd, FcntlArg::F_SETFD(FdFlag::empty())).unwrap();
-        script += &format!("exec {}<&{}; ", 3 + index, fd.as_raw_fd());
-    }
-    script += "LISTEN_PID=$$ exec \"$@\"";
-    let names: Vec<&str> = store.iter().map(|(name, _)| name.as_str()).collect();
-    let log = File::options()
-        .create(true)
-        .append(true)
-        .open(home.path("log"));
-    let mut command = hosts.here.command("bash");
-    command
-        .args(["-c", &script, "bash", PROGRAM, "run", "-c"])
-        .arg(home.path("flowd.cfg"))
-        .env("NOTIFY_SOCKET", home.path("notify"))
-        .stdin(Stdio::null())
-        .stderr(log.unwrap());
-    if !store.is_empty() {
-        command.env("LISTEN_FDS", store.len().to_string());
-        command.env("LISTEN_FDNAMES", names.join(":"));
-    }
-    command.spawn().unwrap()
-}
 
 /// Sets a flag when dropped, also if the test fails.
 struct SetOnDrop<'a>(&'a AtomicBool);
@@ -204,7 +77,7 @@ fn a_new_version_takes_over_a_thousand_flows_under_load() {
         ),
     );
     let sink = Sink::bind(&hosts.there, "[2001:db8::2]:20514");
-    let mut service = Service::start(&home, &hosts);
+    let mut service = Service::start(&home, &hosts.here, "run", "flowd.cfg");
     home.write(&lines("start", 100_000..100_000 + OPEN, "2 9"));
     home.write("start udp 2001:db8::1 4000 2001:db8::2 5000 2 19\n");
     assert_eq!(sink.collect("start", OPEN + 1).len(), OPEN + 1);

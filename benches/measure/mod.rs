@@ -54,7 +54,17 @@ pub fn receive(socket: &UdpSocket, count: usize) -> (usize, Instant) {
 
 /// User and system time of the process, in seconds.
 pub fn cpu(daemon: &Daemon<'_>) -> (f64, f64) {
-    let stat = fs::read_to_string(format!("/proc/{}/stat", daemon.child.id())).unwrap();
+    cpu_times(daemon.child.id())
+}
+
+/// User and system time of a process together, in seconds.
+pub fn cpu_of(process: u32) -> f64 {
+    let (user, system) = cpu_times(process);
+    user + system
+}
+
+fn cpu_times(process: u32) -> (f64, f64) {
+    let stat = fs::read_to_string(format!("/proc/{process}/stat")).unwrap();
     let fields: Vec<&str> = stat[stat.rfind(')').unwrap()..]
         .split_whitespace()
         .collect();
@@ -64,7 +74,12 @@ pub fn cpu(daemon: &Daemon<'_>) -> (f64, f64) {
 
 /// Resident memory in bytes.
 pub fn resident(daemon: &Daemon<'_>) -> f64 {
-    let status = fs::read_to_string(format!("/proc/{}/status", daemon.child.id())).unwrap();
+    resident_of(daemon.child.id())
+}
+
+/// Resident memory of a process in bytes.
+pub fn resident_of(process: u32) -> f64 {
+    let status = fs::read_to_string(format!("/proc/{process}/status")).unwrap();
     let line = status.lines().find(|l| l.starts_with("VmRSS:")).unwrap();
     line.split_whitespace()
         .nth(1)

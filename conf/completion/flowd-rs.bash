@@ -42,8 +42,10 @@ _flowd_rs()
 		;;
 	esac
 	case $command in
-	"") words="run config flows listen marker prepare reader registry send status stun tag version help --log-level --log-time --version --help" ;;
+	"") words="run collect config exporters filter flows listen marker prepare reader registry send status stun tag version help --log-level --log-time --version --help" ;;
 	run) words="--config --debug --fg --log-level --log-time" ;;
+	collect) words="--config --define --debug --log-level --log-time" ;;
+	exporters | filter) words="--config --socket --json" ;;
 	config)
 		case $sub in
 		"") words="check convert schema show" ;;
@@ -65,7 +67,7 @@ _flowd_rs()
 		;;
 	registry) words="list update lookup --config" ;;
 	send) words="start end --config --pipe" ;;
-	status) words="--config --socket --json" ;;
+	status) words="--config --socket --collector --json" ;;
 	stun) [ -n "$sub" ] && words="--config" || words="sample" ;;
 	tag) [ "$sub" = decode ] && words="--scitag" || words="encode decode" ;;
 	esac

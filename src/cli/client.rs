@@ -9,6 +9,7 @@ use serde_json::Value;
 
 use super::access;
 use super::terminal::escaped;
+use crate::collector::config::{self as collector, CollectorConfig};
 use crate::config::{Config, control_socket};
 use crate::error::{Context, Error, Result};
 
@@ -31,6 +32,19 @@ pub fn socket(socket: Option<PathBuf>, config: Option<PathBuf>) -> Result<PathBu
                 false => Ok(control_socket("").into()),
             }
         }
+    }
+}
+
+/// The control socket of the collector: `socket` if given, else that of the configuration file. Without either, the file at
+/// the default path is used if it exists.
+pub fn collector_socket(socket: Option<PathBuf>, config: Option<PathBuf>) -> Result<PathBuf> {
+    if let Some(socket) = socket {
+        return Ok(socket);
+    }
+    let default = Path::new(collector::DEFAULT_PATH);
+    match config.or_else(|| default.exists().then(|| default.to_owned())) {
+        Some(config) => Ok(CollectorConfig::load(&config, &[])?.control_socket.path),
+        None => Ok(collector::CONTROL_SOCKET.into()),
     }
 }
 

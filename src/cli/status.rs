@@ -24,6 +24,10 @@ pub struct Status {
     #[argh(option, arg_name = "path")]
     socket: Option<PathBuf>,
 
+    /// the status of the collector (flowd-rs collect)
+    #[argh(switch)]
+    collector: bool,
+
     /// print JSON
     #[argh(switch)]
     json: bool,
@@ -31,10 +35,14 @@ pub struct Status {
 
 impl Status {
     pub fn run(self) -> Result<()> {
-        let socket = client::socket(self.socket, self.config)?;
+        let socket = match self.collector {
+            true => client::collector_socket(self.socket, self.config)?,
+            false => client::socket(self.socket, self.config)?,
+        };
         let status = client::get(&socket, "/status")?;
         let text = match self.json {
             true => escaped_json(&status.to_string()) + "\n",
+            false if status["service"] == "collector" => describe_collector(&status),
             false => describe(&status),
         };
         // The reader (head, less) may close the pipe early.
@@ -87,11 +95,94 @@ fn describe(status: &Value) -> String {
             "dropped"
         );
     }
-    let warnings = list("warnings");
+    put_warnings(&mut out, status);
+    out
+}
+
+/// The state of the collector.
+fn describe_collector(status: &Value) -> String {
+    let number = |key: &str| escaped(&status[key].to_string());
+    let mut out = format!(
+        "flowd-rs {} (collector), process {}, up {} since {}\n",
+        escaped(status["version"].as_str().unwrap_or("?")),
+        number("pid"),
+        flows::age(status["uptime"].as_u64().unwrap_or(0)),
+        escaped(status["started"].as_str().unwrap_or("?")),
+    );
+    let mut line = |name: &str, text: String| {
+        // Writing to a String cannot fail.
+        let _ = writeln!(out, "{name:<20} {text}");
+    };
+    line(
+        "records",
+        format!(
+            "received {} = stored {} + filtered {} + rejected {}",
+            number("received"),
+            number("stored"),
+            number("filtered"),
+            number("rejected")
+        ),
+    );
+    if status["rejected"] != 0 {
+        line("rejected", counts(status));
+    }
+    line(
+        "lost on the way",
+        format!("{} records, by sequence numbers", number("lost")),
+    );
+    line(
+        "datagrams",
+        format!(
+            "{} received, {} dropped by the kernel",
+            number("datagrams"),
+            number("kernel-dropped")
+        ),
+    );
+    if status["forwarded"] != 0 || status["forward-failed"] != 0 {
+        line(
+            "forwarded",
+            format!(
+                "{} datagrams, {} failed",
+                number("forwarded"),
+                number("forward-failed")
+            ),
+        );
+    }
+    if let Some(socket) = status["log-socket"].as_object() {
+        let number = |key: &str| escaped(&socket[key].to_string());
+        line(
+            "log socket",
+            format!(
+                "{} records sent, {} dropped",
+                number("sent"),
+                number("dropped")
+            ),
+        );
+    }
+    line("exporters", number("exporters"));
+    line(
+        "store",
+        format!(
+            "{} bytes written, {} records wait{}",
+            number("written-bytes"),
+            number("waiting"),
+            match status["store-error"].as_str() {
+                Some(error) => format!("; the last write failed: {}", escaped(error)),
+                None => String::new(),
+            }
+        ),
+    );
+    put_warnings(&mut out, status);
+    out
+}
+
+fn put_warnings(out: &mut String, status: &Value) {
+    let text = |value: &Value| escaped(value.as_str().unwrap_or("?"));
+    let warnings = status["warnings"].as_array().cloned().unwrap_or_default();
     if warnings.is_empty() {
-        out += "no warnings or errors\n";
+        *out += "no warnings or errors\n";
     } else {
-        out += "last warnings and errors:\n";
+        *out += "last warnings and errors:\n";
     }
     for warning in warnings {
         let _ = writeln!(
@@ -102,7 +193,6 @@ fn describe(status: &Value) -> String {
             text(&warning["message"])
         );
     }
-    out
 }
 
 /// The counters of a part of the daemon as text, separated by semicolons.

@@ -1,6 +1,6 @@
 //! The store: segments of flow records on disk.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use fields::Fields;
@@ -45,6 +45,15 @@ pub enum Target {
     Directory(PathBuf),
     /// One file, which another program rotates: it renames the file, and then asks that it be reopened.
     File(PathBuf),
+}
+
+impl Target {
+    /// The directory or the file.
+    pub fn path(&self) -> &Path {
+        match self {
+            Target::Directory(path) | Target::File(path) => path,
+        }
+    }
 }
 
 /// A Unix datagram socket of another program, which receives one record per datagram.

@@ -8,13 +8,31 @@ use nix::errno::Errno;
 use nix::libc;
 use nix::sys::socket::{
     AddressFamily, MsgFlags, MultiHeaders, SockFlag, SockType, SockaddrStorage, bind, getsockname,
-    recvmmsg, setsockopt, socket, sockopt,
+    getsockopt, recvmmsg, setsockopt, socket, sockopt,
 };
 
 /// The most datagrams in one system call.
 const MAX_BATCH_SIZE: usize = 64;
 /// Requested size of the receive buffer, in bytes: a tenth of a second of fireflies at full speed.
-const RECEIVE_BUFFER_SIZE: usize = 32 << 20;
+pub const RECEIVE_BUFFER_SIZE: usize = 32 << 20;
+
+/// How a socket is set up.
+#[derive(Clone, Copy, Debug)]
+pub struct Options {
+    /// Requested size of the receive buffer, in bytes. The kernel may give less.
+    pub receive_buffer: usize,
+    /// Whether several sockets share the address: the kernel distributes senders among them.
+    pub reuse_port: bool,
+}
+
+impl Default for Options {
+    fn default() -> Options {
+        Options {
+            receive_buffer: RECEIVE_BUFFER_SIZE,
+            reuse_port: false,
+        }
+    }
+}
 
 /// A bound UDP socket.
 pub struct Receiver {
@@ -68,6 +86,11 @@ impl Datagram<'_> {
 impl Receiver {
     /// Binds a socket to an address; `::` receives IPv4, too.
     pub fn bind(address: SocketAddr) -> io::Result<Receiver> {
+        Receiver::bind_with(address, Options::default())
+    }
+
+    /// Binds a socket with these options.
+    pub fn bind_with(address: SocketAddr, options: Options) -> io::Result<Receiver> {
         let family = match address.ip() {
             IpAddr::V4(_) => AddressFamily::Inet,
             IpAddr::V6(_) => AddressFamily::Inet6,
@@ -77,8 +100,9 @@ impl Receiver {
         if address.ip().is_unspecified() && address.is_ipv6() {
             setsockopt(&socket, sockopt::Ipv6V6Only, &false)?;
         }
-        if setsockopt(&socket, sockopt::RcvBufForce, &RECEIVE_BUFFER_SIZE).is_err() {
-            setsockopt(&socket, sockopt::RcvBuf, &RECEIVE_BUFFER_SIZE)?;
+        set_receive_buffer_size(&socket, options.receive_buffer)?;
+        if options.reuse_port {
+            setsockopt(&socket, sockopt::ReusePort, &true)?;
         }
         bind(socket.as_raw_fd(), &SockaddrStorage::from(address))?;
         Ok(Receiver {
@@ -97,6 +121,75 @@ impl Receiver {
         // Earlier drops are not counted: they belong to the predecessor.
         receiver.take_dropped();
         (bound == SockaddrStorage::from(address)).then_some(receiver)
+    }
+
+    /// The size of the receive buffer in bytes, as it was requested: the kernel doubles it for its own use.
+    pub fn receive_buffer_size(&self) -> io::Result<usize> {
+        Ok(getsockopt(&self.socket, sockopt::RcvBuf)? / 2)
+    }
+
+    /// Requests another size of the receive buffer, in bytes. The kernel may give less.
+    pub fn set_receive_buffer_size(&self, bytes: usize) {
+        let _ = set_receive_buffer_size(&self.socket, bytes);
+    }
+
+    /// Whether other sockets may share the address.
+    pub fn shares_port(&self) -> bool {
+        getsockopt(&self.socket, sockopt::ReusePort).unwrap_or(false)
+    }
+
+    /// Joins a multicast group on an interface, by default the one of the route to the group, and receives no other groups that this host has joined. Joining twice is
+    /// no error.
+    ///
+    /// # Errors
+    ///
+    /// The interface does not exist, or the group is not a multicast address of the family of the socket.
+    pub fn join(&self, group: IpAddr, interface: Option<&str>) -> io::Result<()> {
+        let index = interface.map_or(Ok(0), nix::net::if_::if_nametoindex)?;
+        let joined = match group {
+            IpAddr::V6(group) => {
+                // Not known before Linux 4.20; the socket then also receives other groups that this host has joined.
+                let _ = self.set_option(libc::IPPROTO_IPV6, libc::IPV6_MULTICAST_ALL, &0i32);
+                let request = libc::ipv6_mreq {
+                    ipv6mr_multiaddr: libc::in6_addr {
+                        s6_addr: group.octets(),
+                    },
+                    ipv6mr_interface: index,
+                };
+                self.set_option(libc::IPPROTO_IPV6, libc::IPV6_ADD_MEMBERSHIP, &request)
+            }
+            IpAddr::V4(group) => {
+                self.set_option(libc::IPPROTO_IP, libc::IP_MULTICAST_ALL, &0i32)?;
+                let request = libc::ip_mreqn {
+                    imr_multiaddr: libc::in_addr {
+                        s_addr: u32::from_ne_bytes(group.octets()),
+                    },
+                    imr_address: libc::in_addr { s_addr: 0 },
+                    imr_ifindex: index as libc::c_int,
+                };
+                self.set_option(libc::IPPROTO_IP, libc::IP_ADD_MEMBERSHIP, &request)
+            }
+        };
+        match joined {
+            Err(error) if error.raw_os_error() == Some(libc::EADDRINUSE) => Ok(()),
+            joined => joined,
+        }
+    }
+
+    fn set_option<T>(&self, level: libc::c_int, name: libc::c_int, value: &T) -> io::Result<()> {
+        // SAFETY: `value` is a structure that the kernel reads for this option, of the length that is given.
+        let result = unsafe {
+            libc::setsockopt(
+                self.socket.as_raw_fd(),
+                level,
+                name,
+                std::ptr::from_ref(value).cast(),
+                size_of::<T>() as libc::socklen_t,
+            )
+        };
+        nix::errno::Errno::result(result)
+            .map(drop)
+            .map_err(io::Error::from)
     }
 
     /// The socket.
@@ -164,6 +257,14 @@ impl Receiver {
         let before = std::mem::replace(&mut self.drop_count, info[DROPS]);
         info[DROPS].wrapping_sub(before)
     }
+}
+
+/// Beyond the system's limit only with the privilege.
+fn set_receive_buffer_size(socket: &OwnedFd, bytes: usize) -> nix::Result<()> {
+    if setsockopt(socket, sockopt::RcvBufForce, &bytes).is_err() {
+        setsockopt(socket, sockopt::RcvBuf, &bytes)?;
+    }
+    Ok(())
 }
 
 impl AsRawFd for Receiver {

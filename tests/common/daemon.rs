@@ -102,7 +102,39 @@ impl Home {
         self.start_command(ns.command(PROGRAM), &[])
     }
 
-    pub fn start_command(&self, mut command: Command, arguments: &[&str]) -> Daemon<'_> {
+    pub fn start_command(&self, command: Command, arguments: &[&str]) -> Daemon<'_> {
+        self.launch(command, "run", "flowd.cfg", arguments)
+    }
+
+    /// Configures a collector, in place of a marking daemon. `more` is YAML at the top level.
+    pub fn configure_collector(&self, more: &str) {
+        let path = |name| self.path(name).display().to_string();
+        let store = match more.contains("store:") {
+            true => String::new(),
+            false => format!("store: {{directory: {}}}\n", path("segments")),
+        };
+        let config = format!(
+            "registry: {{url: ''}}\npidPath: {}\nstateDir: {}\ncontrolSocket: {}\n{store}{more}",
+            path("pid"),
+            path("state"),
+            path("control.sock"),
+        );
+        fs::write(self.path("collector.cfg"), config).unwrap();
+    }
+
+    /// Starts the collector in a namespace and waits until it is ready.
+    pub fn start_collector(&self, ns: &NetNs) -> Daemon<'_> {
+        self.launch(ns.command(PROGRAM), "collect", "collector.cfg", &[])
+    }
+
+    /// Starts a command of the program that notifies systemd, and waits until it is ready.
+    pub fn launch(
+        &self,
+        mut command: Command,
+        word: &str,
+        config: &str,
+        arguments: &[&str],
+    ) -> Daemon<'_> {
         let socket = self.path("notify");
         let _ = fs::remove_file(&socket);
         let notify = UnixDatagram::bind(&socket).unwrap();
@@ -114,8 +146,8 @@ impl Home {
             .open(self.path("log"))
             .unwrap();
         command
-            .args(["run", "-c"])
-            .arg(self.path("flowd.cfg"))
+            .args([word, "-c"])
+            .arg(self.path(config))
             .args(arguments)
             .env("NOTIFY_SOCKET", &socket)
             .stdin(Stdio::null())

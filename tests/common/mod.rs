@@ -5,8 +5,10 @@
 #![allow(dead_code, missing_docs)]
 
 pub mod daemon;
+pub mod disk;
 pub mod http;
 pub mod net;
+pub mod service;
 pub mod sink;
 pub mod wire;
 

@@ -8,17 +8,17 @@ outcomes! {
     /// Why something is rejected. A set, a template or a datagram that cannot be read counts as one record.
     pub enum Rejection {
         /// The version is none that is known.
-        UnknownVersion = "unknown_version": "rejected: {datagram|datagrams} of an unknown version",
+        UnknownVersion = "rejected_unknown_version": "rejected: {datagram|datagrams} of an unknown version",
         /// The datagram ends too early.
-        Truncated = "truncated": "rejected: {record|records} cut off by the end of the datagram",
+        Truncated = "rejected_truncated": "rejected: {record|records} cut off by the end of the datagram",
         /// A length or a count cannot be true.
-        Malformed = "malformed": "rejected: {set or datagram|sets and datagrams} with a length or count that cannot be true",
+        Malformed = "rejected_malformed": "rejected: {set or datagram|sets and datagrams} with a length or count that cannot be true",
         /// A template that cannot be used.
-        BadTemplate = "bad_template": "rejected: {template|templates} that cannot be used",
+        BadTemplate = "rejected_bad_template": "rejected: {template|templates} that cannot be used",
         /// The template of a set is unknown.
-        NoTemplate = "no_template": "rejected: {set|sets} of records whose template is not known",
+        NoTemplate = "rejected_no_template": "rejected: {set|sets} of records whose template is not known",
         /// A record has neither an address nor a counter.
-        NotAFlow = "not_a_flow": "rejected: {record|records} with neither an address nor a counter",
+        NotAFlow = "rejected_not_a_flow": "rejected: {record|records} with neither an address nor a counter",
     }
 }
 
