@@ -310,6 +310,7 @@ fn sampling_intervals_in_every_form() {
     assert_eq!(interval(&[(304, 2, 1), (305, 4, 1), (306, 4, 999)]), 1000);
     assert_eq!(interval(&[(304, 2, 1), (305, 4, 10), (306, 4, 995)]), 101);
     assert_eq!(interval(&[(305, 4, 512)]), 512);
+    assert_eq!(interval(&[(305, 4, 10), (306, 4, 0)]), 1);
     assert_eq!(interval(&[(309, 4, 1), (310, 4, 4096)]), 4096);
     let probability = u128::from(0.001_f64.to_bits());
     assert_eq!(interval(&[(311, 8, probability)]), 1000);

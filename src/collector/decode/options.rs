@@ -83,7 +83,7 @@ struct Options {
     sampler: Option<u64>,
     interval: u64,
     packet_interval: u64,
-    packet_space: u64,
+    packet_space: Option<u64>,
     size: u64,
     population: u64,
     probability: f64,
@@ -101,7 +101,7 @@ impl Options {
                 self.interval = value;
             }
             option::PACKET_INTERVAL => self.packet_interval = value,
-            option::PACKET_SPACE => self.packet_space = value,
+            option::PACKET_SPACE => self.packet_space = Some(value),
             option::SAMPLING_SIZE => self.size = value,
             option::SAMPLING_POPULATION => self.population = value,
             option::SAMPLING_PROBABILITY if bytes.len() == 8 => {
@@ -123,12 +123,15 @@ impl Options {
             self.interval
         } else if self.size != 0 && self.population != 0 {
             rounded(self.population, self.size)
-        } else if self.packet_interval != 0 && self.packet_space != 0 {
-            let period = self.packet_interval.saturating_add(self.packet_space);
-            rounded(period, self.packet_interval)
         } else if self.packet_interval != 0 {
-            // Without the space, exporters mean one of so many.
-            self.packet_interval
+            match self.packet_space {
+                Some(space) => {
+                    let period = self.packet_interval.saturating_add(space);
+                    rounded(period, self.packet_interval)
+                }
+                // Without the space, exporters mean one of so many.
+                None => self.packet_interval,
+            }
         } else if self.probability > 0.0 && self.probability <= 1.0 {
             (1.0 / self.probability).round() as u64
         } else {
