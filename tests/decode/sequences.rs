@@ -82,6 +82,20 @@ fn exporters_that_count_something_else() {
 }
 
 #[test]
+fn softflowd_counts_flow_records_up_to_the_end_of_the_datagram() {
+    let mut sequence = 0;
+    let mut datagrams = Vec::new();
+    for records in [3, 10, 10, 5, 7, 1, 10, 2] {
+        sequence += records as u32;
+        datagrams.push(with_template(10, sequence, records));
+    }
+    assert_eq!(lost(&datagrams), 0);
+    datagrams.remove(5);
+    datagrams.remove(3);
+    assert_eq!(lost(&datagrams), 6);
+}
+
+#[test]
 fn what_comes_late_is_not_lost() {
     // Counted when it seems to be lost, and taken off the next loss.
     let late = [v5(0, 10), v5(20, 10), v5(10, 10), v5(30, 10)];

@@ -13,10 +13,11 @@ const MOST_LATE_RECORDS: u32 = 4096;
 const MOST_LATE_IN_A_ROW: u8 = 8;
 /// An uptime that goes back by more is that of an exporter that restarted.
 const UPTIME_JITTER_MS: u32 = 60_000;
-/// So many times in a row another unit must fit, and the known one not, to take its place.
-const DOUBTS: u8 = 3;
+/// So many times in a row other units must fit, and those that did so far not, to take their place.
+const MAX_DOUBTS: u8 = 3;
 
-/// What a sequence number counts. RFC 3954 says packets and RFC 7011 data records, and exporters of either do otherwise.
+/// What a sequence number counts. RFC 3954 says packets, RFC 7011 the data records before the datagram, and exporters do otherwise:
+/// softflowd counts the flow records up to the end of the datagram.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Unit {
     /// Datagrams.
@@ -25,6 +26,24 @@ pub enum Unit {
     DataRecords,
     /// Flow records alone.
     FlowRecords,
+    /// Data records, those of the datagram itself included.
+    DataRecordsToEnd,
+    /// Flow records alone, those of the datagram itself included.
+    FlowRecordsToEnd,
+}
+
+const UNITS: [Unit; 5] = [
+    Unit::Packets,
+    Unit::DataRecords,
+    Unit::FlowRecords,
+    Unit::DataRecordsToEnd,
+    Unit::FlowRecordsToEnd,
+];
+
+impl Unit {
+    fn bit(self) -> u8 {
+        1 << self as u8
+    }
 }
 
 /// A datagram, as far as sequence numbers go.
@@ -46,11 +65,12 @@ pub struct Counted {
 #[derive(Clone, Debug)]
 pub struct Sequence {
     last: Counted,
+    /// What the protocol says.
     unit: Unit,
-    /// Whether the unit may be another one than the protocol says.
-    guess: bool,
-    /// Whether a datagram has shown that the unit is right.
-    confirmed: bool,
+    /// The units that have fit so far, as bits.
+    possible: u8,
+    /// The units that there may be at all.
+    allowed: u8,
     doubts: u8,
     /// Running mean of flow records in a datagram.
     mean: f32,
@@ -64,14 +84,19 @@ pub struct Sequence {
 impl Sequence {
     /// Starts with the first datagram of an exporter.
     pub fn new(version: u16, first: Counted) -> Sequence {
+        let unit = match version {
+            9 => Unit::Packets,
+            10 => Unit::DataRecords,
+            _ => Unit::FlowRecords,
+        };
+        let allowed = match version {
+            9 | 10 => UNITS.iter().fold(0, |bits, unit| bits | unit.bit()),
+            _ => unit.bit(),
+        };
         Sequence {
-            unit: match version {
-                9 => Unit::Packets,
-                10 => Unit::DataRecords,
-                _ => Unit::FlowRecords,
-            },
-            guess: matches!(version, 9 | 10),
-            confirmed: false,
+            unit,
+            possible: allowed,
+            allowed,
             doubts: 0,
             mean: first.flow_records as f32,
             last: first,
@@ -87,6 +112,8 @@ impl Sequence {
             Unit::Packets => 1,
             Unit::DataRecords => self.last.data_records,
             Unit::FlowRecords => self.last.flow_records,
+            Unit::DataRecordsToEnd => next.data_records,
+            Unit::FlowRecordsToEnd => next.flow_records,
         };
         next.sequence
             .wrapping_sub(self.last.sequence)
@@ -95,33 +122,34 @@ impl Sequence {
 
     /// Takes the next datagram. Returns how many flow records were lost before it.
     pub fn follow(&mut self, next: Counted) -> u64 {
-        let gap = self.gap(self.unit, &next);
-        let units = [Unit::Packets, Unit::DataRecords, Unit::FlowRecords];
-        let fitting = units.into_iter().find(|unit| self.gap(*unit, &next) == 0);
-        if gap == 0 {
-            self.confirmed |= units.iter().any(|unit| self.gap(*unit, &next) != 0);
+        let fitting = UNITS.iter().filter(|unit| self.gap(**unit, &next) == 0);
+        let fitting = fitting.fold(0, |bits, unit| bits | unit.bit()) & self.allowed;
+        let exact = self.last.exact && next.exact;
+        if fitting & self.possible != 0 {
+            if exact {
+                self.possible &= fitting;
+            }
             self.doubts = 0;
             self.advance(next);
             return 0;
         }
-        if let Some(unit) = fitting.filter(|_| self.guess) {
-            self.doubts += 1;
-            if self.doubts >= DOUBTS {
-                self.unit = unit;
-                self.doubts = 0;
-            }
-            // A loss may look the same by chance.
-            if !self.confirmed || self.unit == unit {
-                self.advance(next);
-                return 0;
-            }
-        } else {
+        // A loss may look the same by chance, but not often.
+        self.doubts = if fitting == 0 { 0 } else { self.doubts + 1 };
+        if self.doubts >= MAX_DOUBTS {
+            self.possible = fitting;
             self.doubts = 0;
+            self.advance(next);
+            return 0;
         }
+        let is_possible = |unit: &Unit| unit.bit() & self.possible != 0;
+        let first = UNITS.into_iter().find(is_possible);
+        let unit = Some(self.unit).filter(is_possible).or(first);
+        let unit = unit.unwrap_or(self.unit);
+        let gap = self.gap(unit, &next);
         let went_back = |last: u32, now: u32| now < last && last - now > UPTIME_JITTER_MS;
         let restarted = matches!((self.last.uptime_ms, next.uptime_ms),
             (Some(last), Some(now)) if went_back(last, now));
-        let (most_lost, most_late) = match self.unit {
+        let (most_lost, most_late) = match unit {
             Unit::Packets => (MOST_LOST_PACKETS, MOST_LATE_PACKETS),
             _ => (MOST_LOST_RECORDS, MOST_LATE_RECORDS),
         };
@@ -134,10 +162,10 @@ impl Sequence {
                 return 0;
             }
         }
-        let known = self.unit == Unit::Packets || self.last.exact;
+        let known = unit == Unit::Packets || exact;
         let mut lost = 0;
         if gap > 0 && gap.unsigned_abs() <= most_lost && !restarted && known {
-            lost = match self.unit {
+            lost = match unit {
                 Unit::Packets => (f64::from(gap) * f64::from(self.mean)).round() as u64,
                 _ => u64::from(gap.unsigned_abs()),
             };
