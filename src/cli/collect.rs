@@ -11,8 +11,7 @@ use crate::collector;
 use crate::collector::config::{CollectorConfig, DEFAULT_PATH};
 use crate::error::Result;
 
-/// Run the collector of NetFlow and IPFIX in the foreground until SIGTERM or
-/// SIGINT.
+/// Run the collector in the foreground until SIGTERM or SIGINT.
 #[derive(ArgsInfo, FromArgs)]
 #[argh(subcommand, name = "collect", help_triggers("-h", "--help", "help"))]
 pub struct Collect {

@@ -11,8 +11,7 @@ use super::client;
 use super::terminal::{escaped, escaped_json};
 use crate::error::Result;
 
-/// List the rules of the running collector, and how often each was evaluated,
-/// matched, and decided what becomes of a record.
+/// List the rules of the running collector, and how often each applied.
 #[derive(ArgsInfo, FromArgs)]
 #[argh(subcommand, name = "filter", help_triggers("-h", "--help", "help"))]
 pub struct Filter {

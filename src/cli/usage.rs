@@ -218,7 +218,7 @@ mod tests {
     fn missing_commands_are_listed_one_per_line() {
         let program = missing_command("", &Arguments::get_args_info());
         assert!(
-            program.starts_with("missing command, expected one of:\n  run        Run the daemon ")
+            program.starts_with("missing command, expected one of:\n  run       Run the daemon ")
         );
         assert!(program.ends_with("\nSee `flowd-rs help COMMAND`."));
         let config = explained("config");
