@@ -59,7 +59,7 @@ struct Check {
     macros: Vec<(String, String)>,
 }
 
-/// Print a KEY=value file of flowd, or a flowd.conf of djm's flowd, as YAML.
+/// Print a KEY=value file or a flowd.conf of flowd as YAML.
 #[derive(ArgsInfo, FromArgs)]
 #[argh(subcommand, name = "convert", help_triggers("-h", "--help", "help"))]
 struct Convert {
