@@ -32,6 +32,8 @@ const RATES: [u64; 6] = [200_000, 400_000, 600_000, 800_000, 1_200_000, 2_000_00
 const RUNS: usize = 3;
 /// Datagrams of one system call of the feed.
 const BATCH: usize = 32;
+/// Sockets of the feed: the kernel distributes them among workers.
+const SOCKETS: usize = 8;
 const RECEIVE_BUFFER: usize = 32 << 20;
 const PORT: u16 = 2055;
 
@@ -167,26 +169,33 @@ fn v9() -> Feed {
 
 /// Sends a feed for [`SPAN`] at a rate. Returns how many records were sent.
 fn send(ns: &NetNs, feed: &Feed, rate: u64) -> u64 {
-    let socket = ns.enter(|| UdpSocket::bind("127.0.0.1:0").unwrap());
-    socket.connect(("127.0.0.1", PORT)).unwrap();
-    if let Some(templates) = &feed.templates {
-        socket.send(templates).unwrap();
-        std::thread::sleep(Duration::from_millis(200));
-    }
+    let sockets: Vec<UdpSocket> = (0..SOCKETS)
+        .map(|_| {
+            let socket = ns.enter(|| UdpSocket::bind("127.0.0.1:0").unwrap());
+            socket.connect(("127.0.0.1", PORT)).unwrap();
+            if let Some(templates) = &feed.templates {
+                socket.send(templates).unwrap();
+            }
+            socket
+        })
+        .collect();
+    std::thread::sleep(Duration::from_millis(200));
     let mut datagrams = vec![feed.datagram.clone(); BATCH];
     let mut headers = MultiHeaders::<SockaddrIn>::preallocate(BATCH, None);
     let (at, step) = feed.sequence;
-    let mut sequence = u32::from(feed.templates.is_some());
+    let mut sequences = [u32::from(feed.templates.is_some()); SOCKETS];
     let (start, mut sent) = (Instant::now(), 0);
-    while start.elapsed() < SPAN {
-        let due = (start.elapsed().as_secs_f64() * rate as f64) as u64;
-        if sent + feed.records * BATCH as u64 > due {
-            std::thread::sleep(Duration::from_micros(200));
-            continue;
+    for (socket, sequence) in sockets.iter().zip(0..SOCKETS).cycle() {
+        while start.elapsed().as_secs_f64() * (rate as f64) < sent as f64 {
+            std::thread::sleep(Duration::from_micros(100));
         }
+        if start.elapsed() >= SPAN {
+            break;
+        }
+        let sequence = &mut sequences[sequence];
         for datagram in &mut datagrams {
             datagram[at..at + 4].copy_from_slice(&sequence.to_be_bytes());
-            sequence = sequence.wrapping_add(step);
+            *sequence = sequence.wrapping_add(step);
         }
         let slices: Vec<_> = datagrams.iter().map(|d| [IoSlice::new(d)]).collect();
         let flags = MsgFlags::empty();

@@ -32,9 +32,12 @@ use crate::sys::waiter::Waiter;
 /// The longest datagram of UDP, in bytes.
 const MAX_DATAGRAM_SIZE: usize = 65_535;
 /// How long datagrams gather in the socket before they are read, unless many arrive: one system call then reads them all.
+/// A socket with a large receive buffer has room for those of a longer time.
 const GATHER_TIME: Duration = Duration::from_millis(1);
+const MAX_GATHER_TIME: Duration = Duration::from_millis(5);
+const RECEIVE_BUFFER_PER_MILLISECOND: usize = 4 << 20;
 /// From this many datagrams on, the next system call follows without waiting.
-const MANY_DATAGRAMS: usize = 16;
+const MANY_DATAGRAMS: usize = 48;
 /// System calls per socket before other work gets its turn.
 const MAX_CALLS_PER_TURN: usize = 16;
 /// A batch is sent at this size in bytes, or this long after its first datagram.
@@ -129,19 +132,23 @@ impl Worker {
         };
         let mut dropped_log = LogLimit::new(Level::Warn, "dropped datagrams");
         let mut buffer = ReceiveBuffer::new(MAX_DATAGRAM_SIZE);
-        let (mut more, mut last_tick) = (true, Instant::now());
+        let (mut received_any, mut is_busy, mut last_tick) = (true, true, Instant::now());
+        let gather_time = gather_time(&sockets);
         let mut stop_seen: Option<Instant> = None;
         loop {
-            let timeout = match (more, processor.since) {
-                (true, _) => Duration::ZERO,
-                (false, Some(since)) => BATCH_TIME.saturating_sub(since.elapsed()),
-                (false, None) => TICK_INTERVAL,
+            // After datagrams more are expected: they gather, and are then looked for without waiting.
+            let timeout = match (received_any, processor.since) {
+                (true, _) => None,
+                (false, Some(since)) => Some(BATCH_TIME.saturating_sub(since.elapsed())),
+                (false, None) => Some(TICK_INTERVAL),
             };
-            waiter.wait(Some(timeout)).context(poll_loop)?;
-            if !more && !stop.is_set() {
-                thread::sleep(GATHER_TIME);
+            if let Some(timeout) = timeout {
+                waiter.wait(Some(timeout)).context(poll_loop)?;
             }
-            more = false;
+            if !is_busy && !stop.is_set() {
+                thread::sleep(gather_time);
+            }
+            (received_any, is_busy) = (false, false);
             let received_at = SystemTime::now()
                 .duration_since(SystemTime::UNIX_EPOCH)
                 .unwrap_or_default();
@@ -150,28 +157,27 @@ impl Worker {
                 received_at.subsec_micros(),
             );
             for Socket { listen, receiver } in &sockets {
+                let mut received = 0;
                 for _ in 0..MAX_CALLS_PER_TURN {
-                    let received = receiver
+                    received = receiver
                         .receive(&mut buffer, |datagram| {
                             processor.handle(&datagram, received_at);
                         })
                         .context(|| format!("UDP {}", listen.address))?;
                     processor.send_if_large();
-                    if received == 0 {
-                        break;
-                    }
-                    // The waiter reports new datagrams only, so that the socket is read until it is empty.
-                    more = true;
+                    // The waiter reports new datagrams only: before the next wait, the socket is read until it is empty.
+                    received_any |= received > 0;
                     if received < MANY_DATAGRAMS {
                         break;
                     }
                 }
+                is_busy |= received >= MANY_DATAGRAMS;
             }
             let now = Instant::now();
             let mut is_done = false;
             if stop.is_set() {
                 let since = *stop_seen.get_or_insert(now);
-                is_done = !more || handover.is_begun() || now - since >= DRAIN_TIMEOUT;
+                is_done = !received_any || handover.is_begun() || now - since >= DRAIN_TIMEOUT;
             }
             if is_done || now - last_tick >= TICK_INTERVAL {
                 last_tick = now;
@@ -213,6 +219,15 @@ impl Worker {
         });
         Ok(())
     }
+}
+
+/// By the smallest receive buffer.
+fn gather_time(sockets: &[Socket]) -> Duration {
+    let sizes = sockets
+        .iter()
+        .map(|s| s.receiver.receive_buffer_size().unwrap_or_default());
+    let milliseconds = sizes.min().unwrap_or_default() / RECEIVE_BUFFER_PER_MILLISECOND;
+    Duration::from_millis(milliseconds as u64).clamp(GATHER_TIME, MAX_GATHER_TIME)
 }
 
 fn poll_loop() -> String {
