@@ -89,7 +89,6 @@ bench: test-deps ## measure the codecs, and the daemon against the limits of thi
 	$(CARGO) bench --locked --bench inputs
 	$(CARGO) bench --locked --bench sockets
 	$(CARGO) bench --locked --bench metrics
-	$(CARGO) bench --locked --bench segments
 
 bench-collector: test-deps ## measure the collector, beside nfcapd and nfdump (needs root, a quiet machine)
 	$(CARGO) bench --locked --bench collector

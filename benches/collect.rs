@@ -10,7 +10,7 @@ use std::fs;
 use std::io::IoSlice;
 use std::net::UdpSocket;
 use std::os::fd::AsRawFd;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
@@ -18,10 +18,12 @@ use common::daemon::Home;
 use common::http::Client;
 use common::net::NetNs;
 use common::wait_for;
+use measure::reader::beside_nfdump;
 use measure::{cpu_of, median, resident_of, row};
 use nix::sys::signal::{Signal, kill};
 use nix::sys::socket::{MsgFlags, MultiHeaders, SockaddrIn, sendmmsg};
 use nix::unistd::Pid;
+use tempfile::TempDir;
 
 /// How long a feed lasts.
 const SPAN: Duration = Duration::from_secs(4);
@@ -221,6 +223,9 @@ struct Outcome {
     cpu: f64,
     /// Bytes on the disk.
     bytes: u64,
+    /// The stored files, until this is dropped.
+    files: PathBuf,
+    _folder: TempDir,
 }
 
 impl Outcome {
@@ -258,6 +263,8 @@ fn ours(ns: &NetNs, feed: &Feed, rate: u64, more: &str) -> Outcome {
         stored,
         cpu,
         bytes: size(&home.path("segments")),
+        files: home.path("segments"),
+        _folder: home.dir,
     }
 }
 
@@ -329,6 +336,8 @@ fn nfcapd(ns: &NetNs, feed: &Feed, rate: u64) -> Outcome {
         stored,
         cpu,
         bytes: size(directory.path()),
+        files: directory.path().to_owned(),
+        _folder: directory,
     }
 }
 
@@ -450,5 +459,13 @@ fn main() {
         );
     }
     memory(&ns);
+    println!("| records read back | flowd-rs reader | nfdump | speed, ratio |");
+    println!("| --- | --- | --- | --- |");
+    let feed = v5();
+    let [our, their] = [
+        ours(&ns, &feed, COMMON_RATE, ""),
+        nfcapd(&ns, &feed, COMMON_RATE),
+    ];
+    beside_nfdump(&our.files, &their.files, our.stored.min(their.stored));
     fs::write(limit, former).unwrap();
 }
