@@ -9,7 +9,9 @@ use jiff::tz::TimeZone;
 use super::evaluate::Counts;
 use super::grammar::parse_clauses;
 use super::lexer::ParseError;
-use super::rule::{Addresses, Clauses, End, Family, Name, Operator, Ranges, Rule, Test};
+use super::rule::{
+    Addresses, Clauses, Comparison, End, Family, Name, Operator, Ranges, Rule, Test,
+};
 use crate::collector::record::FlowRecord;
 use crate::config::nearest::nearest;
 use crate::flow::Tag;
@@ -86,10 +88,11 @@ pub(super) enum Check {
     AnyLabel {
         negated: bool,
     },
-    Compare {
+    /// From the first to the last value, both included.
+    Count {
         counter: Counter,
-        operator: Operator,
-        value: u64,
+        first: u64,
+        last: u64,
     },
     V4 {
         whose: Whose,
@@ -119,6 +122,7 @@ pub(super) enum Check {
 
 #[derive(Clone, Copy, Debug)]
 pub(super) enum Whose {
+    // The order is that of `Derived::ipv4`.
     Agent,
     Source,
     Destination,
@@ -126,6 +130,7 @@ pub(super) enum Whose {
 
 #[derive(Clone, Copy, Debug)]
 pub(super) enum Field {
+    // The order is that of `Derived::numbers`.
     Input,
     Output,
     SourcePort,
@@ -136,6 +141,7 @@ pub(super) enum Field {
 
 #[derive(Clone, Copy, Debug)]
 pub(super) enum Counter {
+    // The order is that of `Derived::counters`.
     Octets,
     Packets,
 }
@@ -158,8 +164,26 @@ impl AddressSet {
 
 /// Whether a number is in one of the sorted ranges.
 pub(super) fn contains<T: Copy + Ord>(ranges: &[(T, T)], number: T) -> bool {
+    // Few are compared one by one, which the processor predicts.
+    if ranges.len() <= 8 {
+        return ranges.iter().fold(false, |is_in, (first, last)| {
+            is_in | ((*first <= number) & (number <= *last))
+        });
+    }
     let after = ranges.partition_point(|(first, _)| *first <= number);
     after > 0 && number <= ranges[after - 1].1
+}
+
+/// The first and the last count that a comparison admits; `None` if it admits none.
+fn counts(comparison: &Comparison) -> Option<(u64, u64)> {
+    let value = comparison.value;
+    Some(match comparison.operator {
+        Operator::Less => (0, value.checked_sub(1)?),
+        Operator::AtMost => (0, value),
+        Operator::Equal => (value, value),
+        Operator::AtLeast => (value, u64::MAX),
+        Operator::Greater => (value.checked_add(1)?, u64::MAX),
+    })
 }
 
 /// Tags that match, and whether a record without a tag does.
@@ -285,11 +309,15 @@ impl Filter {
             (Counter::Octets, &clauses.bytes),
             (Counter::Packets, &clauses.packets),
         ] {
-            checks.extend(comparisons.iter().map(|comparison| Check::Compare {
-                counter,
-                operator: comparison.operator,
-                value: comparison.value,
-            }));
+            let check = |comparison: &Comparison| match counts(comparison) {
+                Some((first, last)) => Check::Count {
+                    counter,
+                    first,
+                    last,
+                },
+                None => Check::Never,
+            };
+            checks.extend(comparisons.iter().map(check));
         }
         let address = |end: &End| end.address.clone();
         for (whose, test) in [

@@ -5,8 +5,7 @@ use std::ops::AddAssign;
 
 use jiff::{SignedDuration, Timestamp, tz::TimeZone};
 
-use super::compile::{Check, Counter, Field, Filter, Whose, contains};
-use super::rule::Operator;
+use super::compile::{Check, Filter, Whose, contains};
 use crate::collector::record::FlowRecord;
 use crate::flow::Tag;
 use crate::scitag;
@@ -132,8 +131,19 @@ impl LocalClock {
     }
 }
 
+/// A number that no network contains: its upper half is not 0.
+const NO_IPV4: u64 = u64::MAX;
+/// The upper half of a number in [`Derived::ipv4`].
+const NO_IPV4_MASK: u64 = 0xffff_ffff_0000_0000;
+
 /// What is computed once for a record.
 struct Derived {
+    /// In the order of `Field`: looking one up takes no branch.
+    numbers: [u32; 6],
+    /// In the order of `Counter`.
+    counters: [u64; 2],
+    /// The IPv4 addresses in the order of [`Whose`]; [`NO_IPV4`] for others.
+    ipv4: [u64; 3],
     tag: Option<Tag>,
     /// Sunday is 0.
     day: u8,
@@ -181,6 +191,21 @@ impl Filter {
             false => 0,
         };
         Derived {
+            numbers: [
+                record.input,
+                record.output,
+                record.source_port.into(),
+                record.destination_port.into(),
+                record.protocol.into(),
+                record.tos.into(),
+            ],
+            counters: [record.octets, record.packets],
+            ipv4: [Whose::Agent, Whose::Source, Whose::Destination].map(|whose| {
+                match address(record, whose) {
+                    Some(IpAddr::V4(address)) => u32::from(address).into(),
+                    _ => NO_IPV4,
+                }
+            }),
             tag: self.uses_tags.then(|| self.tag(record)).flatten(),
             // 1970-01-01 was a Thursday.
             day: (local.div_euclid(86_400) + 4).rem_euclid(7) as u8,
@@ -212,12 +237,12 @@ fn holds(check: &Check, record: &FlowRecord, derived: &Derived) -> bool {
             first,
             last,
             negated,
-        } => (first..=last).contains(&number(record, field)) != negated,
+        } => (first..=last).contains(&derived.numbers[field as usize]) != negated,
         Check::Numbers {
             field,
             ref ranges,
             negated,
-        } => contains(ranges, number(record, field)) != negated,
+        } => contains(ranges, derived.numbers[field as usize]) != negated,
         Check::Flags {
             mask,
             value,
@@ -229,33 +254,19 @@ fn holds(check: &Check, record: &FlowRecord, derived: &Derived) -> bool {
             negated,
         } => record.flow_label.is_some_and(|label| label & mask == value) != negated,
         Check::AnyLabel { negated } => record.flow_label.is_some_and(|label| label != 0) != negated,
-        Check::Compare {
+        Check::Count {
             counter,
-            operator,
-            value,
-        } => {
-            let count = match counter {
-                Counter::Octets => record.octets,
-                Counter::Packets => record.packets,
-            };
-            match operator {
-                Operator::Less => count < value,
-                Operator::AtMost => count <= value,
-                Operator::Equal => count == value,
-                Operator::AtLeast => count >= value,
-                Operator::Greater => count > value,
-            }
-        }
+            first,
+            last,
+        } => (first..=last).contains(&derived.counters[counter as usize]),
         Check::V4 {
             whose,
             mask,
             network,
             negated,
         } => {
-            let is_in = match address(record, whose) {
-                Some(IpAddr::V4(address)) => u32::from(address) & mask == network,
-                _ => false,
-            };
+            let is_in = derived.ipv4[whose as usize] & (NO_IPV4_MASK | u64::from(mask))
+                == u64::from(network);
             is_in != negated
         }
         Check::V6 {
@@ -289,17 +300,6 @@ fn holds(check: &Check, record: &FlowRecord, derived: &Derived) -> bool {
         }
         Check::Time(first, end) => (first..end).contains(&i64::from(record.received_s)),
         Check::Never => false,
-    }
-}
-
-fn number(record: &FlowRecord, field: Field) -> u32 {
-    match field {
-        Field::Input => record.input,
-        Field::Output => record.output,
-        Field::SourcePort => record.source_port.into(),
-        Field::DestinationPort => record.destination_port.into(),
-        Field::Protocol => record.protocol.into(),
-        Field::Tos => record.tos.into(),
     }
 }
 
