@@ -935,6 +935,7 @@ fn datagrams_are_forwarded_as_they_came_and_nfreplay_sends_them_again() {
 }
 
 /// Open vSwitch between two hosts, in a namespace of its own, with the collector beside it.
+#[cfg(feature = "bpf")]
 struct Switch {
     ns: NetNs,
     left: NetNs,
@@ -942,6 +943,7 @@ struct Switch {
     _daemons: [Killed; 2],
 }
 
+#[cfg(feature = "bpf")]
 impl Switch {
     fn new(home: &Home) -> Switch {
         let [ns, left, right] = ["switch", "left", "right"].map(NetNs::new);
