@@ -439,6 +439,9 @@ impl Service for Collector {
             Ok(filter) => filter,
             Err(error) => return Ok(Reload::Refused(error.to_string())),
         };
+        if let Err(error) = receive::check_groups(&config) {
+            return Ok(Reload::Refused(error.to_string()));
+        }
         // Sockets of new addresses are bound while the old workers still receive.
         let mut fresh = Vec::new();
         for _ in 0..config.workers {

@@ -51,6 +51,14 @@ impl ConfigError {
         // Tabs are kept, so that the caret lines up.
         let before = line.chars().take(column - 1);
         let indent: String = before.map(|c| if c == '\t' { c } else { ' ' }).collect();
+        let shown = |c: char| {
+            if c.is_control() && c != '\t' {
+                '\u{fffd}'
+            } else {
+                c
+            }
+        };
+        let line: String = line.chars().map(shown).collect();
         format!("{number:>5} | {line}\n      | {indent}^\n")
     }
 }
@@ -62,7 +70,12 @@ impl fmt::Display for ConfigError {
             write!(f, "{line}:{column}:")?;
         }
         if !self.key.is_empty() {
-            write!(f, " {}:", self.key)?;
+            // Control characters in a key must not reach the terminal.
+            let key = self.key.chars().flat_map(|c| match c.is_control() {
+                true => c.escape_default().collect::<Vec<_>>(),
+                false => vec![c],
+            });
+            write!(f, " {}:", key.collect::<String>())?;
         }
         write!(f, " {}", self.message)
     }

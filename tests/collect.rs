@@ -253,6 +253,70 @@ fn records_are_received_filtered_stored_and_read_back() {
     );
 }
 
+/// The addresses of exporters are true, whatever family the socket before had.
+#[test]
+#[ignore = "needs root: network namespaces"]
+fn exporters_of_both_families_are_told_apart() {
+    let ns = NetNs::new("collect");
+    ns.ip(&[
+        "addr",
+        "add",
+        "2001:db8:aaaa:bbbb:cccc:dddd:eeee:ffff/128",
+        "dev",
+        "lo",
+    ]);
+    let home = Home::with("");
+    home.configure_collector("listen: ['127.0.0.1:2055', '[::1]:2055']\n");
+    let collector = home.start_collector(&ns);
+    let senders = ["127.0.0.1", "2001:db8:aaaa:bbbb:cccc:dddd:eeee:ffff", "::1"];
+    for round in 0..3 {
+        for from in senders {
+            let address: std::net::IpAddr = from.parse().unwrap();
+            let socket = ns.enter(|| UdpSocket::bind((address, 0)).unwrap());
+            let to = if address.is_ipv4() {
+                "127.0.0.1"
+            } else {
+                "::1"
+            };
+            socket.send_to(&v5(0, 1), (to, 2055)).unwrap();
+        }
+        status_with(&home, "stored", 3 * (round + 1));
+    }
+    let listed = Client::unix(&home.path("control.sock"))
+        .get("/exporters")
+        .json();
+    let listed = listed["exporters"].as_array().unwrap();
+    let mut found: Vec<&str> = listed
+        .iter()
+        .map(|e| e["address"].as_str().unwrap())
+        .collect();
+    found.sort_unstable();
+    let mut expected = senders;
+    expected.sort_unstable();
+    assert_eq!(found, expected);
+    collector.stop();
+}
+
+/// A template of one byte makes 65,000 records of a datagram: on a disk that works, none is dropped for it.
+#[test]
+#[ignore = "needs root: network namespaces"]
+fn datagrams_of_very_many_records_do_not_fill_the_memory() {
+    let ns = NetNs::new("collect");
+    let home = Home::with("");
+    home.configure_collector(&format!("{LISTEN}limits: {{maxWaiting: 16MiB}}\n"));
+    let collector = home.start_collector(&ns);
+    let exporter = exporter(&ns, TO);
+    let template = set(2, &[1, 0x96, 0, 1, 0, 1, 0, 1]);
+    exporter.send(&ipfix(0, &[template])).unwrap();
+    for n in 0..20 {
+        exporter.send(&ipfix(n, &[set(406, &[7; 60_000])])).unwrap();
+        exporter.send(&v5(n * 10, 10)).unwrap();
+    }
+    let status = status_with(&home, "datagrams", 41);
+    assert_eq!(status["stored"], 20 * 60_000 + 200, "{status}");
+    collector.stop();
+}
+
 #[test]
 #[ignore = "needs root: network namespaces"]
 fn djms_configuration_runs_as_it_is() {
@@ -359,6 +423,13 @@ fn a_restart_keeps_the_templates_and_a_reload_the_sockets() {
         .send(&ipfix(0, &[set(300, &ipv6_record(1, 77))]))
         .unwrap();
     status_with(&home, "filtered", 1);
+
+    // A group that cannot be joined is refused, and the collector goes on.
+    home.configure_collector(&format!(
+        "{LISTEN}multicastGroups: [{{group: 239.1.1.1, interface: nosuch}}]\n"
+    ));
+    collector.signal(Signal::SIGHUP);
+    home.wait_for_log("239.1.1.1 on nosuch (multicastGroups)");
 
     // A configuration that is wrong is refused, and changes nothing.
     home.configure_collector(&format!("{LISTEN}filter: discard nonsense\n"));

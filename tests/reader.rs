@@ -751,3 +751,29 @@ print(child.wait(), shown)
         "{printed}"
     );
 }
+
+/// The directory may be another user's: what is not a file is reported, and the rest is read.
+#[test]
+fn a_pipe_or_a_link_among_the_segments_is_skipped() {
+    let folder = tempfile::tempdir().unwrap();
+    let pipe = folder.path().join("flows-20261124T100000Z.flowd");
+    nix::unistd::mkfifo(&pipe, nix::sys::stat::Mode::S_IRWXU).unwrap();
+    std::os::unix::fs::symlink(
+        "/dev/zero",
+        folder.path().join("flows-20261124T100500Z.flowd"),
+    )
+    .unwrap();
+    std::fs::write(folder.path().join("flows-20261124T101000Z.flowd"), b"").unwrap();
+    let output = std::process::Command::new(env!("CARGO_BIN_EXE_flowd-rs"))
+        .args(["reader", "-q"])
+        .arg(folder.path())
+        .output()
+        .unwrap();
+    assert_eq!(output.status.code(), Some(1));
+    let errors = String::from_utf8(output.stderr).unwrap();
+    assert_eq!(
+        errors.lines().filter(|line| line.contains("T100")).count(),
+        2,
+        "{errors}"
+    );
+}

@@ -55,6 +55,25 @@ pub fn open(
     Ok(sockets)
 }
 
+/// Whether the multicast groups can be joined, tried with sockets of their own.
+pub fn check_groups(config: &CollectorConfig) -> Result<()> {
+    for address in ["0.0.0.0:0", "[::]:0"] {
+        let address: SocketAddr = address.parse().unwrap_or(([0; 4], 0).into());
+        let is_of_family = |group: &&MulticastGroup| group.group.is_ipv4() == address.is_ipv4();
+        let groups: Vec<_> = config
+            .multicast_groups
+            .iter()
+            .filter(is_of_family)
+            .cloned()
+            .collect();
+        if !groups.is_empty() {
+            let socket = Receiver::bind(address).context(|| format!("UDP {address}"))?;
+            join(&socket, address, &groups)?;
+        }
+    }
+    Ok(())
+}
+
 /// Binds the addresses of `config` that `previous` does not have.
 pub fn open_new(config: &CollectorConfig, previous: &CollectorConfig) -> Result<Vec<Socket>> {
     let is_new = |listen: &&Listen| {

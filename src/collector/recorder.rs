@@ -4,7 +4,7 @@
 
 use std::collections::{HashMap, VecDeque};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, bounded};
@@ -23,6 +23,8 @@ use crate::logging::LogLimit;
 const RETRY_INTERVAL: Duration = Duration::from_secs(1);
 /// How often rates are computed and segments rotated.
 const TICK_INTERVAL: Duration = Duration::from_secs(1);
+/// How often a worker looks whether the disk has made room.
+const ROOM_POLL_INTERVAL: Duration = Duration::from_millis(1);
 /// How long a stop tries to write what waits.
 const STOP_TIMEOUT: Duration = Duration::from_secs(5);
 /// Buffers that are kept for the next batches.
@@ -106,6 +108,8 @@ impl Batch {
 #[derive(Clone)]
 pub struct Waiting {
     bytes: Arc<AtomicUsize>,
+    /// Whether writing fails.
+    is_failing: Arc<AtomicBool>,
     limit: usize,
     buffers: (Sender<Vec<u8>>, Receiver<Vec<u8>>),
 }
@@ -115,6 +119,7 @@ impl Waiting {
     pub fn new(limit: usize) -> Waiting {
         Waiting {
             bytes: Arc::default(),
+            is_failing: Arc::default(),
             limit,
             buffers: bounded(SPARE_BUFFERS),
         }
@@ -128,14 +133,20 @@ impl Waiting {
         }
     }
 
-    /// Reserves room for a batch; `false` if there is none.
+    /// Reserves room for a batch. While there is none, it waits for the disk, and datagrams wait in their sockets; if
+    /// writing fails, it returns `false` instead.
     pub fn reserve(&self, bytes: usize) -> bool {
-        let before = self.bytes.fetch_add(bytes, Ordering::Relaxed);
-        let fits = before + bytes <= self.limit;
-        if !fits {
+        loop {
+            let before = self.bytes.fetch_add(bytes, Ordering::Relaxed);
+            if before == 0 || before + bytes <= self.limit {
+                return true;
+            }
             self.bytes.fetch_sub(bytes, Ordering::Relaxed);
+            if self.is_failing.load(Ordering::Relaxed) {
+                return false;
+            }
+            std::thread::sleep(ROOM_POLL_INTERVAL);
         }
-        fits
     }
 
     /// An empty buffer, which may have memory from an earlier batch.
@@ -299,7 +310,9 @@ impl Recorder {
             } => {
                 let opened = store.map_or(Ok(()), |settings| self.replace_store(&settings));
                 if opened.is_ok() {
-                    self.rule_counts = filter::Counts::new(&filter);
+                    if rules != self.rules {
+                        self.rule_counts = filter::Counts::new(&filter);
+                    }
                     (self.filter, self.rules) = (filter, rules);
                     self.ledger.set_max_exporters(max_exporters);
                 }
@@ -327,6 +340,12 @@ impl Recorder {
     /// Writes the batches that wait, until one fails.
     fn write_waiting(&mut self) {
         self.retry_at = None;
+        self.write_until_failure();
+        let is_failing = self.retry_at.is_some();
+        self.waiting.is_failing.store(is_failing, Ordering::Relaxed);
+    }
+
+    fn write_until_failure(&mut self) {
         while let Some(batch) = self.unwritten.pop_front() {
             let received = batch.received_s.map(|s| Timestamp::from_second(s.into()));
             let received = received

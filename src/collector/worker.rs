@@ -129,6 +129,7 @@ impl Worker {
             last_sent: Instant::now(),
             template_changes,
             rejected_log: LogLimit::new(Level::Warn, "rejected flow records"),
+            full_log: LogLimit::new(Level::Error, "batches of records that were dropped"),
         };
         let mut dropped_log = LogLimit::new(Level::Warn, "dropped datagrams");
         let mut buffer = ReceiveBuffer::new(MAX_DATAGRAM_SIZE);
@@ -164,7 +165,6 @@ impl Worker {
                             processor.handle(&datagram, received_at);
                         })
                         .context(|| format!("UDP {}", listen.address))?;
-                    processor.send_if_large();
                     // The waiter reports new datagrams only: before the next wait, the socket is read until it is empty.
                     received_any |= received > 0;
                     if received < MANY_DATAGRAMS {
@@ -194,6 +194,7 @@ impl Worker {
                 }
                 dropped_log.tick(now);
                 processor.rejected_log.tick(now);
+                processor.full_log.tick(now);
                 processor.forwarder.tick(now);
                 processor.send(is_done);
             } else if processor
@@ -253,6 +254,7 @@ struct Processor {
     last_sent: Instant,
     template_changes: Arc<AtomicUsize>,
     rejected_log: LogLimit,
+    full_log: LogLimit,
 }
 
 impl Processor {
@@ -275,6 +277,8 @@ impl Processor {
             }
         };
         self.batch.entries[at].1.add(&entry);
+        // A datagram may have 65,000 records.
+        self.send_if_large();
     }
 
     /// Fills in what a datagram brought. Returns its exporter, if it can be told.
@@ -360,6 +364,10 @@ impl Processor {
         self.since = None;
         if !self.waiting.reserve(self.batch.bytes.len()) {
             self.batch.drop_records();
+            self.full_log.log(Instant::now(), || {
+                "the store cannot be written and limits.maxWaiting is reached: records are dropped"
+                    .to_owned()
+            });
             if !now_or_never && self.last_sent.elapsed() < TICK_INTERVAL {
                 return;
             }

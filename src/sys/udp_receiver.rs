@@ -37,13 +37,15 @@ impl Default for Options {
 /// A bound UDP socket.
 pub struct Receiver {
     socket: OwnedFd,
+    is_ipv6: bool,
     /// The kernel's count of dropped datagrams when it was last read.
     drop_count: u32,
 }
 
 /// Memory for the datagrams of one system call. It belongs to the thread that receives.
 pub struct ReceiveBuffer {
-    headers: MultiHeaders<SockaddrStorage>,
+    /// For sockets of IPv4 and of IPv6: the kernel takes the length of an address that it has written for the room for the next.
+    headers: [MultiHeaders<SockaddrStorage>; 2],
     bytes: Vec<u8>,
     max_datagram_size: usize,
 }
@@ -52,7 +54,7 @@ impl ReceiveBuffer {
     /// A buffer for datagrams of up to `max_datagram_size` bytes.
     pub fn new(max_datagram_size: usize) -> ReceiveBuffer {
         ReceiveBuffer {
-            headers: MultiHeaders::preallocate(MAX_BATCH_SIZE, None),
+            headers: [(); 2].map(|()| MultiHeaders::preallocate(MAX_BATCH_SIZE, None)),
             bytes: vec![0; MAX_BATCH_SIZE * max_datagram_size],
             max_datagram_size,
         }
@@ -107,6 +109,7 @@ impl Receiver {
         bind(socket.as_raw_fd(), &SockaddrStorage::from(address))?;
         Ok(Receiver {
             socket,
+            is_ipv6: address.is_ipv6(),
             drop_count: 0,
         })
     }
@@ -116,6 +119,7 @@ impl Receiver {
         let bound: SockaddrStorage = getsockname(socket.as_raw_fd()).ok()?;
         let mut receiver = Receiver {
             socket,
+            is_ipv6: address.is_ipv6(),
             drop_count: 0,
         };
         // Earlier drops are not counted: they belong to the predecessor.
@@ -210,7 +214,7 @@ impl Receiver {
             .collect();
         let received = recvmmsg(
             self.socket.as_raw_fd(),
-            &mut buffer.headers,
+            &mut buffer.headers[usize::from(self.is_ipv6)],
             slices.iter_mut(),
             MsgFlags::MSG_DONTWAIT,
             None,
@@ -259,12 +263,18 @@ impl Receiver {
     }
 }
 
-/// Beyond the system's limit only with the privilege.
+/// Beyond the system's limit only with the privilege; a buffer that is larger already stays as it is.
 fn set_receive_buffer_size(socket: &OwnedFd, bytes: usize) -> nix::Result<()> {
-    if setsockopt(socket, sockopt::RcvBufForce, &bytes).is_err() {
-        setsockopt(socket, sockopt::RcvBuf, &bytes)?;
+    let before = getsockopt(socket, sockopt::RcvBuf)? / 2;
+    if bytes <= before || setsockopt(socket, sockopt::RcvBufForce, &bytes).is_ok() {
+        return Ok(());
     }
-    Ok(())
+    let limit = std::fs::read_to_string("/proc/sys/net/core/rmem_max");
+    let limit = limit.ok().and_then(|limit| limit.trim().parse().ok());
+    match limit.unwrap_or(usize::MAX) > before {
+        true => setsockopt(socket, sockopt::RcvBuf, &bytes),
+        false => Ok(()),
+    }
 }
 
 impl AsRawFd for Receiver {

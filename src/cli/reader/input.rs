@@ -2,9 +2,12 @@
 
 use std::fs::{self, File};
 use std::io::{self, BufReader, Read};
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::thread::sleep;
 use std::time::Duration;
+
+use nix::libc;
 
 use super::arguments::STDIN;
 use super::period::Period;
@@ -22,14 +25,20 @@ const WRITE_TIME: Duration = Duration::from_millis(20);
 /// A file, or standard input.
 pub struct Input {
     pub path: PathBuf,
+    /// A segment of a directory, which others may write to: no link is followed, and no pipe waited for.
+    is_segment: bool,
     /// 0 if unknown, as for a pipe.
     pub length: u64,
 }
 
 impl Input {
-    fn new(path: PathBuf) -> Input {
+    fn new(path: PathBuf, is_segment: bool) -> Input {
         let length = fs::metadata(&path).map_or(0, |metadata| metadata.len());
-        Input { path, length }
+        Input {
+            path,
+            is_segment,
+            length,
+        }
     }
 
     /// As it is shown to the user.
@@ -51,6 +60,7 @@ impl Input {
     pub fn open(&self, is_v2: bool) -> io::Result<Result<Source, v2::Error>> {
         let input: Box<dyn Read> = match self.path == Path::new(STDIN) {
             true => Box::new(io::stdin()),
+            false if self.is_segment => Box::new(open_segment(&self.path)?),
             false => Box::new(File::open(&self.path)?),
         };
         if !is_v2 {
@@ -61,13 +71,27 @@ impl Input {
     }
 }
 
+fn open_segment(path: &Path) -> io::Result<File> {
+    let mut options = File::options();
+    options.read(true);
+    options.custom_flags(libc::O_NOFOLLOW | libc::O_NONBLOCK);
+    let file = options.open(path)?;
+    match file.metadata()?.is_file() {
+        true => Ok(file),
+        false => Err(io::Error::new(
+            io::ErrorKind::InvalidInput,
+            "not a regular file",
+        )),
+    }
+}
+
 /// The inputs that the arguments name: a directory stands for its segments of the period. An error is for the user, and the
 /// other inputs can still be read.
 pub fn list(paths: &[PathBuf], period: Period) -> (Vec<Input>, Vec<String>) {
     let (mut inputs, mut errors) = (Vec::new(), Vec::new());
     for path in paths {
         if !path.is_dir() {
-            inputs.push(Input::new(path.clone()));
+            inputs.push(Input::new(path.clone(), false));
             continue;
         }
         let shown = || escaped(&path.display().to_string());
@@ -77,7 +101,9 @@ pub fn list(paths: &[PathBuf], period: Period) -> (Vec<Input>, Vec<String>) {
                 errors.push(format!("{}: no segments (flows-*.flowd) in it", shown()));
             }
             Ok(_) => match names::segments(path, period.from, period.to) {
-                Ok(segments) => inputs.extend(segments.into_iter().map(Input::new)),
+                Ok(segments) => {
+                    inputs.extend(segments.into_iter().map(|path| Input::new(path, true)))
+                }
                 Err(error) => errors.push(format!("{}: {error}", shown())),
             },
         }

@@ -131,6 +131,11 @@ fn times_ms(record: &FlowRecord, fields: Fields) -> Option<(u64, u64)> {
     if !fields.contains(Fields::AGENT_INFO | Fields::FLOW_TIMES) {
         return None;
     }
+    // A template may be without times; a record of v1, v5 and v7 always has them.
+    let is_of_template = matches!(record.version, 9 | 10);
+    if is_of_template && (record.start_uptime_ms, record.end_uptime_ms) == (0, 0) {
+        return None;
+    }
     let sent = u64::from(record.exporter_s) * 1000 + u64::from(record.exporter_ns) / 1_000_000;
     // The uptime wraps after 49.7 days.
     let ago = |uptime: u32| u64::from(record.uptime_ms.wrapping_sub(uptime));

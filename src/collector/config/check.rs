@@ -81,11 +81,19 @@ pub fn check(raw: raw::Raw, rules: Rules) -> Result<CollectorConfig> {
         let address = address_and_port(raw.address, raw.port, None);
         let address = address.or_else(|message| error_in("forward", index, message))?;
         let spoof_source = raw.spoof_source.unwrap_or(false);
+        if let Some(listen) = sockets.iter().find(|listen| receives(listen, address)) {
+            let message = format!(
+                "{address} is received by this collector itself (listen {}), expected another collector",
+                listen.address
+            );
+            return error_in("forward", index, message);
+        }
         Ok(Forward {
             address,
             spoof_source,
         })
     });
+    let forward = forward.collect::<Result<_>>()?;
     let size_or = |key: &str, text: Option<String>, default: u64| {
         Ok(size(key, text.as_deref())?.unwrap_or(default) as usize)
     };
@@ -110,7 +118,7 @@ pub fn check(raw: raw::Raw, rules: Rules) -> Result<CollectorConfig> {
         multicast_groups: groups.collect::<Result<_>>()?,
         rules: rules.rules,
         store: store(raw.store, log_socket, max_waiting, &mut notes)?,
-        forward: forward.collect::<Result<_>>()?,
+        forward,
         limits: Limits {
             template_memory: size_or(
                 "limits.templateMemory",
@@ -256,6 +264,14 @@ fn metrics(raw: raw::Metrics) -> Result<SocketAddr> {
     let address = bind_address("metrics.bindAddress", raw.bind_address)?;
     let port = range("metrics.bindPort", raw.bind_port, METRICS_PORT, 1, 65535)?;
     Ok(SocketAddr::new(address, port))
+}
+
+/// Whether a socket receives what this host sends to an address.
+fn receives(listen: &Listen, to: SocketAddr) -> bool {
+    let (own, to_ip) = (listen.address.ip(), to.ip());
+    let is_here =
+        own == to_ip || own.is_unspecified() && (to_ip.is_loopback() || to_ip.is_unspecified());
+    listen.address.port() == to.port() && is_here
 }
 
 fn store(

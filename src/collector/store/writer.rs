@@ -267,8 +267,11 @@ impl Place {
         };
         let directory = open_directory(&segments.path)?;
         let names = names::list(&directory.proc_path("")).map_err(about(&segments.path))?;
-        if let Some(newest) = names.last() {
-            segments.open(*newest)?;
+        if let Some(newest) = names.last()
+            && let Err(error) = segments.open(*newest)
+        {
+            // The segment of this time is opened later; this one may be something else of its name.
+            log::warn!("store {error}; the file is left as it is");
         }
         Ok(())
     }
