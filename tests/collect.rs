@@ -752,7 +752,11 @@ fn softflowd(version: &str, to: &str, port: u16) -> Vec<Value> {
     let listener = hosts
         .there
         .enter(|| std::net::TcpListener::bind((to, port)).unwrap());
-    let is_of_transfer = |record: &Value| record["src_port"] == port || record["dst_port"] == port;
+    // In IPFIX, softflowd tells when it was started only after the first records, whose times are not known.
+    let is_of_transfer = |record: &Value| {
+        let is_of_port = record["src_port"] == port || record["dst_port"] == port;
+        is_of_port && record["time_flow_start_ns"].is_number()
+    };
     let found = wait_for("both directions of the transfer", || {
         // softflowd may not have opened the interface yet: a transfer in every round.
         let mut stream = hosts

@@ -1348,6 +1348,20 @@ mod tests {
             kept.is_some_and(|(time, _)| time >= self.opened)
         }
 
+        /// An end without the counts of the socket takes those that were kept.
+        fn completes_end(&mut self) {
+            let has_counts = matches!(
+                self.phase,
+                Phase::Closing {
+                    with_counts: true,
+                    ..
+                }
+            );
+            if !has_counts {
+                self.takes_kept_counts();
+            }
+        }
+
         fn apply(&mut self, input: Input, now: i64, full: bool) -> Transition {
             match (input, self.phase) {
                 (Input::Start(origin, tag), _) => self.start(origin, tag, now, full),
@@ -1363,15 +1377,7 @@ mod tests {
                     if origin.trust() < self.origin.trust() {
                         return Transition::LessTrusted;
                     }
-                    if !matches!(
-                        self.phase,
-                        Phase::Closing {
-                            with_counts: true,
-                            ..
-                        }
-                    ) {
-                        self.takes_kept_counts();
-                    }
+                    self.completes_end();
                     self.phase = Phase::Closed {
                         without_counts_since: Some(now),
                     };
@@ -1416,7 +1422,7 @@ mod tests {
                     Transition::SocketUnknown
                 }
                 (Input::OperatorEnd, _) => {
-                    self.takes_kept_counts();
+                    self.completes_end();
                     self.phase = CLOSED;
                     Transition::EndedByOperator
                 }
