@@ -24,18 +24,19 @@ use std::path::Path;
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::time::Instant;
 
 use crossbeam_channel::{Receiver, Sender, bounded, unbounded};
 use jiff::Timestamp;
 use jiff::tz::TimeZone;
 use log::LevelFilter;
 
+use crate::control;
 use crate::error::{Context, Error, Result};
 use crate::http::{Listener, Server};
 use crate::registry;
 use crate::service::{
     self, Notifier, PidFile, Reload, STOP_DEADLINE, Service, Supervisor, listen_for_signals, spawn,
+    wait_until_ended,
 };
 use crate::sys::handover::{self, Handover};
 use crate::sys::stop::{StopSwitch, stop};
@@ -52,9 +53,6 @@ use store::log_socket::LogSocket;
 use store::writer::Store;
 use templates_file::TemplatesFile;
 use worker::{Carried, Rules, Worker};
-
-/// The owner and the group of the control socket may connect.
-const CONTROL_SOCKET_MODE: u32 = 0o660;
 
 /// A message to the main thread.
 type Notice = service::Notice<CollectorConfig>;
@@ -232,16 +230,7 @@ struct Collector {
 impl Collector {
     /// The control socket and the metrics endpoint; `None` if neither is to be served. The default control socket may fail.
     fn bind_control(&self) -> Result<Option<Server>> {
-        let control = &self.config.control_socket;
-        let shown = || format!("control socket {} (controlSocket)", control.path.display());
-        let mut listeners = Vec::new();
-        match Listener::unix(&control.path, CONTROL_SOCKET_MODE) {
-            Ok(listener) => listeners.push(listener),
-            Err(error) if !control.given => {
-                log::info!("{}: {error}; running without it", shown());
-            }
-            Err(error) => return Err(error).context(shown),
-        }
+        let mut listeners = Vec::from_iter(control::listen(&self.config.control_socket)?);
         if let Some(address) = self.config.metrics {
             let listener = Listener::tcp(address);
             listeners.push(listener.context(|| format!("TCP {address} (metrics)"))?);
@@ -249,7 +238,10 @@ impl Collector {
         if listeners.is_empty() {
             return Ok(None);
         }
-        Server::new(listeners).map(Some).context(shown)
+        let server = Server::new(listeners);
+        server
+            .map(Some)
+            .context(|| "poll loop of the control socket".to_owned())
     }
 
     /// Workers for the present configuration, with what earlier ones carried over or a previous process left.
@@ -321,26 +313,14 @@ impl Collector {
 
     /// Stops the workers, and returns what they carry over.
     fn stop_workers(&mut self, inbox: &Receiver<Notice>) -> Result<Vec<Carried>> {
-        let deadline = Instant::now() + STOP_DEADLINE;
         let mut all_carried = Vec::new();
         for worker in &mut self.workers {
             worker.switch.set();
         }
         for worker in std::mem::take(&mut self.workers) {
-            loop {
-                match inbox.recv_deadline(deadline) {
-                    Ok(Notice::Ended(name, result)) if name == worker.thread => {
-                        self.running -= 1;
-                        result?;
-                        break;
-                    }
-                    Ok(other) => self.deferred.push_back(other),
-                    Err(_) => {
-                        let thread = worker.thread;
-                        return Err(Error::Failed(format!("thread {thread} did not end")));
-                    }
-                }
-            }
+            let ended = wait_until_ended(inbox, &worker.thread, &mut self.deferred)?;
+            self.running -= 1;
+            ended?;
             all_carried.extend(worker.carried.try_recv());
         }
         Ok(all_carried)

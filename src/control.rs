@@ -21,17 +21,13 @@ pub struct Control {
 }
 
 impl Control {
-    /// Binds the socket. A failure is only logged if the path is the default one: the daemon can run without the socket.
+    /// Binds the socket; see [`listen`].
     pub fn new(config: &config::ControlSocket, routes: Routes) -> Result<Option<Control>> {
-        let server = Listener::unix(&config.path, SOCKET_MODE).and_then(|l| Server::new(vec![l]));
-        match server {
-            Ok(server) => Ok(Some(Control { server, routes })),
-            Err(error) if !config.given => {
-                log::info!("{}: {error}; running without it", socket_name(&config.path));
-                Ok(None)
-            }
-            Err(error) => Err(error).context(|| socket_name(&config.path)),
-        }
+        let Some(listener) = listen(config)? else {
+            return Ok(None);
+        };
+        let server = Server::new(vec![listener]).context(|| socket_name(&config.path))?;
+        Ok(Some(Control { server, routes }))
     }
 
     /// Answers requests until `stop` is set.
@@ -39,6 +35,18 @@ impl Control {
         self.server
             .run(&mut ControlHandler(&mut self.routes), stop)
             .context(|| "control socket".to_owned())
+    }
+}
+
+/// Binds the socket. A failure is only logged if the path is the default one: a daemon can run without the socket.
+pub fn listen(config: &config::ControlSocket) -> Result<Option<Listener>> {
+    match Listener::unix(&config.path, SOCKET_MODE) {
+        Ok(listener) => Ok(Some(listener)),
+        Err(error) if !config.given => {
+            log::info!("{}: {error}; running without it", socket_name(&config.path));
+            Ok(None)
+        }
+        Err(error) => Err(error).context(|| socket_name(&config.path)),
     }
 }
 

@@ -3,6 +3,7 @@
 mod notifier;
 mod pid_file;
 
+use std::collections::VecDeque;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
@@ -328,6 +329,26 @@ pub fn listen_for_signals<C: Send + 'static>(notices: Sender<Notice<C>>) -> Resu
         .spawn(forward)
         .context(|| "thread signals".to_owned())?;
     Ok(())
+}
+
+/// Waits until a thread has ended, and returns its result. Other notices that arrive meanwhile are deferred.
+///
+/// # Errors
+///
+/// The thread did not end within [`STOP_DEADLINE`].
+pub fn wait_until_ended<C>(
+    inbox: &Receiver<Notice<C>>,
+    thread: &str,
+    deferred: &mut VecDeque<Notice<C>>,
+) -> Result<Result<()>> {
+    let deadline = Instant::now() + STOP_DEADLINE;
+    loop {
+        match inbox.recv_deadline(deadline) {
+            Ok(Notice::Ended(name, result)) if name == thread => return Ok(result),
+            Ok(other) => deferred.push_back(other),
+            Err(_) => return Err(Error::Failed(format!("thread {thread} did not end"))),
+        }
+    }
 }
 
 /// Runs `work` on a thread of this name, and sends a notice when it ends.

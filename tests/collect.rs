@@ -860,6 +860,16 @@ fn transfer(hosts: &Hosts, listener: &std::net::TcpListener, to: (&str, u16)) {
     std::io::copy(&mut other, &mut std::io::sink()).unwrap();
 }
 
+/// The record has the addresses of both hosts, and times of the last minute.
+fn assert_goes_out(out: &Value) {
+    assert_eq!(
+        (&out["src_addr"], &out["dst_addr"]),
+        (&HERE4.into(), &THERE4.into()),
+        "{out}"
+    );
+    assert_times_are_recent(out);
+}
+
 fn quietly(command: &mut Command) -> Child {
     let name = command.get_program().to_owned();
     command
@@ -879,13 +889,7 @@ fn fprobe_exports_v5() {
             "-i", "veth0", "-f", "tcp", "-l", "2", "-s", "1", "-d", "1", "-e", "1", TO,
         ]))
     });
-    let out = &found[0];
-    assert_eq!(
-        (&out["src_addr"], &out["dst_addr"]),
-        (&HERE4.into(), &THERE4.into()),
-        "{out}"
-    );
-    assert_times_are_recent(out);
+    assert_goes_out(&found[0]);
 }
 
 #[test]
@@ -906,13 +910,7 @@ fn pmacctd_exports_v9_and_ipfix() {
             let mut pmacctd = hosts.here.command("pmacctd");
             quietly(pmacctd.arg("-f").arg(config))
         });
-        let out = &found[0];
-        assert_eq!(
-            (&out["src_addr"], &out["dst_addr"]),
-            (&HERE4.into(), &THERE4.into()),
-            "{out}"
-        );
-        assert_times_are_recent(out);
+        assert_goes_out(&found[0]);
     }
 }
 

@@ -13,9 +13,8 @@ use crate::collector::exporters::{Exporters, Known};
 use crate::collector::metrics_page;
 use crate::collector::record::ExporterKey;
 use crate::collector::recorder::{Message, Snapshot};
-use crate::control::routes::method_not_allowed;
+use crate::control::routes::{method_not_allowed, warnings};
 use crate::http::{Body, Handler, Request, Response, problem};
-use crate::logging;
 use crate::metrics::count_text;
 use crate::metrics::exposition::Format;
 
@@ -109,14 +108,6 @@ impl Routes {
 
     fn status(&self, snapshot: &Snapshot) -> Value {
         let mut status = counts(&snapshot.total);
-        let warnings = logging::warnings();
-        let warnings = warnings.iter().map(|warning| {
-            json!({
-                "time": format!("{:.3}", warning.time),
-                "level": warning.level.as_str().to_lowercase(),
-                "message": warning.message,
-            })
-        });
         let of_the_daemon = json!({
             "service": "collector",
             "version": env!("CARGO_PKG_VERSION"),
@@ -132,7 +123,7 @@ impl Routes {
             "written-bytes": snapshot.written_bytes,
             "store-error": snapshot.store_error,
             "log-socket": snapshot.log_socket.map(|socket| json!({"sent": socket.sent, "dropped": socket.dropped})),
-            "warnings": warnings.collect::<Vec<_>>(),
+            "warnings": warnings(),
         });
         if let Value::Object(fields) = of_the_daemon {
             status.extend(fields);

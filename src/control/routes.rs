@@ -198,16 +198,6 @@ impl Routes {
                 })
             })
             .collect();
-        let warnings: Vec<Value> = logging::warnings()
-            .iter()
-            .map(|warning| {
-                json!({
-                    "time": format!("{:.3}", warning.time),
-                    "level": warning.level.as_str().to_lowercase(),
-                    "message": warning.message,
-                })
-            })
-            .collect();
         let [dispatcher, journal, registry] =
             ["dispatcher", "journal", "registry"].map(|kind| counts(kind, ""));
         let active = self.context.active.load();
@@ -225,9 +215,21 @@ impl Routes {
             "registry": {"events": registry.0, "summary": registry.1},
             "queues": queues,
             "ongoing-dropped": value("flowd_ongoing_dropped_total"),
-            "warnings": warnings,
+            "warnings": warnings(),
         })
     }
+}
+
+/// The last warnings and errors of the log.
+pub fn warnings() -> Vec<Value> {
+    let warning = |warning: &logging::LoggedWarning| {
+        json!({
+            "time": format!("{:.3}", warning.time),
+            "level": warning.level.as_str().to_lowercase(),
+            "message": warning.message,
+        })
+    };
+    logging::warnings().iter().map(warning).collect()
 }
 
 /// The counts by outcome, and the same as English text.

@@ -6,7 +6,7 @@ use std::fs::OpenOptions;
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::OpenOptionsExt;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, bounded, unbounded};
 use nix::libc;
@@ -24,7 +24,7 @@ use crate::dispatcher::{self, Output, Query, Settings};
 use crate::error::{Context, Error, Result};
 use crate::event::FlowEvent;
 use crate::plugins::{EventSender, named_pipe};
-use crate::service::{STOP_DEADLINE, spawn};
+use crate::service::{spawn, wait_until_ended};
 use crate::sys::handover::Handover;
 use crate::sys::privileges;
 use crate::sys::stop::{StopSwitch, stop};
@@ -320,17 +320,10 @@ impl Parts {
 
     /// Waits until the thread of a part has ended.
     fn wait_for(&mut self, part: &Part, inbox: &Receiver<Notice>) -> Result<()> {
-        let (thread, deadline) = (part.thread_name(), Instant::now() + STOP_DEADLINE);
-        loop {
-            match inbox.recv_deadline(deadline) {
-                Ok(Notice::Ended(name, result)) if name == thread => {
-                    self.ended(&name);
-                    return result;
-                }
-                Ok(other) => self.deferred.push_back(other),
-                Err(_) => return Err(Error::Failed(format!("thread {thread} did not end"))),
-            }
-        }
+        let thread = part.thread_name();
+        let result = wait_until_ended(inbox, &thread, &mut self.deferred)?;
+        self.ended(&thread);
+        result
     }
 
     /// Keeps the open file descriptors of a part for its successor of the same name.

@@ -1,6 +1,6 @@
 //! Words of the command line as getopt reads them: djm's flowd-reader takes `-vU`, `-H5` and `-`, which argh does not.
 
-/// The path that stands for standard input.
+/// The path argument that means standard input.
 pub const STDIN: &str = "/dev/stdin";
 
 const SWITCHES: [(char, &str); 6] = [

@@ -85,8 +85,8 @@ fn open_segment(path: &Path) -> io::Result<File> {
     }
 }
 
-/// The inputs that the arguments name: a directory stands for its segments of the period. An error is for the user, and the
-/// other inputs can still be read.
+/// Lists the inputs for the path arguments. A directory expands to its segments within the period. Errors are for the user;
+/// the other inputs can still be read.
 pub fn list(paths: &[PathBuf], period: Period) -> (Vec<Input>, Vec<String>) {
     let (mut inputs, mut errors) = (Vec::new(), Vec::new());
     for path in paths {

@@ -46,7 +46,7 @@ pub struct CollectorConfig {
     pub rules: Vec<Rule>,
     /// `store` and `logSocket`.
     pub store: store::Settings,
-    /// `forward`: who gets each datagram, too.
+    /// `forward`: other collectors that receive a copy of each datagram.
     pub forward: Vec<Forward>,
     /// `limits`, without `maxWaiting`, which is in `store`.
     pub limits: Limits,

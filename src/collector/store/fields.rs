@@ -79,7 +79,7 @@ impl Fields {
         self.0 & other.0 != 0
     }
 
-    /// The fields that a name of `store` stands for, in any case: `SRC_ADDR` stands for both families, `ALL` for everything.
+    /// The fields for a name in `store`, in any case: `SRC_ADDR` means both address families, `ALL` every field.
     pub fn from_name(name: &str) -> Option<Fields> {
         let name = name.to_ascii_uppercase();
         NAMES

@@ -1,6 +1,6 @@
 //! A segment is a sequence of flow records in version 3 of the format of djm's flowd. No I/O but the `Read` of [`Records`].
 //!
-//! Everything is big endian. There is no file header, trailer or index, so that segments can be appended and concatenated.
+//! All numbers are big endian. A segment has no file header, trailer or index, so segments can be appended and concatenated.
 //! A record is a header of 8 bytes (version u8, 3 << 5 | minor; length u8, in words of 4 bytes after the header; reserved
 //! u16, 0; fields u32) and the bytes of its fields, packed in the order of their bits, with the CRC last:
 //!
